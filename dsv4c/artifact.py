@@ -1,0 +1,352 @@
+"""The artifact: a directory that a compiler wrote and a runtime serves. The one file both sides read.
+
+    DIR/manifest.json        everything below, as JSON; an unknown key is an error
+    DIR/kernels/<sha>.<ext>  compiled code, named by its SHA-256
+    DIR/weights/             optional: the checkpoint's safetensors files; else given when serving
+    DIR/tokenizer/           optional: tokenizer.json and the chat settings
+    DIR/ir/                  the program before and after each pass, for people
+
+Names in a program (inputs, states, weights, buffers) share one namespace. A shape is a tuple of sizes; a size is
+an int or the name of a symbol (`"T"` tokens, `"R"` requests, ...) whose largest value `Program.symbols` gives.
+No pickle, no Python callables: JSON, safetensors and binaries only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dsv4c.errors import ArtifactError
+
+FORMAT_VERSION = 1
+
+Size = int | str
+Shape = tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One tensor of decoding state: `entry_shape` channels for every entry (KV) or request slot (state)."""
+
+    name: str
+    entry_shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Pools that share page tables. Page 0 is the null page: writes of padding land there, nobody reads it.
+
+    An entry stands for `tokens_per_entry` tokens and a page for `page_tokens`; the pools have
+    `num_pages * entries_per_page` rows. A page whose tokens all lie more than `horizon` tokens behind the next
+    token may be freed (None keeps all); its place in the page table then holds 0.
+    """
+
+    name: str
+    tokens_per_entry: int
+    page_tokens: int
+    horizon: int | None
+    pools: tuple[Pool, ...]
+
+    @property
+    def entries_per_page(self) -> int:
+        return self.page_tokens // self.tokens_per_entry
+
+
+@dataclass(frozen=True)
+class StateGroup:
+    """Pools with one row a request slot (compressor rings). Slot 0 is the null slot."""
+
+    name: str
+    pools: tuple[Pool, ...]
+
+
+InputKind = Literal[
+    "token_ids",  # [T] token of each row of the flat batch; the rows of a request are contiguous and ascending
+    "positions",  # [T] position of that token in its request
+    "request_rows",  # [T] row of its request in the per-request inputs
+    "seq_starts",  # [R] tokens of the request already in its state before this step
+    "seq_ends",  # [R] tokens in its state after this step
+    "state_slots",  # [R] slot in the state groups
+    "page_table",  # [R, P] pages of `group`; entry i holds the page of tokens [i * page_tokens, ...), 0 if absent
+    "window_ends",  # [E] rows of T, ascending, whose position + 1 is a multiple of `ratio`
+    "logit_rows",  # [S] rows of T whose logits are wanted
+]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One int64 tensor the engine gives at every step. `min_columns`: least width of a page table."""
+
+    name: str
+    kind: InputKind
+    shape: Shape
+    group: str | None = None
+    ratio: int | None = None
+    min_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A planned tensor: `offset` bytes into the arena, or a strided view of the buffer `of`.
+
+    `strides` and `element_offset` count elements; the strides of an owning buffer are those of a dense tensor.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str
+    strides: tuple[int, ...]
+    offset: int | None = None
+    of: str | None = None
+    element_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel launch: `args` are value names or scalars, outputs last; `outputs` of them are written."""
+
+    kernel: str
+    args: tuple[str | int | float | bool | None, ...]
+    outputs: int
+    scope: str = ""
+    """Where in the model it comes from, e.g. `L07.attn`."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of calls. `graph` segments can be captured; every other kind says why it cannot."""
+
+    kind: Literal["graph", "eager", "host", "comm"]
+    calls: tuple[Call, ...]
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One executable program: its symbols with their largest values, inputs, planned buffers and segments."""
+
+    phase: str
+    symbols: dict[str, int]
+    inputs: tuple[Input, ...]
+    buffers: tuple[Buffer, ...]
+    segments: tuple[Segment, ...]
+    outputs: dict[str, str]
+    """Meaning -> value name; `logits` is [S, vocab_size] float32."""
+    arena_bytes: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled or vendor kernel, why it was chosen, and what it promises."""
+
+    name: str
+    kind: Literal["aoti", "cpp", "aten"]
+    op: str
+    schedule: str
+    reason: str
+    tolerance: float
+    """Largest error relative to the float32 reference, elementwise against the largest magnitude; 0 is exact."""
+    symbol: str
+    """Exported function (cpp), model name (aoti) or vendor call (aten)."""
+    file: str | None = None
+    sha256: str | None = None
+    attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One runtime weight: checkpoint tensors and the transforms that lay them out (data, never code).
+
+    `transforms` run left to right over the list of source tensors; each is a name and its arguments:
+    ("dequantise",) every source with its `.scale` to float32; ("stack",) along a new dim 0; ("concat", dim);
+    ("cast", dtype); ("reshape", [sizes]); ("transpose",) of the last two dims.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sources: tuple[str, ...]
+    transforms: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to a program."""
+
+    name: str
+    rewrites: int
+    nodes_before: int
+    nodes_after: int
+    exact: bool
+    why: str = ""
+    """For an inexact pass: its tolerance and the reason."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole artifact in words and numbers."""
+
+    format_version: int
+    model: dict[str, Any]
+    """config.json of the model."""
+    model_sha256: str
+    target: str
+    isa: str
+    """Instruction set the kernels need: `avx512`, `avx2`, `default`, or a GPU architecture."""
+    compute_dtype: str
+    max_context: int
+    vocab_size: int
+    tools: dict[str, str]
+    passes: tuple[PassRecord, ...]
+    numerics: tuple[str, ...]
+    """Everything that makes results differ from the plain float32 model, one sentence each."""
+    kernels: dict[str, Kernel]
+    programs: dict[str, Program]
+    kv_groups: tuple[KVGroup, ...]
+    state_groups: tuple[StateGroup, ...]
+    weights: tuple[Weight, ...]
+    embedded_weights: bool
+
+
+def _shape_error(path: str, expected: str, value: Any) -> ArtifactError:
+    return ArtifactError(
+        f"manifest: `{path or 'top level'}` should be {expected}, not {json.dumps(value)[:60]}",
+        hint="the manifest is corrupted; compile the artifact again",
+    )
+
+
+def _decode(kind: Any, value: Any, path: str) -> Any:
+    """JSON value -> annotated type, strictly. Errors name the path inside the manifest."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _decode_dataclass(kind, value, path)
+    if origin is Literal:
+        if value not in args:
+            raise _shape_error(path, f"one of {', '.join(map(str, args))}", value)
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _shape_error(path, "a list", value)
+        return tuple(_decode(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _shape_error(path, "an object", value)
+        return {key: _decode(args[1], item, f"{path}.{key}") for key, item in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            if option is type(None) and value is None:
+                return None
+            if isinstance(option, type) and type(value) is option:
+                return value
+        raise _shape_error(path, " or ".join(getattr(a, "__name__", str(a)) for a in args), value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise _shape_error(path, getattr(kind, "__name__", str(kind)), value)
+    return value
+
+
+def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise _shape_error(path, "an object", value)
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else "was it written by another version of dsv4c?"
+            raise ArtifactError(f"manifest: unknown key `{f'{path}.{key}'.lstrip('.')}`", hint=hint)
+    for name, f in fields.items():
+        optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        if name not in value and not optional:
+            raise ArtifactError(
+                f"manifest: `{f'{path}.{name}'.lstrip('.')}` is missing",
+                hint="the manifest is corrupted; compile the artifact again",
+            )
+    return kind(**{k: _decode(hints[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()})
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """Canonical text: the same manifest gives the same bytes."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def manifest_from_json(text: str) -> Manifest:
+    """The manifest in this text. Raises ArtifactError that names the field at fault."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ArtifactError(f"manifest.json is not JSON: {error}", hint="compile the artifact again") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"artifact has format version {version!r}, this dsv4c reads {FORMAT_VERSION}",
+            hint="compile it again with this version",
+        )
+    manifest: Manifest = _decode_dataclass(Manifest, data, "")
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a config.json mapping in canonical form."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def save_manifest(manifest: Manifest, directory: Path) -> None:
+    """Writes manifest.json; call it last, so that a directory with a manifest is whole."""
+    (directory / "manifest.json").write_text(manifest_to_json(manifest), encoding="utf-8")
+
+
+def load_manifest(directory: str | Path) -> Manifest:
+    """Reads and validates DIR/manifest.json and the hash of every kernel file.
+
+    Raises ArtifactError for a directory that is no artifact, another format version, an unknown or missing
+    field, a kernel file that is absent or whose hash differs.
+    """
+    directory = Path(directory)
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise ArtifactError(
+            f"`{directory}` is not an artifact: it has no manifest.json", hint="make one with `dsv4c compile`"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"cannot read `{path}`: {error}", hint="compile the artifact again") from error
+    manifest = manifest_from_json(text)
+    found = config_sha256(manifest.model)
+    if found != manifest.model_sha256:
+        raise ArtifactError(
+            f"manifest: `model` hashes to {found[:12]}, `model_sha256` says {manifest.model_sha256[:12]}",
+            hint="the manifest was edited; compile the artifact again",
+        )
+    for kernel in manifest.kernels.values():
+        if kernel.file is None:
+            continue
+        file = directory / kernel.file
+        if not file.is_file():
+            raise ArtifactError(f"kernel file `{kernel.file}` is absent", hint="compile the artifact again")
+        found = sha256_of(file)
+        if found != kernel.sha256:
+            raise ArtifactError(
+                f"kernel file `{kernel.file}` hashes to {found[:12]}, the manifest says {str(kernel.sha256)[:12]}",
+                hint="the file is corrupted; compile the artifact again",
+            )
+    return manifest
