@@ -1,0 +1,140 @@
+"""DeepSeek-V4 as a plain function of a flat batch of tokens and explicit state: its own specification.
+
+`Transformer.forward(step, state)` runs one step: chunks of prompts and single decode tokens of many requests, in
+any mix, give the same logits as one request's whole prompt at once. `step` holds the int64 tensors that
+dsv4c.artifact.InputKind lists; `state` the pools and rings that `init_state` makes. Nothing is changed in place.
+
+Legend: T tokens, S rows whose logits are wanted, N streams, D hidden_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsv4c.config import ModelConfig, StateLayout
+from dsv4c.model.block import Block, _small
+from dsv4c.model.hyper import HyperHead
+from dsv4c.model.linear import Linear
+from dsv4c.model.mtp import MultiTokenPredictor
+from dsv4c.model.norm import RMSNorm
+from dsv4c.model.paging import EntrySlots, TakeRows, TokenSlots
+from dsv4c.model.rope import EntryRopeTable, RopeTable
+
+
+def embed_streams(token_ids: Tensor, weight: Tensor, *, hc_mult: int) -> Tensor:
+    """[T, N, D]: every token's embedding in each of the N streams."""
+    return nn.functional.embedding(token_ids, weight).unsqueeze(1).expand(-1, hc_mult, -1).contiguous()
+
+
+class EmbedStreams(nn.Module):
+    def __init__(self, hc_mult: int) -> None:
+        super().__init__()
+        self.hc_mult = hc_mult
+
+    def forward(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        return embed_streams(token_ids, weight, hc_mult=self.hc_mult)
+
+
+class Prelude(nn.Module):
+    """What every layer of a step shares: RoPE tables and the pool rows of the entries written in this step."""
+
+    def __init__(self, config: ModelConfig, layout: StateLayout) -> None:
+        super().__init__()
+        self.ratios = config.ratios
+        dim, scaling = config.qk_rope_head_dim, config.rope_scaling
+        self.rope_window = RopeTable(dim, config.rope_theta, None)
+        self.rope_compressed = RopeTable(dim, config.compress_rope_theta, scaling)
+        self.slots_window = TokenSlots(layout.entries_per_page(0))
+        self.entry_rope = nn.ModuleDict()
+        self.entry_slots = nn.ModuleDict()
+        for ratio in self.ratios:
+            self.entry_rope[str(ratio)] = EntryRopeTable(dim, config.compress_rope_theta, scaling, ratio)
+            for group in groups_of_ratio(config, ratio):
+                self.entry_slots[group] = EntrySlots(ratio, layout.entries_per_page(ratio))
+
+    def forward(self, step: dict[str, Tensor]) -> dict[str, Tensor]:
+        positions, request_rows = step["positions"], step["request_rows"]
+        out = {
+            "rope_window": self.rope_window(positions),
+            "slots_window": self.slots_window(step["pages_window"], request_rows, positions),
+        }
+        if self.ratios:
+            out["rope_compressed"] = self.rope_compressed(positions)
+        for ratio in self.ratios:
+            out[f"entry_rope_{ratio}"] = self.entry_rope[str(ratio)](positions, step[f"ends_{ratio}"])
+        for group, slots in self.entry_slots.items():
+            out[f"slots_{group}"] = slots(step[f"pages_{group}"], request_rows, positions, step[f"ends_{slots.ratio}"])
+        return out
+
+
+def groups_of_ratio(config: ModelConfig, ratio: int) -> tuple[str, ...]:
+    """The KV groups written by layers of this ratio besides the window."""
+    csa = config.attention_kind(config.compress_ratios.index(ratio)) == "csa"
+    return (f"c{ratio}", "index") if csa else (f"c{ratio}",)
+
+
+class Transformer(nn.Module):
+    """The main model and its MTP block. Parameter names are the checkpoint's; routed experts are stacked."""
+
+    def __init__(self, config: ModelConfig, layout: StateLayout | None = None, *, fake_quant: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = layout or StateLayout()
+        n, dim = config.hc_mult, config.hidden_size
+        self.embed = nn.Embedding(config.vocab_size, dim)
+        self.head = Linear(dim, config.vocab_size, float32=True)
+        self.norm = RMSNorm(dim, config.rms_norm_eps)
+        self.hc_head_fn = nn.Parameter(_small(n, n * dim))
+        self.hc_head_base = nn.Parameter(torch.zeros(n))
+        self.hc_head_scale = nn.Parameter(torch.ones(1))
+        self.layers = nn.ModuleList(
+            Block(config, self.layout, i, fake_quant=fake_quant) for i in range(config.num_hidden_layers)
+        )
+        has_mtp = config.num_nextn_predict_layers == 1 and len(config.compress_ratios) > config.num_hidden_layers
+        self.mtp = nn.ModuleList(
+            [MultiTokenPredictor(config, self.layout, fake_quant=fake_quant)] if has_mtp else []
+        )
+        self.prelude = Prelude(config, self.layout)
+        self.streams = EmbedStreams(n)
+        self.take_rows = TakeRows()
+        self.hc_head = HyperHead(config.rms_norm_eps, config.hc_eps)
+
+    def embed_tokens(self, step: dict[str, Tensor]) -> Tensor:
+        """The first streams [T, N, D]."""
+        out: Tensor = self.streams(step["token_ids"], self.embed.weight)
+        return out
+
+    def logits(self, x_TND: Tensor, logit_rows: Tensor) -> Tensor:
+        """float32 [S, vocab_size] of the rows wanted."""
+        x = self.take_rows(x_TND, logit_rows)
+        x = self.norm(self.hc_head(x, self.hc_head_fn, self.hc_head_base, self.hc_head_scale))
+        out: Tensor = self.head(x)
+        return out
+
+    def run(self, step: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The streams before the first layer and after each, and the state after the step."""
+        step = {**step, **self.prelude(step)}
+        streams, after = [self.embed_tokens(step)], dict(state)
+        for i, block in enumerate(self.layers):
+            prefix = f"layers.{i}."
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            x, own = block(streams[-1], own, step)
+            streams.append(x)
+            after.update({prefix + k: v for k, v in own.items()})
+        return streams, after
+
+    def forward(self, step: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [S, vocab_size] and the state after the step."""
+        streams, after = self.run(step, state)
+        return self.logits(streams[-1], step["logit_rows"]), after
+
+    def mtp_logits(
+        self, x_TND: Tensor, next_ids: Tensor, step: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [S, vocab_size] for the token after next, from the last streams and the next tokens' ids."""
+        step = {**step, **self.prelude(step)}
+        own = {"window": state["mtp.0.window"]}
+        x, own = self.mtp[0].draft(x_TND, nn.functional.embedding(next_ids, self.embed.weight), own, step)
+        x = self.mtp[0].collapse(self.take_rows(x, step["logit_rows"]))
+        return self.head(x), {**state, "mtp.0.window": own["window"]}
