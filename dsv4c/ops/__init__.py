@@ -1,0 +1,133 @@
+"""The logical dialect `dsv4.*`: what the passes raise the plain model to, fuse, and hand to the schedules.
+
+The plain model's own functions are the references. `OPS` maps a name to its op; `LEAVES` maps a leaf module class
+of the plain model to the op that replaces its region; `VIEWS` are ops that a plan turns into strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsv4c.model import attention, compressor, hyper, indexer, linear, moe, mtp, norm, paging, quant, rope, transformer
+from dsv4c.ops import fused
+from dsv4c.ops._op import DTYPE_BYTES, Op, TensorType
+
+__all__ = ["DTYPE_BYTES", "LEAVES", "OPS", "VIEWS", "Op", "TensorType"]
+
+Types = Sequence[TensorType]
+Symbols = Mapping[str, int]
+
+
+def _linear_flops(types: Types, attrs: Mapping[str, Any], symbols: Symbols) -> int:
+    x, weight = types[0], types[-1]
+    return 2 * x.numel(symbols) * int(weight.shape[0])
+
+
+def _grouped_flops(types: Types, attrs: Mapping[str, Any], symbols: Symbols) -> int:
+    return 2 * types[0].numel(symbols) * int(types[-1].shape[0]) // int(attrs["groups"])
+
+
+def _hc_flops(types: Types, attrs: Mapping[str, Any], symbols: Symbols) -> int:
+    streams = next(t for t in types if len(t.shape) == 3 and not isinstance(t.shape[2], str) and t.shape[2] > 8)
+    n = int(streams.shape[1])
+    return streams.numel(symbols) * (2 * n * (n + 2) + 2 + 2 * n)
+
+
+def _attention_flops(types: Types, attrs: Mapping[str, Any], symbols: Symbols) -> int:
+    keys = int(attrs["window"])
+    if len(types) > 6:
+        picked = types[5] if types[5].shape[-1] != types[0].shape[0] and len(types[5].shape) == 2 else None
+        entries = symbols.get("context", 0) // int(attrs.get("ratio", 4))
+        keys += int(picked.shape[1]) if picked is not None else entries
+    return 4 * types[0].numel(symbols) * keys
+
+
+def _experts_flops(types: Types, attrs: Mapping[str, Any], symbols: Symbols) -> int:
+    chosen, w1 = types[1], types[3]
+    return 6 * chosen.numel(symbols) * int(w1.shape[1]) * int(w1.shape[2])
+
+
+def _index_flops(types: Types, attrs: Mapping[str, Any], symbols: Symbols) -> int:
+    return 2 * types[0].numel(symbols) * (symbols.get("context", 0) // int(attrs["ratio"]))
+
+
+_ALL = (
+    Op("embed_streams", transformer.embed_streams),
+    Op("take_rows", paging.take_rows),
+    Op("rope_table", rope.rope_table),
+    Op("entry_rope_table", rope.entry_rope_table),
+    Op("token_slots", paging.token_slots),
+    Op("entry_slots", paging.entry_slots),
+    Op("hc_pre", hyper.hc_pre, outputs=3, flops=_hc_flops),
+    Op("hc_post", hyper.hc_post, flops=_hc_flops),
+    Op("hc_head", hyper.hc_head, flops=_hc_flops),
+    Op("rms_norm", norm.rms_norm),
+    Op("head_norm", norm.head_norm),
+    Op("rope", rope.rope),
+    Op("linear", linear.linear, flops=_linear_flops),
+    Op("grouped_linear", linear.grouped_linear, flops=_grouped_flops),
+    Op("page_write", paging.page_write, in_place={0: "pool"}),
+    Op("quantise_kv", quant.quantise_kv),
+    Op("quantise_index", quant.quantise_index),
+    Op("compress", compressor.compress, outputs=3, in_place={1: "ring_k", 2: "ring_z"}),
+    Op("split_heads", fused.split_heads),
+    Op("index_topk", indexer.index_topk, flops=_index_flops),
+    Op("attend_window", attention.attend_window, flops=_attention_flops),
+    Op("attend_csa", attention.attend_csa, flops=_attention_flops),
+    Op("attend_hca", attention.attend_hca, flops=_attention_flops),
+    Op("gate_bias", moe.gate_bias, outputs=2),
+    Op("gate_hash", moe.gate_hash, outputs=2),
+    Op("swiglu", moe.swiglu),
+    Op("experts", moe.experts, flops=_experts_flops),
+    Op("add_embedding", mtp.add_embedding),
+    # fused
+    Op("hc_pre_norm", fused.hc_pre_norm, outputs=3, flops=_hc_flops),
+    Op("hc_post_pre_norm", fused.hc_post_pre_norm, outputs=4, flops=_hc_flops),
+    Op("hc_head_norm", fused.hc_head_norm, flops=_hc_flops),
+    Op("head_norm_rope", fused.head_norm_rope),
+    Op("split_heads_rope", fused.split_heads_rope),
+    Op("norm_rope_write", fused.norm_rope_write, in_place={0: "pool"}),
+    Op("unrope_grouped_linear", fused.unrope_grouped_linear, flops=_grouped_flops),
+    Op("swiglu_pair", fused.swiglu_pair),
+    Op("columns", fused.columns),
+)
+
+OPS: Mapping[str, Op] = {op.name: op for op in _ALL}
+
+VIEWS: frozenset[str] = frozenset({"columns", "split_heads"})
+
+LEAVES: Mapping[str, str] = {
+    f"{cls.__module__}.{cls.__qualname__}": name
+    for cls, name in (
+        (transformer.EmbedStreams, "embed_streams"),
+        (paging.TakeRows, "take_rows"),
+        (rope.RopeTable, "rope_table"),
+        (rope.EntryRopeTable, "entry_rope_table"),
+        (paging.TokenSlots, "token_slots"),
+        (paging.EntrySlots, "entry_slots"),
+        (hyper.HyperPre, "hc_pre"),
+        (hyper.HyperPost, "hc_post"),
+        (hyper.HyperHead, "hc_head"),
+        (norm.RMSNorm, "rms_norm"),
+        (norm.HeadNorm, "head_norm"),
+        (rope.Rope, "rope"),
+        (linear.Linear, "linear"),
+        (moe.Gate, "linear"),
+        (linear.GroupedLinear, "grouped_linear"),
+        (paging.PageWrite, "page_write"),
+        (quant.QuantiseKV, "quantise_kv"),
+        (quant.QuantiseIndex, "quantise_index"),
+        (compressor.Compress, "compress"),
+        (indexer.SplitHeads, "split_heads"),
+        (indexer.IndexTopk, "index_topk"),
+        (attention.AttendWindow, "attend_window"),
+        (attention.AttendCsa, "attend_csa"),
+        (attention.AttendHca, "attend_hca"),
+        (moe.GateBias, "gate_bias"),
+        (moe.GateHash, "gate_hash"),
+        (moe.Swiglu, "swiglu"),
+        (moe.Experts, "experts"),
+        (mtp.AddEmbedding, "add_embedding"),
+    )
+}
