@@ -1,0 +1,165 @@
+"""What a schedule is: one way to run one logical op on one target, and the values the planner exchanges with it.
+
+The planner describes every op of a lowered program as an `OpNode`, asks for a choice, lays weights and buffers out
+as the choice says, and has all kernels built at the end:
+
+    node   = OpNode("dsv4::linear", {}, (Value(("T", 256), "float32"), Value((512, 256), "float32", "weight")),
+                    (Value(("T", 512), "float32"),))
+    choice = select(node, "cpu", symbols={"T": 2048})    # schedules/select.py; ScheduleError if none accepts
+    choice.kernel       key of its kernel in the manifest; equal ops of one program share it
+    choice.layouts      {input index: transforms} to append to that weight's `artifact.Weight.transforms`
+    choice.inputs       the inputs as the kernel takes them (shape and dtype after those transforms)
+    choice.workspace    temporaries to plan, passed between inputs and outputs
+    kernels = emit(choices, out_dir, cache_dir, progress)  # schedules/emit.py -> {choice.kernel: artifact.Kernel}
+
+A call's arguments are `(*inputs, *workspace, *outputs)`: no attributes (they are baked in), no symbols (a kernel
+reads shapes), `None` stays `None`. All tensors are dense unless the schedule says otherwise in `accepts`. Outputs
+never overlap inputs, except that an op's `mutates` lists the inputs it updates in place (pools): they are not outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dsv4c.artifact import Shape
+
+Transforms = tuple[tuple[Any, ...], ...]
+Role = Literal["activation", "weight", "pool", "input"]
+Progress = Callable[[int, int, str], None]
+"""(kernels done, kernels in all, name of the one just built)."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """Shape (ints and symbol names), dtype (torch's name without the prefix) and origin of one tensor."""
+
+    shape: Shape
+    dtype: str
+    role: Role = "activation"
+
+    def sizes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(symbols[s] if isinstance(s, str) else s for s in self.shape)
+
+
+@dataclass(frozen=True)
+class OpNode:
+    """One op of a lowered program. `attrs` holds JSON values only; an optional tensor left out is None."""
+
+    op: str
+    attrs: Mapping[str, Any]
+    inputs: tuple[Value | None, ...]
+    outputs: tuple[Value, ...]
+    mutates: tuple[int, ...] = ()
+
+    def describe(self) -> str:
+        """`op(float32[T, 256], ...)`, for messages."""
+        shown = (f"{v.dtype}[{', '.join(map(str, v.shape))}]" if v else "None" for v in self.inputs)
+        return f"{self.op}({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call costs whatever the machine: bytes moved, floating point operations, launches."""
+
+    bytes_moved: float = 0.0
+    flops: float = 0.0
+    launches: int = 1
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a schedule emits for a node: an entry of the vendor table, C++ text, or a module for Inductor.
+
+    For `cpp`, `source` includes `dsv4c.h` and defines `DSV4C_KERNEL(<symbol>)`, where `<symbol>` stands for
+    `SYMBOL`. For `aten`, `source` is the name in the runtime's vendor table. For `aoti` it is empty: the op's
+    reference is exported.
+    """
+
+    kind: Literal["aoti", "cpp", "aten"]
+    source: str = ""
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values the runtime hands to a vendor call at load time."""
+
+
+def _accept(node: OpNode) -> str | None:
+    return None
+
+
+def _no_layouts(node: OpNode) -> dict[int, Transforms]:
+    return {}
+
+
+def _no_workspace(node: OpNode) -> tuple[Value, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One way to run one op. Frozen data and pure functions of the node.
+
+    `accepts` returns None or the reason for refusing, from shapes, dtypes and attributes alone. `tolerance` is the
+    largest error against the float32 reference, relative to the largest magnitude of the result; 0 is exact.
+    """
+
+    name: str
+    """`<op>.<dsl>_<idea>`."""
+    op: str
+    """Logical op, or `*` for any."""
+    targets: frozenset[str]
+    build: Callable[[OpNode], Build]
+    cost: Callable[[OpNode, Mapping[str, int]], Work]
+    accepts: Callable[[OpNode], str | None] = _accept
+    layouts: Callable[[OpNode], dict[int, Transforms]] = _no_layouts
+    workspace: Callable[[OpNode], tuple[Value, ...]] = _no_workspace
+    tolerance: float = 1e-5
+    capturable: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The schedule chosen for a node, why, and what the planner must arrange for it."""
+
+    node: OpNode
+    schedule: str
+    reason: str
+    seconds: float
+    """By roofline, at the largest symbol values."""
+    layouts: Mapping[int, Transforms]
+    inputs: tuple[Value | None, ...]
+    workspace: tuple[Value, ...]
+    build: Build
+    tolerance: float
+    capturable: bool
+
+    @property
+    def kernel(self) -> str:
+        """`<op>_<hash>`: equal for nodes that one kernel serves."""
+        text = json.dumps(
+            [self.node.op, self.schedule, dict(self.node.attrs), [_signature(v) for v in self.inputs]]
+            + [[_signature(v) for v in self.node.outputs], self.build.source],
+            sort_keys=True,
+        )
+        return f"{self.node.op.split('::')[-1]}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _signature(value: Value | None) -> list[Any] | None:
+    return None if value is None else [list(value.shape), value.dtype]
+
+
+def apply_layout(value: Value, transforms: Transforms) -> Value:
+    """Shape and dtype of a weight after `transforms` (the last three kinds of artifact.Weight)."""
+    shape, dtype = tuple(value.shape), value.dtype
+    for name, *args in transforms:
+        if name == "cast":
+            dtype = args[0]
+        elif name == "reshape":
+            shape = tuple(args[0])
+        elif name == "transpose":
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        else:
+            raise ValueError(f"a layout cannot use `{name}`")
+    return Value(shape, dtype, value.role)
