@@ -45,12 +45,6 @@ class MultiTokenPredictor(Block):
         out: Tensor = self.add(self.e_proj(self.enorm(embedding_TD)), self.h_proj(self.hnorm(x_TND)))
         return out
 
-    def draft(
-        self, x_TND: Tensor, embedding_TD: Tensor, state: dict[str, Tensor], step: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The block's output streams (which a further draft is fed) and its state."""
-        return self(self.merge(x_TND, embedding_TD), state, step)
-
     def collapse(self, x_TND: Tensor) -> Tensor:
         """[S, D] input of the shared head."""
         out: Tensor = self.norm(self.hc_head(x_TND, self.hc_head_fn, self.hc_head_base, self.hc_head_scale))

@@ -27,6 +27,16 @@ def embed_streams(token_ids: Tensor, weight: Tensor, *, hc_mult: int) -> Tensor:
     return nn.functional.embedding(token_ids, weight).unsqueeze(1).expand(-1, hc_mult, -1).contiguous()
 
 
+def embed(token_ids: Tensor, weight: Tensor) -> Tensor:
+    """[T, D]: every token's embedding."""
+    return nn.functional.embedding(token_ids, weight)
+
+
+class Embed(nn.Module):
+    def forward(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        return embed(token_ids, weight)
+
+
 class EmbedStreams(nn.Module):
     def __init__(self, hc_mult: int) -> None:
         super().__init__()
@@ -98,6 +108,7 @@ class Transformer(nn.Module):
         self.prelude = Prelude(config, self.layout)
         self.streams = EmbedStreams(n)
         self.take_rows = TakeRows()
+        self.embed_next = Embed()
         self.hc_head = HyperHead(config.rms_norm_eps, config.hc_eps)
 
     def embed_tokens(self, step: dict[str, Tensor]) -> Tensor:
@@ -129,12 +140,20 @@ class Transformer(nn.Module):
         streams, after = self.run(step, state)
         return self.logits(streams[-1], step["logit_rows"]), after
 
+    def mtp_streams(self, x_TND: Tensor, next_ids: Tensor) -> Tensor:
+        """The MTP block's input streams, from the main model's last streams and the next tokens' ids."""
+        out: Tensor = self.mtp[0].merge(x_TND, self.embed_next(next_ids, self.embed.weight))
+        return out
+
+    def mtp_head(self, x_TND: Tensor, logit_rows: Tensor) -> Tensor:
+        """float32 [S, vocab_size] of the rows wanted, from the MTP block's output streams."""
+        out: Tensor = self.head(self.mtp[0].collapse(self.take_rows(x_TND, logit_rows)))
+        return out
+
     def mtp_logits(
         self, x_TND: Tensor, next_ids: Tensor, step: dict[str, Tensor], state: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits [S, vocab_size] for the token after next, from the last streams and the next tokens' ids."""
+        """Logits [S, vocab_size] for the token after next, and the state after the step."""
         step = {**step, **self.prelude(step)}
-        own = {"window": state["mtp.0.window"]}
-        x, own = self.mtp[0].draft(x_TND, nn.functional.embedding(next_ids, self.embed.weight), own, step)
-        x = self.mtp[0].collapse(self.take_rows(x, step["logit_rows"]))
-        return self.head(x), {**state, "mtp.0.window": own["window"]}
+        x, own = self.mtp[0](self.mtp_streams(x_TND, next_ids), {"window": state["mtp.0.window"]}, step)
+        return self.mtp_head(x, step["logit_rows"]), {**state, "mtp.0.window": own["window"]}

@@ -53,6 +53,7 @@ def _index_flops(types: Types, attrs: Mapping[str, Any], symbols: Symbols) -> in
 
 
 _ALL = (
+    Op("embed", transformer.embed),
     Op("embed_streams", transformer.embed_streams),
     Op("take_rows", paging.take_rows),
     Op("rope_table", rope.rope_table),
@@ -100,6 +101,7 @@ VIEWS: frozenset[str] = frozenset({"columns", "split_heads"})
 LEAVES: Mapping[str, str] = {
     f"{cls.__module__}.{cls.__qualname__}": name
     for cls, name in (
+        (transformer.Embed, "embed"),
         (transformer.EmbedStreams, "embed_streams"),
         (paging.TakeRows, "take_rows"),
         (rope.RopeTable, "rope_table"),

@@ -1,0 +1,136 @@
+"""Program: graphs of typed values, and everything the compiler knows about them. Every arrow of the compiler is one.
+
+Before stitching a program holds one graph for each distinct piece of the model (`prelude`, `attention.csa`, ...)
+and the recipe by which they make the whole; after it, one graph for each entry point (`step`, `mtp`).
+
+A node carries in `meta`: `type` (a TensorType, or a tuple of them), `scope` (where in the model), `line` (the model's
+source line) and, on aten nodes of a leaf module, `leaf`. A placeholder carries `value`: what it stands for.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from dsv4c.artifact import PassRecord
+from dsv4c.config import ModelConfig, StateLayout
+from dsv4c.irtext import graph_text
+from dsv4c.ops import Op, TensorType
+
+ValueKind = Literal["input", "derived", "streams", "state", "weight", "constant"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a placeholder stands for: a step input, a value of the prelude, the streams, state or a weight."""
+
+    kind: ValueKind
+    name: str
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf module of the plain model: where it is, what it is, and the types of its op's parameters."""
+
+    path: str
+    class_name: str
+    attrs: Mapping[str, Any]
+    types: tuple[TensorType, ...]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One use of a piece: its scope in the whole (`L07.attn`) and the prefix of its weights and state."""
+
+    piece: str
+    scope: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A size unknown until a step runs, between `low` and `high`."""
+
+    name: str
+    low: int
+    high: int
+
+
+@dataclass
+class Program:
+    """Graphs, the recipe that joins them, symbols, the facts that hold, and the passes that ran."""
+
+    config: ModelConfig
+    layout: StateLayout
+    graphs: dict[str, fx.Graph]
+    recipes: dict[str, tuple[Instance, ...]]
+    symbols: dict[str, Symbol]
+    constants: dict[str, torch.Tensor]
+    weight_types: dict[str, TensorType]
+    facts: frozenset[str] = frozenset()
+    history: tuple[PassRecord, ...] = ()
+    weight_sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Weights made by passes: name -> the weights it concatenates along dim 0."""
+
+    def clone(self) -> Program:
+        """An independent copy: passes rewrite in place."""
+        graphs = {}
+        for name, graph in self.graphs.items():
+            new = fx.Graph()
+            out = new.graph_copy(graph, val_map := {})
+            source = graph.output_node()
+            node = new.output(out)
+            node.meta = copy.copy(source.meta)
+            for old, copied in val_map.items():
+                copied.meta = copy.copy(old.meta)
+            graphs[name] = new
+        return Program(
+            self.config, self.layout, graphs, dict(self.recipes), dict(self.symbols), dict(self.constants),
+            dict(self.weight_types), self.facts, self.history, dict(self.weight_sources),
+        )  # fmt: skip
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """All nodes of all graphs."""
+        for graph in self.graphs.values():
+            yield from graph.nodes
+
+    def num_nodes(self) -> int:
+        """Calls (not placeholders, outputs or `getitem`) in all graphs."""
+        return sum(n.op == "call_function" and n.target is not operator.getitem for n in self.nodes())
+
+    def find(self, name: str) -> list[fx.Node]:
+        """Every call of an op by its printed name, e.g. `dsv4.hc_pre` or `aten.linear.default`."""
+        return [n for n in self.nodes() if n.op == "call_function" and target_name(n.target) == name]
+
+    def dump(self) -> str:
+        """The whole program as stable text."""
+        return "\n".join(graph_text(graph, name) for name, graph in self.graphs.items())
+
+    def diff(self, other: Program) -> str:
+        """Unified diff of the two programs' text, from self to other."""
+        return "".join(difflib.unified_diff(self.dump().splitlines(True), other.dump().splitlines(True), n=2))
+
+
+def target_name(target: Any) -> str:
+    """How a call's target is printed."""
+    if isinstance(target, Op):
+        return target.__name__
+    return str(target) if not isinstance(target, type(operator.getitem)) else target.__name__
+
+
+def types_of(node: fx.Node) -> tuple[TensorType, ...]:
+    """The types of a node's outputs."""
+    kind = node.meta["type"]
+    return (kind,) if isinstance(kind, TensorType) else tuple(kind)
+
+
+def is_op(node: Any, name: str | None = None) -> bool:
+    """Whether `node` calls an op of the dialect (of this name)."""
+    return isinstance(node, fx.Node) and isinstance(node.target, Op) and (name is None or node.target.name == name)
