@@ -1,0 +1,290 @@
+"""From token ids to what a client reads: text, reasoning, stop strings, logprobs, a finish reason.
+
+    token --detokenizer--> text --splitter--> reasoning | content --StopMatcher--> safe text --take()--> Delta
+
+One `Choice` follows one sequence. Text that may still turn into a stop string, and bytes that are not yet a
+character, are held back, so that nothing is ever taken back. Everything here runs in the event loop, token by
+token, and does no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dsv4c.runtime.protocol import logprob_number
+
+
+class Detokenizer(Protocol):
+    """Bytes of tokens to whole characters."""
+
+    def push(self, token_id: int, /) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Splitter(Protocol):
+    """Text of a completion to (reasoning, content)."""
+
+    def push(self, delta: str, /) -> tuple[str, str]: ...
+
+    def flush(self) -> tuple[str, str]: ...
+
+
+class TextCodec(Protocol):
+    """What the server needs to know about a tokenizer and a chat format; given to it, never imported."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> Sequence[int] | frozenset[int]: ...
+
+    def encode(self, text: str, /) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
+
+    def token_text(self, token_id: int, /) -> str: ...
+
+    def detokenizer(self) -> Detokenizer: ...
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        thinking: bool,
+        effort: str | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        response_format: Mapping[str, Any] | None,
+    ) -> list[int]: ...
+
+    def splitter(self, thinking: bool, /) -> Splitter: ...
+
+
+class StopMatcher:
+    """Passes text through until a stop string is complete; holds back the shortest text that may begin one.
+
+    The stop that is complete first wins, the longest one of several that end together: the result does not depend
+    on how the text was cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self._firsts = frozenset(stop[0] for stop in stops)
+        self._longest = max((len(stop) for stop in stops), default=0)
+        self.stopped = False
+        self.dropped = 0
+        """Characters of the text that the stop cut off: the stop itself and what came with it."""
+
+    def push(self, text: str) -> str:
+        """The text that is safe to show now."""
+        if not self._stops or self.stopped:
+            return "" if self.stopped else text
+        text = self._held + text
+        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            start = min(ends)[1]
+            self.stopped, self.dropped, self._held = True, len(text) - start, ""
+            return text[:start]
+        keep = self._prefix_len(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """The text held back, when nothing follows."""
+        text, self._held = self._held, ""
+        return text
+
+    @property
+    def num_held(self) -> int:
+        """Characters held back."""
+        return len(self._held)
+
+    def _prefix_len(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[start] in self._firsts and any(stop.startswith(text[start:]) for stop in self._stops):
+                return len(text) - start
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """One token with its text and logprobs; `logprob` is None for the first token of a prompt."""
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top: Sequence[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class Delta:
+    """What became visible since the last look."""
+
+    reasoning: str = ""
+    content: str = ""
+    tokens: list[ScoredToken] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.reasoning or self.content or self.tokens)
+
+
+class Choice:
+    """One generated sequence on its way to the client."""
+
+    def __init__(
+        self,
+        codec: TextCodec,
+        *,
+        index: int = 0,
+        stops: Sequence[str] = (),
+        splitter: Splitter | None = None,
+        scored: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        self.index = index
+        self.finish_reason: str | None = None
+        self.num_tokens = 0
+        self.num_reasoning_tokens = 0
+        self._detokenizer = codec.detokenizer()
+        self._splitter = splitter
+        self._matcher = StopMatcher(stops)
+        self._min_tokens = min_tokens
+        self._scored = scored
+        self._delta = Delta()
+        self._pending: list[ScoredToken] = []  # tokens whose text is not all visible yet
+        self._in_reasoning = splitter is not None
+
+    def push(self, token_id: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()) -> None:
+        """Takes the next token; sets `finish_reason` when it completes a stop string. Later tokens are ignored."""
+        if self.finish_reason is not None:
+            return
+        self.num_tokens += 1
+        text = self._detokenizer.push(token_id)
+        if self._scored:
+            self._pending.append(ScoredToken(token_id, text, logprob, top))
+        self._show(text)
+        if self._in_reasoning:
+            self.num_reasoning_tokens += 1
+
+    def end(self, reason: str, *, hidden_token: bool = False) -> None:
+        """Ends the sequence unless a stop string did. `hidden_token`: an end token came last and is only counted."""
+        if self.finish_reason is not None:
+            return
+        self.num_tokens += hidden_token
+        self._show(self._detokenizer.flush())
+        if self.finish_reason is not None:
+            return
+        if self._splitter is not None:
+            reasoning, content = self._splitter.flush()
+            self._delta.reasoning += reasoning
+            self._match(content)
+        if self.finish_reason is not None:
+            return
+        self._delta.content += self._matcher.flush()
+        self.finish_reason = reason
+
+    def take(self) -> Delta:
+        """What became visible since the last call. Tokens come along with the text that they complete."""
+        delta = self._delta
+        if not (delta or self.finish_reason):
+            return delta
+        visible = self._num_visible()
+        delta.tokens, self._pending = self._pending[:visible], self._pending[visible:]
+        self._delta = Delta()
+        return delta
+
+    def _num_visible(self) -> int:
+        """How many pending tokens have all their text shown."""
+        visible, hidden = len(self._pending), self._matcher.num_held
+        if self.finish_reason is not None:
+            return visible
+        while visible and (hidden > 0 or not self._pending[visible - 1].text):
+            visible -= 1
+            hidden -= len(self._pending[visible].text)
+        return visible
+
+    def _show(self, text: str) -> None:
+        if not text:
+            return
+        if self._splitter is None:
+            self._match(text)
+            return
+        reasoning, content = self._splitter.push(text)
+        self._delta.reasoning += reasoning
+        if content:
+            self._in_reasoning = False
+            self._match(content)
+
+    def _match(self, text: str) -> None:
+        if self.num_tokens < self._min_tokens:
+            self._delta.content += self._matcher.flush() + text
+            return
+        self._delta.content += self._matcher.push(text)
+        if self._matcher.stopped:
+            self.finish_reason = "stop"
+            self._forget(self._matcher.dropped)
+
+    def _forget(self, dropped: int) -> None:
+        """Takes back the pending tokens that lie wholly in the text which the stop cut off."""
+        while dropped and self._pending and len(self._pending[-1].text) <= dropped:
+            dropped -= len(self._pending.pop().text)
+
+
+def score_prompt(
+    codec: TextCodec, prompt: Sequence[int], scores: Sequence[tuple[float, Sequence[tuple[int, float]]] | None]
+) -> list[ScoredToken]:
+    """The tokens of an echoed prompt with their logprobs: `scores[i]` belongs to `prompt[i]`, the first is None."""
+    detokenizer = codec.detokenizer()
+    texts = [detokenizer.push(token) for token in prompt]
+    if texts:
+        texts[-1] += detokenizer.flush()
+    return [
+        ScoredToken(token, text, None if score is None else score[0], () if score is None else score[1])
+        for token, text, score in zip(prompt, texts, scores, strict=True)
+    ]
+
+
+def completion_logprobs(codec: TextCodec, tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
+    """`logprobs` of a /v1/completions choice; `offset` is where the first token's text begins in the choice.
+
+    Alternatives that read alike (pieces of a character) share a key; the most likely one keeps it.
+    """
+    offsets: list[int] = []
+    tops: list[dict[str, float] | None] = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+        if token.logprob is None:
+            tops.append(None)
+            continue
+        top: dict[str, float] = {}
+        for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
+            text, value = codec.token_text(token_id), logprob_number(logprob)
+            top[text] = max(value, top.get(text, value))
+        tops.append(top)
+    return {
+        "tokens": [codec.token_text(token.token_id) for token in tokens],
+        "token_logprobs": [None if t.logprob is None else logprob_number(t.logprob) for t in tokens],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(codec: TextCodec, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+    """`logprobs` of a chat choice."""
+    content = []
+    for token in tokens:
+        entry = _chat_entry(codec, token.token_id, token.logprob if token.logprob is not None else 0.0)
+        entry["top_logprobs"] = [_chat_entry(codec, token_id, logprob) for token_id, logprob in token.top]
+        content.append(entry)
+    return {"content": content, "refusal": None}
+
+
+def _chat_entry(codec: TextCodec, token_id: int, logprob: float) -> dict[str, Any]:
+    text = codec.token_text(token_id)
+    whole = "\ufffd" not in text  # a piece of a character has no text of its own, and no bytes we could vouch for
+    return {"token": text, "logprob": logprob_number(logprob), "bytes": list(text.encode()) if whole else None}

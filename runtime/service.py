@@ -1,0 +1,174 @@
+"""Between HTTP and the engine: one inbox for each HTTP request, filled by the engine's thread, read by the loop.
+
+    handler --submit--> engine thread --Output--> Bridge --one wake-up for a whole step--> Inbox --batches--> handler
+
+An HTTP request owns its engine requests through one `Group`: leaving it, by any way, cancels what still runs, so
+that a client that goes away gives its pages back. The engine's side is a Protocol; tests script it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol
+
+from dsv4c.errors import Dsv4cError, RequestError
+from dsv4c.runtime.params import SamplingParams
+
+Score = tuple[float, Sequence[tuple[int, float]]]
+"""A token's logprob, and the most likely tokens at its place with theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What the engine says about one request after one step.
+
+    `finish_reason` is `stop`, `length`, `cancelled` or `error`; an `error` carries its reason. The end-of-sequence
+    token arrives like any other, in the Output that says `stop`. `prompt_scores` comes once, with the first
+    Output, when asked for: one entry a prompt token, None for the first.
+    """
+
+    token_id: int | None = None
+    score: Score | None = None
+    prompt_scores: Sequence[Score | None] | None = None
+    finish_reason: str | None = None
+    error: Dsv4cError | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A glance at the engine: requests running and waiting, pages in use and in all for each KV group."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: Mapping[str, int] = field(default_factory=dict)
+    pages_total: Mapping[str, int] = field(default_factory=dict)
+    preemptions: int = 0
+
+
+class Engine(Protocol):
+    """What the server asks of an engine. Every method may be called from the event loop and returns at once."""
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and completion together."""
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, sink: Callable[[Output], None]) -> int:
+        """Queues a request and returns its id; `sink` is called in the engine's thread.
+
+        Raises RequestError: 400 if it can never run, 503 if the queue is full or pages cannot suffice.
+        """
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request and frees its pages soon; does nothing if it has ended."""
+
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def failure(self) -> Dsv4cError | None:
+        """Why the engine stopped serving, or None while it is well."""
+
+
+class Bridge:
+    """Carries outputs from the engine's thread into the event loop, with one wake-up for many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: deque[tuple[Inbox, int, Output]] = deque()
+        self._scheduled = False
+
+    def put(self, inbox: Inbox, index: int, output: Output) -> None:
+        """From any thread. Outputs for a loop that has gone are dropped: nobody is left to read them."""
+        self._queue.append((inbox, index, output))
+        if self._scheduled:
+            return
+        self._scheduled = True  # cleared before the queue is drained, so nothing is left behind
+        try:
+            self._loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        while self._queue:
+            inbox, index, output = self._queue.popleft()
+            inbox.add(index, output)
+
+
+class Inbox:
+    """Outputs of the sequences of one HTTP request, in order of arrival, read by one task in the loop."""
+
+    def __init__(self) -> None:
+        self._outputs: list[tuple[int, Output]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add(self, index: int, output: Output) -> None:
+        self._outputs.append((index, output))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[tuple[int, Output]]:
+        """Waits for at least one output; returns all that are there."""
+        if not self._outputs:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+class Group:
+    """The engine requests of one HTTP request: `async with Group(...) as group`, then iterate over batches."""
+
+    def __init__(self, engine: Engine, bridge: Bridge) -> None:
+        self._engine = engine
+        self._bridge = bridge
+        self._inbox = Inbox()
+        self._running: dict[int, int] = {}
+
+    async def __aenter__(self) -> Group:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, index: int) -> None:
+        """Queues sequence `index`. Raises RequestError as the engine does."""
+        inbox, bridge = self._inbox, self._bridge
+        self._running[index] = self._engine.submit(prompt, params, lambda output: bridge.put(inbox, index, output))
+
+    def cancel(self, index: int | None = None) -> None:
+        """Cancels one sequence, or all that still run."""
+        indices = list(self._running) if index is None else [index]
+        for i in indices:
+            if (request_id := self._running.pop(i, None)) is not None:
+                self._engine.cancel(request_id)
+
+    def fail(self, error: Dsv4cError) -> None:
+        """Ends the iteration with this error. From the event loop."""
+        self._inbox.add(-1, Output(finish_reason="error", error=error))
+
+    async def batches(self) -> AsyncIterator[list[tuple[int, Output]]]:
+        """Lists of (index, output) until every sequence has ended or was cancelled. Raises a failed one's error."""
+        while self._running:
+            batch = []
+            for index, output in await self._inbox.take():
+                if output.error is not None and (index < 0 or index in self._running):
+                    raise output.error
+                if index not in self._running:
+                    continue  # it was cancelled; a late step still spoke of it
+                if output.finish_reason is not None:
+                    del self._running[index]
+                    if output.finish_reason == "cancelled":
+                        raise RequestError("the request was cancelled", status=503, code="cancelled")
+                batch.append((index, output))
+            if batch:
+                yield batch
