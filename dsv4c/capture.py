@@ -18,8 +18,8 @@ from torch.export import Dim
 
 from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.errors import CompileError
-from dsv4c.model.state import group_ratios, state_tensors
-from dsv4c.model.transformer import Transformer, groups_of_ratio
+from dsv4c.model.state import group_ratios, min_columns, state_tensors
+from dsv4c.model.transformer import Prelude, Transformer, groups_of_ratio
 from dsv4c.ops import LEAVES, OPS, Op, TensorType
 from dsv4c.program import Instance, Leaf, Program, Symbol, Value
 
@@ -70,11 +70,8 @@ def _symbols(config: ModelConfig, layout: StateLayout) -> dict[str, Symbol]:
     out = {name: Symbol(name, 0, huge) for name in ("T", "S", "R", "Z")}
     for ratio in config.ratios:
         out[f"E_{ratio}"] = Symbol(f"E_{ratio}", 0, huge)
-    for group, ratio in group_ratios(config).items():
-        low = 1
-        if group == "index" or f"c{group_ratios(config).get('index', -1)}" == group:
-            low = -(-config.index_topk // layout.entries_per_page(ratio))
-        out[f"P_{group}"] = Symbol(f"P_{group}", low, huge)
+    for group in group_ratios(config):
+        out[f"P_{group}"] = Symbol(f"P_{group}", min_columns(config, layout, group), huge)
         out[f"N_{group}"] = Symbol(f"N_{group}", 1, huge)
     return out
 
@@ -165,13 +162,10 @@ def _attention_piece(
     if ratio:
         step_keys += ["seq_starts", "seq_ends", "state_slots", f"ends_{ratio}"]
         made_keys += [f"entry_rope_{ratio}"]
-    order: list[str] = []
-
     def run(part: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         state = dict(zip(state_keys, tensors, strict=False))
         step = dict(zip(step_keys + made_keys, tensors[len(state_keys) :], strict=True))
         x, after = part.attention(x, state, step)
-        order[:] = state_keys
         return (x, *(after[k] for k in state_keys))
 
     values = [
@@ -203,8 +197,6 @@ def _recipes(model: Transformer, config: ModelConfig) -> dict[str, tuple[Instanc
 
 
 def _constants(config: ModelConfig, layout: StateLayout) -> dict[str, Tensor]:
-    from dsv4c.model.transformer import Prelude
-
     return {f"prelude.{name}": buffer for name, buffer in Prelude(config, layout).named_buffers()}
 
 

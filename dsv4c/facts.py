@@ -94,14 +94,20 @@ def _fused(second: str, index: int, first: str, output: int | None) -> Checker:
     return check
 
 
+def linear_group(node: fx.Node) -> tuple[object, bool]:
+    """What linear maps must share to become one: their input, and whether they widen it."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return x, bool(node.kwargs["float32"]) and types_of(x)[0].dtype != "float32"
+
+
 def _no_shared_input(program: Program) -> list[fx.Node]:
     out, seen = [], set()
     for node in calls(program):
         if is_op(node, "linear"):
-            key = (node.args[0], node.kwargs["float32"] and types_of(node.args[0])[0].dtype != "float32")  # type: ignore[arg-type]
-            if key in seen:
+            if linear_group(node) in seen:
                 out.append(node)
-            seen.add(key)
+            seen.add(linear_group(node))
     return out
 
 
@@ -110,7 +116,8 @@ def _lowered(program: Program) -> list[fx.Node]:
 
 
 def _quantised(program: Program) -> list[fx.Node]:
-    return [n for n in calls(program) if is_op(n, "experts") or is_op(n, "grouped_linear")]
+    weights = (n for n in program.nodes() if n.op == "placeholder" and n.meta["value"].kind == "weight")
+    return [n for n in weights if "stored" not in n.meta]
 
 
 CHECKERS: dict[str, Checker] = {
@@ -122,7 +129,6 @@ CHECKERS: dict[str, Checker] = {
     "hc-head-norm-fused": _fused("rms_norm", 0, "hc_head", None),
     "head-rope-fused": _fused("rope", 0, "head_norm", None),
     "norm-rope-write-fused": _fused("rope", 0, "rms_norm", None),
-    "unrope-linear-fused": _fused("grouped_linear", 0, "rope", None),
     "linears-fused": _no_shared_input,
     "quantised": _quantised,
     "lowered": _lowered,

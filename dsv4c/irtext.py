@@ -21,7 +21,8 @@ def graph_text(graph: fx.Graph, name: str) -> str:
         if node.op == "placeholder":
             names[node] = f"%{node.meta['value'].kind}.{node.meta['value'].name}"
             if node.users:
-                lines.append(f"  {names[node]} : {node.meta['type']}")
+                stored = f" stored {node.meta['stored']}" if "stored" in node.meta else ""
+                lines.append(f"  {names[node]} : {node.meta['type']}{stored}")
         elif node.op == "output":
             parts = (f"{k}={_argument(v, names)}" for k, v in zip(node.meta["outputs"], node.args[0], strict=True))
             lines.append(f"  return {', '.join(parts)}")

@@ -1,0 +1,64 @@
+"""The passes, one a file, and the default pipeline as a table of contents. The order is solved from facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dsv4c.passes.canonicalize import Canonicalize
+from dsv4c.passes.check_lowered import CheckLowered
+from dsv4c.passes.fuse_hc_head_norm import FuseHcHeadNorm
+from dsv4c.passes.fuse_hc_norm import FuseHcNorm
+from dsv4c.passes.fuse_hc_post_pre import FuseHcPostPre
+from dsv4c.passes.fuse_head_rope import FuseHeadRope
+from dsv4c.passes.fuse_linears import FuseLinears
+from dsv4c.passes.fuse_norm_rope_write import FuseNormRopeWrite
+from dsv4c.passes.quantise import Quantise
+from dsv4c.passes.raise_attention import RaiseAttention
+from dsv4c.passes.raise_compressor import RaiseCompressor
+from dsv4c.passes.raise_embedding import RaiseEmbedding
+from dsv4c.passes.raise_hyper import RaiseHyper
+from dsv4c.passes.raise_indexer import RaiseIndexer
+from dsv4c.passes.raise_linear import RaiseLinear
+from dsv4c.passes.raise_moe import RaiseMoe
+from dsv4c.passes.raise_mtp import RaiseMtp
+from dsv4c.passes.raise_norm import RaiseNorm
+from dsv4c.passes.raise_paging import RaisePaging
+from dsv4c.passes.raise_quant import RaiseQuant
+from dsv4c.passes.raise_rope import RaiseRope
+from dsv4c.passes.stitch import Stitch
+from dsv4c.pipeline import Pass, Pipeline
+
+RAISE: tuple[Pass, ...] = (
+    Canonicalize(),
+    RaiseEmbedding(),
+    RaiseRope(),
+    RaisePaging(),
+    RaiseHyper(),
+    RaiseNorm(),
+    RaiseLinear(),
+    RaiseQuant(),
+    RaiseCompressor(),
+    RaiseIndexer(),
+    RaiseAttention(),
+    RaiseMoe(),
+    RaiseMtp(),
+    Stitch(),
+)
+FUSE: tuple[Pass, ...] = (
+    FuseHcNorm(),
+    FuseHcPostPre(),
+    FuseHcHeadNorm(),
+    FuseHeadRope(),
+    FuseNormRopeWrite(),
+    FuseLinears(),
+)
+
+
+def default_pipeline(formats: Mapping[str, str]) -> Pipeline:
+    """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight."""
+    return Pipeline((*RAISE, *FUSE, Quantise(formats=formats), CheckLowered()))
+
+
+def reference_pipeline(formats: Mapping[str, str]) -> Pipeline:
+    """Raised and stitched, nothing fused: what the default pipeline is compared with."""
+    return Pipeline((*RAISE, Quantise(formats=formats)))

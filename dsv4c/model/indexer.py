@@ -31,7 +31,7 @@ def index_topk(
     """[T, K] entries with the highest scores among those a token sees, best first; -1 where it sees fewer.
 
     The score of entry e is the sum over heads of weight * relu(q . key_e), float32, scaled by (C * I)^-1/2. NaN
-    counts as -inf and the earlier entry wins a tie. Needs P * entries_per_page >= K.
+    counts as -inf and the earlier entry wins a tie. Needs P * entries_per_page > K.
     """
     entry = torch.arange(pages_RP.shape[1] * entries_per_page, device=positions.device)
     rows = entry_rows(pages_RP, torch.arange(pages_RP.shape[0], device=positions.device).unsqueeze(1), entry,

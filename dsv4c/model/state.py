@@ -6,8 +6,8 @@ sequences with a fixed page assignment: request r owns consecutive pages of ever
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +65,16 @@ def page_tokens(layout: StateLayout, ratio: int) -> int:
 
 
 def columns(config: ModelConfig, layout: StateLayout, group: str, tokens: int) -> int:
-    """Width of a page table for `tokens` tokens; that of the index group and its entries covers `index_topk`."""
+    """Width of a page table for `tokens` tokens."""
     ratio = group_ratios(config)[group]
-    least = 1
-    if ratio and "index" in group_ratios(config) and ratio == group_ratios(config)["index"]:
-        least = math.ceil(config.index_topk / layout.entries_per_page(ratio))
-    return max(least, math.ceil(tokens / page_tokens(layout, ratio)))
+    return max(min_columns(config, layout, group), math.ceil(tokens / page_tokens(layout, ratio)))
+
+
+def min_columns(config: ModelConfig, layout: StateLayout, group: str) -> int:
+    """Least width of a group's page table: that of the index group holds more than `index_topk` entries."""
+    if group != "index":
+        return 1
+    return config.index_topk // layout.entries_per_page(group_ratios(config)[group]) + 1
 
 
 def init_state(

@@ -89,7 +89,6 @@ _ALL = (
     Op("head_norm_rope", fused.head_norm_rope),
     Op("split_heads_rope", fused.split_heads_rope),
     Op("norm_rope_write", fused.norm_rope_write, in_place={0: "pool"}),
-    Op("unrope_grouped_linear", fused.unrope_grouped_linear, flops=_grouped_flops),
     Op("swiglu_pair", fused.swiglu_pair),
     Op("columns", fused.columns),
 )

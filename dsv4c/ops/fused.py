@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsv4c.model.hyper import hc_head, hc_post, hc_pre
-from dsv4c.model.linear import grouped_linear
 from dsv4c.model.moe import swiglu
 from dsv4c.model.norm import head_norm, rms_norm
 from dsv4c.model.paging import page_write
@@ -85,11 +84,6 @@ def norm_rope_write(
 ) -> Tensor:
     """RMSNorm, `rope`, and the write of the rows into their pages: the pool."""
     return page_write(pool, slots, rope(rms_norm(x, weight, eps=eps), table_TR, inverse=False))
-
-
-def unrope_grouped_linear(x_THC: Tensor, table_TR: Tensor, weight: Tensor, *, groups: int) -> Tensor:
-    """Inverse `rope`, then the grouped output projection."""
-    return grouped_linear(rope(x_THC, table_TR, inverse=True), weight, groups=groups)
 
 
 def swiglu_pair(gate_up: Tensor, *, limit: float) -> Tensor:
