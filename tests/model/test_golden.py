@@ -39,7 +39,7 @@ def test_one_shot_prefill_gives_logits_and_streams(model: Transformer, golden: d
     state = init_state(model.config, LAYOUT, 2, LENGTH)
     streams, _ = model.run(make_step(model.config, LAYOUT, both(ids, 0, LENGTH), LENGTH), state)
     for layer, expected in enumerate(golden["streams"]):
-        assert (streams[layer + 1].view_as(expected) - expected).abs().max() < TOLERANCE, f"after layer {layer}"
+        assert (streams[layer].view_as(expected) - expected).abs().max() < TOLERANCE, f"after {layer} layers"
     logits = model.logits(streams[-1], torch.arange(2 * LENGTH))
     assert (logits.view_as(golden["logits"]) - golden["logits"]).abs().max() < TOLERANCE
 

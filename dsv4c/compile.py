@@ -1,0 +1,215 @@
+"""The compiler's driver: capture -> passes -> plan -> emit -> artifact. Reads as a table of contents.
+
+`lower` and `plan_artifact` need no weights; `compile_artifact` does all of it and writes the directory. The same
+inputs give the same bytes, but for the kernels of a toolchain that does not.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsv4c import __version__, artifact
+from dsv4c.capture import capture, step_inputs
+from dsv4c.config import ModelConfig, StateLayout, Target
+from dsv4c.errors import ArtifactError, ConfigError
+from dsv4c.model.state import group_ratios, min_columns, page_tokens, state_tensors
+from dsv4c.passes import default_pipeline
+from dsv4c.pipeline import Step
+from dsv4c.plan import Plan, plan
+from dsv4c.program import Program
+from dsv4c.schedules._schedule import Progress
+from dsv4c.schedules.emit import emit
+from dsv4c.weights import stored_formats
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chooses when compiling. Counts are upper bounds that the memory plan is made for."""
+
+    max_context: int = 4096
+    max_tokens: int = 512
+    """Tokens of one step: the chunk size of prefill and the most requests that decode together."""
+    max_requests: int = 64
+    fake_quant: bool = False
+
+
+def lower(config: ModelConfig, options: Options, watch: Callable[[Step], None] | None = None) -> Program:
+    """The lowered program of a model: capture, then every pass of the default pipeline."""
+    program = capture(config, StateLayout(), fake_quant=options.fake_quant)
+    for step in default_pipeline(stored_formats(config)).steps(program):
+        program = step.after
+        if watch:
+            watch(step)
+    return program
+
+
+def largest_symbols(config: ModelConfig, layout: StateLayout, options: Options) -> dict[str, int]:
+    """The largest value of every symbol that a buffer may depend on."""
+    tokens, requests = options.max_tokens, options.max_requests
+    out = {"T": tokens, "S": tokens, "R": requests, "Z": requests + 1}
+    for ratio in config.ratios:
+        out[f"E_{ratio}"] = min(tokens, tokens // ratio + requests)
+    for group, ratio in group_ratios(config).items():
+        columns = max(min_columns(config, layout, group), math.ceil(options.max_context / page_tokens(layout, ratio)))
+        out[f"P_{group}"] = columns
+        out[f"N_{group}"] = (1 + requests * columns) * layout.entries_per_page(ratio)
+    return out
+
+
+def artifact_inputs(config: ModelConfig, layout: StateLayout) -> tuple[artifact.Input, ...]:
+    """The step's inputs as the engine must make them."""
+    kinds = {
+        "request_rows": "request_rows", "seq_starts": "seq_starts", "seq_ends": "seq_ends",
+        "state_slots": "state_slots", "token_ids": "token_ids", "positions": "positions", "logit_rows": "logit_rows",
+    }  # fmt: skip
+    out = []
+    for name, kind in step_inputs(config).items():
+        if name.startswith("pages_"):
+            group = name.removeprefix("pages_")
+            least = min_columns(config, layout, group)
+            out.append(artifact.Input(name, "page_table", kind.shape, group=group, min_columns=least))
+        elif name.startswith("ends_"):
+            ratio = int(name.removeprefix("ends_"))
+            out.append(artifact.Input(name, "window_ends", kind.shape, ratio=ratio))
+        else:
+            out.append(artifact.Input(name, kinds[name], kind.shape))  # type: ignore[arg-type]
+    return tuple(out)
+
+
+def kv_groups(
+    config: ModelConfig, layout: StateLayout, names: set[str]
+) -> tuple[tuple[artifact.KVGroup, ...], tuple[artifact.StateGroup, ...]]:
+    """The pools that the program reads, by group, and its per-request state."""
+    tensors = [t for t in state_tensors(config, layout) if t.name in names]
+    groups = []
+    for group, ratio in group_ratios(config).items():
+        pools = tuple(artifact.Pool(t.name, t.entry_shape, "float32") for t in tensors if t.group == group)
+        horizon = config.sliding_window if ratio == 0 else None
+        groups.append(artifact.KVGroup(group, max(ratio, 1), page_tokens(layout, ratio), horizon, pools))
+    rings = tuple(artifact.Pool(t.name, t.entry_shape, "float32") for t in tensors if t.group is None)
+    return tuple(groups), (artifact.StateGroup("compressor", rings),) if rings else ()
+
+
+def plan_artifact(program: Program, target: Target, options: Options) -> Plan:
+    """Schedules, buffers and segments of the `step` entry point."""
+    layout = program.layout
+    symbols = largest_symbols(program.config, layout, options)
+    inputs = artifact_inputs(program.config, layout)
+    return plan(program, "step", "mixed", target.arch, symbols, inputs)
+
+
+def numerics(program: Program, options: Options) -> tuple[str, ...]:
+    """What makes results differ from the plain float32 model."""
+    out = [f"pass {r.name}: {r.why}" for r in program.history if not r.exact and r.rewrites]
+    if options.fake_quant:
+        out.append("KV entries and index vectors are fake-quantised (FP8 groups of 64, FP4 groups of 32)")
+    out.append("activations and state are float32; FP8 and FP4 weights are widened exactly when loaded")
+    return tuple(out)
+
+
+def compile_artifact(
+    config: ModelConfig,
+    target: Target,
+    output: Path,
+    options: Options,
+    *,
+    checkpoint: Path | None = None,
+    cache: Path | None = None,
+    watch: Callable[[Step], None] | None = None,
+    progress: Progress | None = None,
+) -> artifact.Manifest:
+    """Compiles `config` for `target` into the directory `output`, with the checkpoint's files if one is given.
+
+    The directory appears whole or not at all: it is written beside `output` and moved into place. Raises ConfigError
+    for options out of range, ArtifactError if `output` holds something else than an artifact.
+    """
+    _check_options(config, options, output)
+    program = lower(config, options, watch)
+    made = plan_artifact(program, target, options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        directory = Path(scratch) / "artifact"
+        (directory / "kernels").mkdir(parents=True)
+        kernels = emit(made.choices, directory, cache or output.parent / ".dsv4c-cache", progress)
+        manifest = _manifest(program, made, kernels, target, options, embedded=checkpoint is not None)
+        (directory / "ir").mkdir()
+        (directory / "ir" / "step.txt").write_text(program.dump() + "\n", encoding="utf-8")
+        if checkpoint is not None:
+            _embed(checkpoint, directory)
+        artifact.save_manifest(manifest, directory)
+        if output.exists():
+            shutil.rmtree(output)
+        directory.rename(output)
+    return manifest
+
+
+def _check_options(config: ModelConfig, options: Options, output: Path) -> None:
+    if not 1 <= options.max_context <= config.max_position_embeddings:
+        raise ConfigError(f"max context {options.max_context} is not within 1 and {config.max_position_embeddings}")
+    if options.max_tokens < 1 or options.max_requests < 1:
+        raise ConfigError("max tokens and max requests must be at least 1")
+    if options.max_requests > options.max_tokens:
+        raise ConfigError(
+            f"max requests {options.max_requests} is larger than max tokens {options.max_tokens}",
+            hint="every decoding request is one token of a step",
+        )
+    if output.exists() and any(output.iterdir()) and not (output / "manifest.json").is_file():
+        raise ArtifactError(f"`{output}` exists and is not an artifact", hint="choose another folder, or remove it")
+
+
+def _manifest(
+    program: Program,
+    made: Plan,
+    kernels: Mapping[str, artifact.Kernel],
+    target: Target,
+    options: Options,
+    *,
+    embedded: bool,
+) -> artifact.Manifest:
+    groups, states = kv_groups(program.config, program.layout, made.states)
+    model = program.config.to_dict()
+    return artifact.Manifest(
+        format_version=artifact.FORMAT_VERSION,
+        model=model,
+        model_sha256=artifact.config_sha256(model),
+        target=target.arch,
+        isa=torch.backends.cpu.get_cpu_capability().lower(),
+        compute_dtype="float32",
+        max_context=options.max_context,
+        vocab_size=program.config.vocab_size,
+        tools={"dsv4c": __version__, "python": platform.python_version(), "torch": torch.__version__},
+        passes=program.history,
+        numerics=numerics(program, options),
+        kernels=dict(sorted(kernels.items())),
+        programs={"step": made.program},
+        kv_groups=groups,
+        state_groups=states,
+        weights=tuple(made.weights[name] for name in sorted(made.weights)),
+        embedded_weights=embedded,
+    )
+
+
+def _embed(checkpoint: Path, directory: Path) -> None:
+    """Weights as hard links where the file system allows it, else copies; the tokenizer's files beside them."""
+    (directory / "weights").mkdir()
+    (directory / "tokenizer").mkdir()
+    for file in sorted(checkpoint.iterdir()):
+        if file.suffix == ".safetensors" or file.name in ("config.json", "model.safetensors.index.json"):
+            _link(file, directory / "weights" / file.name)
+        elif file.name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(file, directory / "tokenizer" / file.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.stat().st_dev == target.parent.stat().st_dev:
+        target.hardlink_to(source.resolve())
+    else:
+        shutil.copyfile(source, target)

@@ -1,0 +1,252 @@
+"""Program -> plan: a schedule for every call, planned buffers, segments, and the weights and state they read.
+
+Buffers live in one arena. Each has a fixed offset, chosen for the largest value of every symbol, so that buffers
+that are alive together never overlap; a step uses a prefix of each. Views (`columns`, `split_heads`) become strides.
+State that an op updates in place keeps its name: its old value must have no later reader, which is checked.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from dsv4c import artifact
+from dsv4c.errors import CompileError
+from dsv4c.ops import DTYPE_BYTES, VIEWS, Op, TensorType
+from dsv4c.program import Program, types_of
+from dsv4c.schedules._schedule import Choice, OpNode, Value
+from dsv4c.schedules.select import select
+from dsv4c.weights import Transforms, constant, weight
+
+ALIGNMENT = 64  # one cache line; also the widest vector load
+
+
+@dataclass
+class Plan:
+    """What `emit` builds and the manifest states."""
+
+    program: artifact.Program
+    choices: dict[str, Choice]
+    weights: dict[str, artifact.Weight]
+    states: set[str]
+
+
+@dataclass
+class _Buffer:
+    name: str
+    type: TensorType
+    strides: tuple[int, ...]
+    first: int
+    last: int
+    of: str | None = None
+    element_offset: int = 0
+    offset: int | None = None
+
+
+@dataclass
+class _Planner:
+    source: Program
+    graph: fx.Graph
+    target: str
+    symbols: Mapping[str, int]
+    names: dict[fx.Node, str] = field(default_factory=dict)
+    buffers: dict[str, _Buffer] = field(default_factory=dict)
+    calls: list[artifact.Call] = field(default_factory=list)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    weights: dict[str, artifact.Weight] = field(default_factory=dict)
+    layouts: dict[str, dict[Transforms, str]] = field(default_factory=dict)
+    states: set[str] = field(default_factory=set)
+    inputs: set[str] = field(default_factory=set)
+    memo: dict[str, Choice] = field(default_factory=dict)
+
+    def run(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "call_function" and node.target is not operator.getitem:
+                self._call(node)
+
+    def _placeholder(self, node: fx.Node) -> None:
+        value = node.meta["value"]
+        self.names[node] = value.name
+        if value.kind in ("input", "streams"):
+            self.inputs.add(value.name)
+        elif value.kind == "state":
+            self.states.add(value.name)
+
+    def _call(self, node: fx.Node) -> None:
+        op = node.target
+        assert isinstance(op, Op)
+        if op.name in VIEWS:
+            self._view(node)
+            return
+        mutates = tuple(sorted(op.parameters.index(p) for p in op.in_place.values()))
+        inputs = tuple(self._operand(a) for a in node.args)
+        types = types_of(node)
+        written = [i for i in range(op.outputs) if i not in op.in_place]
+        outputs = tuple(Value(types[i].shape, types[i].dtype) for i in written)
+        described = OpNode(op.name, dict(node.kwargs), inputs, outputs, mutates)
+        choice = self._choose(described)
+        self.choices[choice.kernel] = choice
+        place = len(self.calls)
+        args = [self._argument(a, i, choice) for i, a in enumerate(node.args)]
+        args += [self._new(f"{place}.work{i}", v.shape, v.dtype, place) for i, v in enumerate(choice.workspace)]
+        results = {i: self._new(f"{place}.{i}", types[i].shape, types[i].dtype, place) for i in written}
+        for index, parameter in op.in_place.items():
+            state = node.args[op.parameters.index(parameter)]
+            assert isinstance(state, fx.Node)
+            self._check_in_place(state, node)
+            results[index] = self.names[state]
+        self._name_results(node, op, results)
+        args += [results[i] for i in written]
+        self.calls.append(artifact.Call(choice.kernel, tuple(args), len(written), node.meta.get("scope", "")))
+
+    def _choose(self, node: OpNode) -> Choice:
+        key = repr(node)
+        if key not in self.memo:
+            self.memo[key] = select(node, self.target, symbols=self.symbols)
+        return self.memo[key]
+
+    def _operand(self, arg: Any) -> Value | None:
+        if not isinstance(arg, fx.Node):
+            return None
+        kind = types_of(arg)[0] if arg.target is not operator.getitem else arg.meta["type"]
+        name = self.names[arg]
+        role: Any = "activation"
+        if arg.op == "placeholder":
+            role = {"weight": "weight", "constant": "weight", "state": "pool"}.get(arg.meta["value"].kind, "input")
+        elif name in self.states:
+            role = "pool"
+        buffer = self.buffers.get(name)
+        dense = _dense(kind.shape)
+        strides = buffer.strides if buffer is not None and buffer.strides != dense else None
+        return Value(kind.shape, kind.dtype, role, strides)
+
+    def _argument(self, arg: Any, index: int, choice: Choice) -> str | None:
+        if not isinstance(arg, fx.Node):
+            return None
+        name = self.names[arg]
+        place = len(self.calls)
+        buffer = self.buffers.get(name)
+        while buffer is not None:
+            buffer.last = max(buffer.last, place)
+            buffer = self.buffers.get(buffer.of) if buffer.of else None
+        if arg.op != "placeholder" or arg.meta["value"].kind not in ("weight", "constant"):
+            return name
+        return self._weight(arg, index, choice)
+
+    def _weight(self, arg: fx.Node, index: int, choice: Choice) -> str:
+        value, layout = arg.meta["value"], tuple(choice.layouts.get(index, ()))
+        known = self.layouts.setdefault(value.name, {})
+        if layout in known:
+            return known[layout]
+        name = value.name if not known else f"{value.name}#{len(known)}"
+        laid = choice.inputs[index]
+        assert laid is not None
+        shape = tuple(int(s) for s in laid.shape)
+        if value.kind == "constant":
+            self.weights[name] = constant(self.source, value.name, layout)
+        else:
+            self.weights[name] = weight(self.source, value.name, name, layout, shape, laid.dtype)
+        known[layout] = name
+        return name
+
+    def _check_in_place(self, state: fx.Node, writer: fx.Node) -> None:
+        after = False
+        for node in self.graph.nodes:
+            if node is writer:
+                after = True
+            elif after and state in node.all_input_nodes:
+                raise CompileError(
+                    f"`{writer.format_node()}` overwrites `{self.names[state]}`, which `{node.name}` still reads"
+                )
+
+    def _name_results(self, node: fx.Node, op: Op, results: Mapping[int, str]) -> None:
+        if op.outputs == 1:
+            self.names[node] = results[0]
+            return
+        for user in node.users:
+            self.names[user] = results[int(str(user.args[1]))]
+
+    def _new(self, name: str, shape: artifact.Shape, dtype: str, place: int) -> str:
+        self.buffers[name] = _Buffer(name, TensorType(shape, dtype), _dense(shape), place, place)
+        return name
+
+    def _view(self, node: fx.Node) -> None:
+        base_node = node.args[0]
+        assert isinstance(base_node, fx.Node) and isinstance(node.target, Op)
+        base = self.buffers[self.names[base_node]]
+        kind: TensorType = node.meta["type"]
+        offset, strides = base.element_offset, base.strides
+        if node.target.name == "columns":
+            offset += int(str(node.kwargs["start"])) * strides[-1]
+        else:
+            strides = (*strides[:-1], int(kind.shape[-1]) * strides[-1], strides[-1])
+        root = base.of or base.name
+        name = f"{root}.view{sum(b.of == root for b in self.buffers.values())}"
+        self.buffers[name] = _Buffer(name, kind, strides, base.first, base.last, root, offset)
+        self.names[node] = name
+
+    def allocate(self) -> int:
+        """Offsets for all owning buffers, largest first, each at the lowest place free for its whole life."""
+        owners = [b for b in self.buffers.values() if b.of is None]
+        placed: list[tuple[int, int, _Buffer]] = []
+        top = 0
+        for buffer in sorted(owners, key=lambda b: (-self._bytes(b), b.first, b.name)):
+            size = self._bytes(buffer)
+            start = 0
+            for low, high, other in sorted(placed, key=lambda p: p[0]):
+                alive_together = other.first <= buffer.last and buffer.first <= other.last
+                if alive_together and start < high and low < start + size:
+                    start = high
+            buffer.offset = start
+            placed.append((start, start + size, buffer))
+            top = max(top, start + size)
+        return top
+
+    def _bytes(self, buffer: _Buffer) -> int:
+        size = buffer.type.numel(self.symbols) * DTYPE_BYTES[buffer.type.dtype]
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _dense(shape: artifact.Shape) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape[1:]):
+        strides.append(step)
+        step *= int(size)
+    return tuple(reversed([*strides, step])) if shape else ()
+
+
+def plan(
+    program: Program,
+    graph_name: str,
+    phase: str,
+    target: str,
+    symbols: Mapping[str, int],
+    inputs: tuple[artifact.Input, ...],
+) -> Plan:
+    """Plans one entry point of a lowered program. `symbols`: the largest value of every symbol.
+
+    Raises ScheduleError if no schedule accepts an op.
+    """
+    planner = _Planner(program, program.graphs[graph_name], target, symbols)
+    planner.run()
+    output = planner.graph.output_node()
+    named = dict(zip(output.meta["outputs"], output.args[0], strict=True))
+    outputs = {k: planner.names[v] for k, v in named.items() if k == "logits"}
+    for name in outputs.values():
+        planner.buffers[name].last = len(planner.calls)
+    arena = planner.allocate()
+    buffers = tuple(
+        artifact.Buffer(b.name, b.type.shape, b.type.dtype, b.strides, b.offset, b.of, b.element_offset)
+        for b in planner.buffers.values()
+    )
+    segment = artifact.Segment("graph", tuple(planner.calls))
+    made = artifact.Program(
+        phase, dict(symbols), tuple(i for i in inputs if i.name in planner.inputs), buffers, (segment,), outputs, arena
+    )
+    return Plan(made, planner.choices, planner.weights, planner.states)
