@@ -1,0 +1,233 @@
+"""Reads a checkpoint in DeepSeek's original layout: lazily, memory-mapped, deciding storage tensor by tensor.
+
+    DIR/config.json
+    DIR/model.safetensors                  or, in several files:
+    DIR/model.safetensors.index.json       {"weight_map": {tensor name: file name}}
+
+A linear may be FP8 (e8m0 or float32 scales), packed FP4, BF16 or F32, whatever config.json says. Names and shapes
+come from the config (`names.inventory`); MTP tensors may be absent altogether.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv4c.checkpoint.dequantise import bad_scales, dequantise_fp4, dequantise_fp8_block
+from dsv4c.checkpoint.names import (
+    Kind,
+    TensorSpec,
+    allowed_dtypes,
+    inventory,
+    is_mtp,
+    num_mtp_layers,
+    scale_shape,
+    stored_kind,
+    stored_tensors,
+)
+from dsv4c.checkpoint.shard import Entry, Shard
+from dsv4c.checkpoint.source import load_model_state
+from dsv4c.config import ModelConfig
+from dsv4c.errors import CheckpointError
+
+__all__ = ["Checkpoint", "load_model_state"]
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_MOST_PROBLEMS = 8  # listed in one error; a wrong config gives thousands
+_SCALE_DTYPES: dict[Kind, tuple[str, ...]] = {"fp8": ("F8_E8M0", "F32"), "fp4": ("F8_E8M0",)}
+
+
+class Checkpoint:
+    """A checkpoint folder. Opening it reads config.json and the list of tensors; data is mapped when asked for.
+
+    Raises CheckpointError for a folder that is no checkpoint or whose index is damaged, ConfigError for a bad
+    config.json.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            what = "it has no config.json" if self.path.is_dir() else "there is no such folder"
+            raise CheckpointError(
+                f"`{self.path}` is not a checkpoint: {what}",
+                hint="give a folder with config.json and safetensors files",
+            )
+        self.config = ModelConfig.from_file(self.path / "config.json")
+        self._shards: dict[str, Shard] = {}
+        self._files = self._file_of_each_tensor()
+        self.has_mtp = num_mtp_layers(self.config) > 0 and any(is_mtp(name) for name in self._files)
+        self._specs = inventory(self.config, mtp=self.has_mtp)
+
+    def names(self) -> list[str]:
+        """Names of all stored tensors, scales included, sorted."""
+        return sorted(self._files)
+
+    def raw(self, name: str) -> Tensor:
+        """The stored tensor as a view of its mapped file: read-only by contract."""
+        return self._shard_of(name).view(name)
+
+    def dequantised(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A logical tensor ([out, in] of a linear, ...) as a new `dtype` tensor; tables of ids stay int64.
+
+        Raises CheckpointError if it is no tensor of the model, is missing, misshapen or of a wrong type, if a scale
+        is not finite, or if a table row repeats an expert or leaves the range.
+        """
+        spec = self._specs.get(name)
+        if spec is None:
+            raise CheckpointError(f"`{name}` is no tensor of this model", hint=f"see config.json in `{self.path}`")
+        problem = self._stored_problem(spec) or self._data_problem(spec)
+        if problem:
+            raise CheckpointError(problem, hint=self._hint())
+        shard = self._shard_of(name)
+        kind = self._kind(spec)
+        if kind not in ("fp8", "fp4"):
+            out = shard.view(name).to(torch.int64 if kind == "i64" else dtype, copy=True)
+        else:
+            dequantise = dequantise_fp8_block if kind == "fp8" else dequantise_fp4
+            out = dequantise(shard.view(name), self.raw(spec.scale_name), dtype)
+            self._shard_of(spec.scale_name).release(spec.scale_name)
+        shard.release(name)
+        return out
+
+    def validate(self) -> None:
+        """Compares every tensor with what the config demands, and reads all scales and expert tables.
+
+        Raises one CheckpointError that names the first tensors at fault, their files and both values.
+        """
+        for name in self._files:
+            self._shard_of(name)
+        problems = list(self._problems())
+        if not problems:
+            return
+        shown = problems[:_MOST_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise CheckpointError("; ".join(shown), hint=self._hint())
+
+    def _problems(self) -> Iterator[str]:
+        known = set()
+        for spec in self._specs.values():
+            known.add(spec.name)
+            problem = self._stored_problem(spec)
+            if problem is None:
+                if self._kind(spec) in ("fp8", "fp4"):
+                    known.add(spec.scale_name)
+                problem = self._data_problem(spec)
+            elif spec.role in ("linear", "expert"):
+                known.add(spec.scale_name)  # one complaint a weight
+            if problem:
+                yield problem
+        stored = {name: file for file, shard in self._shards.items() for name in shard.entries} | self._files
+        for name in sorted(stored.keys() - known):
+            entry = self._shards[stored[name]].entries.get(name)
+            found = f"{entry.dtype} {list(entry.shape)}" if entry else "only its name in the index"
+            yield f"`{name}` in `{stored[name]}` is unexpected: found {found}, expected no such tensor"
+
+    def _stored_problem(self, spec: TensorSpec) -> str | None:
+        """What is wrong with the presence, type or shape of a tensor or its scale."""
+        entry = self._entry(spec.name)
+        if entry is None:
+            stored = stored_tensors(spec)[0]
+            return f"`{spec.name}` is missing in {self._where(spec.name)}: expected {stored.dtype} {list(stored.shape)}"
+        where = f"`{spec.name}` in {self._where(spec.name)}"
+        kind = stored_kind(spec, entry.dtype)
+        if kind is None:
+            return f"{where}: dtype is {entry.dtype}, expected {' or '.join(allowed_dtypes(spec))}"
+        shape = stored_tensors(spec, kind)[0].shape
+        if entry.shape != shape:
+            return f"{where}: shape is {list(entry.shape)}, expected {list(shape)} for {entry.dtype}"
+        if kind not in ("fp8", "fp4"):
+            return None
+        return self._scale_problem(spec, kind)
+
+    def _scale_problem(self, spec: TensorSpec, kind: Kind) -> str | None:
+        name, shape, dtypes = spec.scale_name, scale_shape(spec.shape, kind), _SCALE_DTYPES[kind]
+        entry = self._entry(name)
+        if entry is None:
+            return f"`{name}` is missing in {self._where(name)}: expected {' or '.join(dtypes)} {list(shape)}"
+        if entry.dtype not in dtypes:
+            return f"`{name}` in {self._where(name)}: dtype is {entry.dtype}, expected {' or '.join(dtypes)}"
+        if entry.shape != shape:
+            return f"`{name}` in {self._where(name)}: shape is {list(entry.shape)}, expected {list(shape)}"
+        return None
+
+    def _data_problem(self, spec: TensorSpec) -> str | None:
+        """What is wrong with the scales or the expert ids of a tensor that is stored as it should be."""
+        kind = self._kind(spec)
+        if kind in ("fp8", "fp4"):
+            name = spec.scale_name
+            scale = self.raw(name)
+            bad = bad_scales(scale)
+            self._shard_of(name).release(name)
+            if bad:
+                return (
+                    f"`{name}` in {self._where(name)}: found {bad} NaN or infinite scales, "
+                    f"expected all {scale.numel()} to be finite"
+                )
+        return self._table_problem(spec) if spec.role == "table" else None
+
+    def _table_problem(self, spec: TensorSpec) -> str | None:
+        experts = self.config.n_routed_experts
+        rows = self.raw(spec.name).sort(-1).values
+        where = f"`{spec.name}` in {self._where(spec.name)}"
+        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= experts):
+            found = int(rows.max()) if int(rows.max()) >= experts else int(rows.min())
+            return f"{where}: found expert {found}, expected 0 to {experts - 1}"
+        repeated = (rows[:, 1:] == rows[:, :-1]).any(-1).nonzero()
+        if len(repeated):
+            row = int(repeated[0])
+            ids = self.raw(spec.name)[row].tolist()
+            return f"{where}: row {row} is {ids}, expected {len(ids)} distinct experts"
+        return None
+
+    def _kind(self, spec: TensorSpec) -> Kind | None:
+        entry = self._entry(spec.name)
+        return stored_kind(spec, entry.dtype) if entry else None
+
+    def _entry(self, name: str) -> Entry | None:
+        return self._shard_of(name).entries.get(name) if name in self._files else None
+
+    def _where(self, name: str) -> str:
+        return f"`{self._files.get(name, self.path)}`"
+
+    def _hint(self) -> str:
+        return f"is config.json in `{self.path}` of this model, and is the download whole?"
+
+    def _shard_of(self, name: str) -> Shard:
+        file = self._files.get(name)
+        if file is None:
+            raise CheckpointError(f"`{name}` is missing in `{self.path}`", hint=self._hint())
+        if file not in self._shards:
+            if not (self.path / file).is_file():
+                raise CheckpointError(
+                    f"`{name}` should be in `{file}`, but `{self.path}` has no such file", hint=self._hint()
+                )
+            self._shards[file] = Shard(self.path / file)
+        return self._shards[file]
+
+    def _file_of_each_tensor(self) -> dict[str, str]:
+        index = self.path / INDEX_FILE
+        if not index.is_file():
+            if not (self.path / SINGLE_FILE).is_file():
+                raise CheckpointError(
+                    f"`{self.path}` is not a checkpoint: it has neither {SINGLE_FILE} nor {INDEX_FILE}",
+                    hint="give a folder with config.json and safetensors files",
+                )
+            self._shards[SINGLE_FILE] = Shard(self.path / SINGLE_FILE)
+            return dict.fromkeys(self._shards[SINGLE_FILE].entries, SINGLE_FILE)
+        try:
+            data = json.loads(index.read_text(encoding="utf-8"))
+            files = {str(name): str(file) for name, file in data["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"`{index}` has no readable `weight_map`: {error!r}", hint=self._hint()) from error
+        for name, file in files.items():
+            if Path(file).name != file:
+                raise CheckpointError(
+                    f"`{index}` puts `{name}` in `{file}`, expected a plain file name", hint=self._hint()
+                )
+        return files
