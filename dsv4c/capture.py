@@ -113,7 +113,7 @@ def _pieces(model: Transformer, config: ModelConfig, layout: StateLayout) -> dic
 
     step_keys = [k for k in inputs if k not in ("token_ids", "seq_starts", "seq_ends", "state_slots", "logit_rows")]
     out["prelude"] = Piece(
-        _Call(model.prelude, lambda part, *t: tuple(part(dict(zip(step_keys, t, strict=True))).values())),
+        _Call(model.prelude, lambda part, *t: _in_order(part(dict(zip(step_keys, t, strict=True))), derived)),
         "part.", tuple(("input", k, inputs[k]) for k in step_keys), tuple(f"derived.{k}" for k in derived),
     )  # fmt: skip
     out["embed"] = Piece(
@@ -144,6 +144,10 @@ def _pieces(model: Transformer, config: ModelConfig, layout: StateLayout) -> dic
             "part.", (streams, ("input", "logit_rows", inputs["logit_rows"])), ("logits",),
         )  # fmt: skip
     return out
+
+
+def _in_order(values: Mapping[str, Tensor], names: Mapping[str, object]) -> tuple[Tensor, ...]:
+    return tuple(values[name] for name in names)
 
 
 def _blocks(model: Transformer) -> list[tuple[int, Any, str]]:

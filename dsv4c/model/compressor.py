@@ -107,7 +107,7 @@ class Compressor(nn.Module):
         self.rope = Rope()
         self.quantise: nn.Module | None = None
         if fake_quant and index:
-            self.quantise = QuantiseIndex(32)
+            self.quantise = QuantiseIndex(min(32, dim))
         elif fake_quant:
             self.quantise = kv_quantiser(config)
         self.write = PageWrite()

@@ -86,7 +86,7 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config, ratio, config.index_head_dim, index=True, fake_quant=fake_quant)
         self.heads = SplitHeads(config.index_n_heads)
         self.rope = Rope()
-        self.quantise = QuantiseIndex(32) if fake_quant else None
+        self.quantise = QuantiseIndex(min(32, config.index_head_dim)) if fake_quant else None
         self.topk = IndexTopk(ratio, layout.entries_per_page(ratio), config.index_topk)
 
     def forward(
