@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+from dsv4c.checkpoint.hf_names import plain_state
 from dsv4c.config import ModelConfig, RopeScaling, StateLayout
 from dsv4c.model import Transformer, init_state, make_step
 
@@ -50,23 +51,6 @@ def theirs(kinds: list[str], hca: int, **sizes: int) -> DeepseekV4ForCausalLM:
     return model
 
 
-RENAMED = (
-    ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"), ("attn_hc.", "hc_attn_"),
-    ("ffn_hc.", "hc_ffn_"), ("self_attn.compressor.indexer.scorer.weights_proj", "attn.indexer.weights_proj"),
-    ("self_attn.compressor.indexer.q_b_proj", "attn.indexer.wq_b"),
-    ("self_attn.compressor.indexer.", "attn.indexer.compressor."), ("self_attn.compressor.", "attn.compressor."),
-    ("compressor.kv_proj", "compressor.wkv"), ("gate_proj.weight", "wgate.weight"),
-    ("position_bias", "ape"), ("compressor.kv_norm", "compressor.norm"), ("self_attn.sinks", "attn.attn_sink"),
-    ("self_attn.q_a_proj", "attn.wq_a"), ("self_attn.q_a_norm", "attn.q_norm"), ("self_attn.q_b_proj", "attn.wq_b"),
-    ("self_attn.kv_proj", "attn.wkv"), ("self_attn.kv_norm", "attn.kv_norm"), ("self_attn.o_a_proj", "attn.wo_a"),
-    ("self_attn.o_b_proj", "attn.wo_b"), ("mlp.gate.e_score_correction_bias", "ffn.gate.bias"),
-    ("mlp.shared_experts.wgate", "ffn.shared_experts.w1"), ("mlp.shared_experts.up_proj", "ffn.shared_experts.w3"),
-    ("mlp.shared_experts.down_proj", "ffn.shared_experts.w2"), ("mlp.", "ffn."),
-    ("model.embed_tokens", "embed"), ("lm_head", "head"), ("model.hc_head.hc_", "hc_head_"), ("model.norm", "norm"),
-    ("model.", ""),
-)  # fmt: skip
-
-
 def ours(model: DeepseekV4ForCausalLM, hca: int) -> Transformer:
     """The same weights in the plain model."""
     c = model.config
@@ -81,18 +65,8 @@ def ours(model: DeepseekV4ForCausalLM, hca: int) -> Transformer:
         routed_scaling_factor=1.5, swiglu_limit=1.0, num_nextn_predict_layers=0,
         rope_scaling=RopeScaling(original_max_position_embeddings=256),
     )  # fmt: skip
-    state = {}
-    for name, value in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            prefix = name.removeprefix("model.").replace("mlp.experts.gate_up_proj", "ffn.experts.")
-            state[prefix + "w1"], state[prefix + "w3"] = value.chunk(2, 1)
-            continue
-        name = name.replace("mlp.experts.down_proj", "ffn.experts.w2")
-        for old, new in RENAMED:
-            name = name.replace(old, new)
-        state[name] = value
     plain = Transformer(config, LAYOUT).eval()
-    missing, unexpected = plain.load_state_dict(state, strict=False)
+    missing, unexpected = plain.load_state_dict(plain_state(model.state_dict()), strict=False)
     assert not missing, missing
     assert all("inv_freq" in name for name in unexpected), unexpected
     return plain

@@ -1,0 +1,192 @@
+"""The command line: parsing and printing, nothing else. Data goes to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 a fault of ours, 2 the user's input. Heavy imports happen inside the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dsv4c import __version__
+from dsv4c.errors import ConfigError, Dsv4cError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from dsv4c.config import ModelConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+        return int(args.run(args))
+    except Dsv4cError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, hint=f"see `{self.prog} --help`")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dsv4c", description="Compile DeepSeek-V4 to an artifact, and serve it.")
+    parser.add_argument("--version", action="version", version=f"dsv4c {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    compile_ = commands.add_parser("compile", help="compile a checkpoint folder or a preset to an artifact")
+    compile_.add_argument("model", metavar="MODEL", help="a checkpoint folder, or flash, pro, nano")
+    compile_.add_argument("--target", required=True, help="what to compile for: cpu")
+    compile_.add_argument("-o", "--output", type=Path, help="the artifact's folder")
+    compile_.add_argument("--dry-run", action="store_true", help="everything but emitting; print the passes")
+    compile_.add_argument("--max-context", type=_positive, help="longest request in tokens")
+    compile_.add_argument("--max-tokens", type=_positive, default=512, help="tokens of one step (default 512)")
+    compile_.add_argument("--max-requests", type=_positive, default=64, help="requests of one step (default 64)")
+    compile_.add_argument("--fake-quant", action="store_true", help="fake-quantise KV entries as in training")
+    compile_.add_argument("--cache", type=Path, help="folder for built kernels (default: beside the artifact)")
+    compile_.set_defaults(run=_compile)
+
+    run = commands.add_parser("run", help="serve an artifact over HTTP, or answer one prompt")
+    run.add_argument("artifact", metavar="DIR", type=Path, help="the artifact's folder")
+    run.add_argument("--weights", type=Path, help="checkpoint folder, if the artifact holds no weights")
+    run.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: seeded random weights")
+    run.add_argument("--seed", type=int, default=0, help="of dummy weights")
+    run.add_argument("--tokenizer", type=Path, help="tokenizer.json, if the artifact holds none")
+    run.add_argument("--prompt", help="answer once on stdout and exit")
+    run.add_argument("--max-new-tokens", type=_positive, default=64, help="with --prompt (default 64)")
+    run.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
+    run.add_argument("--port", type=int, default=8000, help="port to bind (default 8000)")
+    run.add_argument("--model-name", help="the name clients use (default: the artifact's folder)")
+    run.add_argument("--max-requests", type=_positive, help="requests served at once")
+    run.add_argument("--max-queue", type=_positive, default=512, help="requests that may wait (default 512)")
+    run.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    run.set_defaults(run=_run)
+
+    inspect = commands.add_parser("inspect", help="an artifact in words")
+    inspect.add_argument("artifact", metavar="DIR", type=Path, help="the artifact's folder")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dsv4c.checkpoint.reader import Checkpoint
+    from dsv4c.compile import Options, compile_artifact, lower, plan_artifact
+    from dsv4c.config import PRESETS, Target
+    from dsv4c.describe import PassTable, plan_table
+
+    target = Target(args.target)
+    folder = Path(args.model) if args.model not in PRESETS and Path(args.model).exists() else None
+    if folder is not None:
+        checkpoint = Checkpoint(folder)
+        checkpoint.validate()
+        config = checkpoint.config
+    else:
+        config = _preset_or_folder(args.model)
+    options = Options(
+        max_context=args.max_context or min(config.max_position_embeddings, 131072),
+        max_tokens=args.max_tokens,
+        max_requests=min(args.max_requests, args.max_tokens),
+        fake_quant=args.fake_quant,
+    )
+    table = PassTable()
+    if args.dry_run:
+        program = lower(config, options, table.watch)
+        made = plan_artifact(program, target, options)
+        console = Console()
+        console.print(table.table(), plan_table(made))
+        console.print(f"{table.seconds:.1f} s from start to plan")
+        return 0
+    if args.output is None:
+        raise ConfigError("`compile` needs `-o DIR`", hint="or `--dry-run` to emit nothing")
+    with _progress() as progress:
+        passes = progress.add_task("passes", total=None, detail="")
+        kernels = progress.add_task("kernels", total=None, detail="")
+
+        def built(done: int, total: int, name: str) -> None:
+            progress.update(kernels, completed=done, total=total, detail=name)
+
+        compile_artifact(
+            config, target, args.output, options, checkpoint=folder, cache=args.cache,
+            watch=lambda step: progress.update(passes, advance=1, detail=step.name), progress=built,
+        )  # fmt: skip
+    print(f"wrote {args.output} in {table.seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+def _preset_or_folder(name: str) -> ModelConfig:
+    from dsv4c.config import preset
+
+    if any(c in name for c in "/\\.") or Path(name).is_absolute():
+        raise ConfigError(f"`{name}` does not exist", hint="MODEL is a checkpoint folder, or flash, pro, nano")
+    return preset(name)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from dsv4c.launch import LaunchOptions, answer, launch, serve
+
+    options = LaunchOptions(
+        weights=args.weights, dummy_seed=args.seed if args.load_format == "dummy" else None,
+        tokenizer=args.tokenizer, max_requests=args.max_requests, max_queue=args.max_queue, threads=args.threads,
+        model_name=args.model_name,
+    )  # fmt: skip
+    with _progress() as progress:
+        task = progress.add_task("load", total=None, detail="")
+
+        def loaded(done: int, total: int, name: str) -> None:
+            progress.update(task, completed=done, total=total, detail=name)
+
+        served = launch(args.artifact, options, loaded)
+    if args.prompt is not None:
+        for text in answer(served, args.prompt, args.max_new_tokens):
+            print(text, end="", flush=True)
+        print()
+        return 0
+    return serve(served, args.host, args.port)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dsv4c.artifact import load_manifest
+    from dsv4c.describe import manifest_tables
+
+    Console().print(manifest_tables(load_manifest(args.artifact)))
+    return 0
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}"), console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
