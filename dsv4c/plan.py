@@ -122,9 +122,10 @@ class _Planner:
         elif name in self.states:
             role = "pool"
         buffer = self.buffers.get(name)
-        dense = _dense(kind.shape)
-        strides = buffer.strides if buffer is not None and buffer.strides != dense else None
-        return Value(kind.shape, kind.dtype, role, strides)
+        strides = buffer.strides if buffer is not None and buffer.strides != _dense(kind.shape) else None
+        stored = set(arg.meta.get("stored", "").split("+"))
+        exact = "bfloat16" if role == "weight" and stored <= {"fp4", "fp8", "bf16"} else None
+        return Value(kind.shape, kind.dtype, role, strides, exact)
 
     def _argument(self, arg: Any, index: int, choice: Choice) -> str | None:
         if not isinstance(arg, fx.Node):

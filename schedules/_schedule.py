@@ -13,19 +13,24 @@ as the choice says, and has all kernels built at the end:
     kernels = emit(choices, out_dir, cache_dir, progress)  # schedules/emit.py -> {choice.kernel: artifact.Kernel}
 
 A call's arguments are `(*inputs, *workspace, *outputs)`: no attributes (they are baked in), no symbols (a kernel
-reads shapes), `None` stays `None`. All tensors are dense unless the schedule says otherwise in `accepts`. Outputs
-never overlap inputs, except that an op's `mutates` lists the inputs it updates in place (pools): they are not outputs.
+reads shapes), `None` stays `None`. `op` is a name of dsv4c.ops.OPS. Outputs are dense and never overlap inputs; an
+activation may be strided in dimension 0 (a view of some columns: give `strides`). What an op updates in place (pools,
+rings) is listed in `mutates` and is no output. Weights are float32 or int64; `exact="bfloat16"` says that the values a
+checkpoint can hold fit bfloat16 (FP4, FP8 with power-of-two scales, BF16), which a schedule may use through the
+layout `("narrow", "bfloat16")`: a cast that must not change a value.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dsv4c.artifact import Shape
+from dsv4c.ops import DTYPE_BYTES
 
 Transforms = tuple[tuple[Any, ...], ...]
 Role = Literal["activation", "weight", "pool", "input"]
@@ -40,6 +45,13 @@ class Value:
     shape: Shape
     dtype: str
     role: Role = "activation"
+    strides: tuple[int, ...] | None = None
+    """In elements; None where dense."""
+    exact: str | None = None
+    """Of a weight: a narrower dtype that holds its checkpoint values exactly, if there is one."""
+
+    def bytes(self, symbols: Mapping[str, int]) -> int:
+        return math.prod(self.sizes(symbols)) * DTYPE_BYTES[self.dtype]
 
     def sizes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(symbols[s] if isinstance(s, str) else s for s in self.shape)
@@ -63,26 +75,27 @@ class OpNode:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call costs whatever the machine: bytes moved, floating point operations, launches."""
+    """What one call costs: bytes moved, floating point operations, launches, and the share of peak it can reach."""
 
     bytes_moved: float = 0.0
     flops: float = 0.0
-    launches: int = 1
+    launch: Literal["cpp", "aoti", "aten"] = "cpp"
+    efficiency: float = 1.0
 
 
 @dataclass(frozen=True)
 class Build:
-    """What a schedule emits for a node: an entry of the vendor table, C++ text, or a module for Inductor.
+    """What a schedule emits for a node.
 
-    For `cpp`, `source` includes `dsv4c.h` and defines `DSV4C_KERNEL(<symbol>)`, where `<symbol>` stands for
-    `SYMBOL`. For `aten`, `source` is the name in the runtime's vendor table. For `aoti` it is empty: the op's
-    reference is exported.
+    `cpp`: `source` is a file of schedules/cpp, `defines` the constants baked into it. `inductor`: the op's reference
+    is given to Inductor for the shapes in `signature`, and its C++ joins the library. `aten`: `source` is a name in
+    the runtime's vendor table.
     """
 
-    kind: Literal["aoti", "cpp", "aten"]
-    source: str = ""
-    attrs: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values the runtime hands to a vendor call at load time."""
+    kind: Literal["cpp", "inductor", "aten"]
+    source: str
+    defines: Mapping[str, int | float] = field(default_factory=dict)
+    signature: tuple[Any, ...] = ()
 
 
 def _accept(node: OpNode) -> str | None:
@@ -138,23 +151,16 @@ class Choice:
     @property
     def kernel(self) -> str:
         """`<op>_<hash>`: equal for nodes that one kernel serves."""
-        text = json.dumps(
-            [self.node.op, self.schedule, dict(self.node.attrs), [_signature(v) for v in self.inputs]]
-            + [[_signature(v) for v in self.node.outputs], self.build.source],
-            sort_keys=True,
-        )
-        return f"{self.node.op.split('::')[-1]}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
-def _signature(value: Value | None) -> list[Any] | None:
-    return None if value is None else [list(value.shape), value.dtype]
+        build = self.build
+        text = json.dumps([self.schedule, build.kind, build.source, dict(build.defines), build.signature], sort_keys=True)
+        return f"{self.node.op}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def apply_layout(value: Value, transforms: Transforms) -> Value:
     """Shape and dtype of a weight after `transforms` (the last three kinds of artifact.Weight)."""
     shape, dtype = tuple(value.shape), value.dtype
     for name, *args in transforms:
-        if name == "cast":
+        if name in ("cast", "narrow"):
             dtype = args[0]
         elif name == "reshape":
             shape = tuple(args[0])
@@ -162,4 +168,16 @@ def apply_layout(value: Value, transforms: Transforms) -> Value:
             shape = (*shape[:-2], shape[-1], shape[-2])
         else:
             raise ValueError(f"a layout cannot use `{name}`")
-    return Value(shape, dtype, value.role)
+    return Value(shape, dtype, value.role, None if transforms else value.strides, value.exact)
+
+
+def dense_rows(value: Value | None) -> bool:
+    """True if everything behind dimension 0 is dense."""
+    if value is None or value.strides is None:
+        return True
+    step = 1
+    for size, stride in zip(reversed(value.shape[1:]), reversed(value.strides[1:]), strict=True):
+        if stride != step:
+            return False
+        step *= int(size)
+    return True

@@ -1,0 +1,39 @@
+"""Pool rows of tokens and entries, and row gathers: a few integers or one copy."""
+
+from __future__ import annotations
+
+from dsv4c.schedules._cpp import CPU, cost, float_rows
+from dsv4c.schedules._schedule import Build, OpNode, Schedule, Transforms
+
+
+def _slots(node: OpNode) -> Build:
+    ends = node.op == "entry_slots"
+    defines = {"ENDS": int(ends), "RATIO": int(node.attrs.get("ratio", 1)), "ENTRIES": node.attrs["entries_per_page"]}
+    return Build("cpp", "slots.cc", defines)
+
+
+def _take(node: OpNode) -> Build:
+    return Build("cpp", "rows.cc", {"BF16": 0, "COPIES": 1, "INDEX_FIRST": 0})
+
+
+def _embed(node: OpNode) -> Build:
+    weight = node.inputs[1]
+    assert weight is not None
+    narrow = int(weight.exact == "bfloat16")
+    return Build("cpp", "rows.cc", {"BF16": narrow, "COPIES": node.attrs["hc_mult"], "INDEX_FIRST": 1})
+
+
+def _embed_layouts(node: OpNode) -> dict[int, Transforms]:
+    weight = node.inputs[1]
+    assert weight is not None
+    return {1: (("narrow", weight.exact),)} if weight.exact else {}
+
+
+SCHEDULES = (
+    Schedule("token_slots.cpp_rows", "token_slots", CPU, _slots, cost(0.1), tolerance=0.0),
+    Schedule("entry_slots.cpp_rows", "entry_slots", CPU, _slots, cost(0.1), tolerance=0.0),
+    Schedule("take_rows.cpp_rows", "take_rows", CPU, _take, cost(0.1), float_rows(), tolerance=0.0),
+    Schedule(
+        "embed_streams.cpp_rows", "embed_streams", CPU, _embed, cost(0.1), float_rows(), _embed_layouts, tolerance=0.0
+    ),
+)
