@@ -20,7 +20,7 @@ from dsv4c.ops import DTYPE_BYTES, VIEWS, Op, TensorType
 from dsv4c.program import Program, types_of
 from dsv4c.schedules._schedule import Choice, OpNode, Value
 from dsv4c.schedules.select import select
-from dsv4c.weights import Transforms, constant, weight
+from dsv4c.weights import constant, weight
 
 ALIGNMENT = 64  # one cache line; also the widest vector load
 
@@ -58,7 +58,7 @@ class _Planner:
     calls: list[artifact.Call] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
     weights: dict[str, artifact.Weight] = field(default_factory=dict)
-    layouts: dict[str, dict[Transforms, str]] = field(default_factory=dict)
+    layouts: dict[str, dict[str, str]] = field(default_factory=dict)
     states: set[str] = field(default_factory=set)
     inputs: set[str] = field(default_factory=set)
     memo: dict[str, Choice] = field(default_factory=dict)
@@ -143,8 +143,9 @@ class _Planner:
     def _weight(self, arg: fx.Node, index: int, choice: Choice) -> str:
         value, layout = arg.meta["value"], tuple(choice.layouts.get(index, ()))
         known = self.layouts.setdefault(value.name, {})
-        if layout in known:
-            return known[layout]
+        key = repr(layout)
+        if key in known:
+            return known[key]
         name = value.name if not known else f"{value.name}#{len(known)}"
         laid = choice.inputs[index]
         assert laid is not None
@@ -153,7 +154,7 @@ class _Planner:
             self.weights[name] = constant(self.source, value.name, layout)
         else:
             self.weights[name] = weight(self.source, value.name, name, layout, shape, laid.dtype)
-        known[layout] = name
+        known[key] = name
         return name
 
     def _check_in_place(self, state: fx.Node, writer: fx.Node) -> None:
