@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 
 from dsv4c import artifact
+from dsv4c.checkpoint.names import parameter_sources
 from dsv4c.errors import CompileError
 from dsv4c.ops import DTYPE_BYTES, VIEWS, Op, TensorType
 from dsv4c.program import Program, types_of
@@ -53,6 +54,7 @@ class _Planner:
     graph: fx.Graph
     target: str
     symbols: Mapping[str, int]
+    sources: Mapping[str, tuple[str, ...]]
     names: dict[fx.Node, str] = field(default_factory=dict)
     buffers: dict[str, _Buffer] = field(default_factory=dict)
     calls: list[artifact.Call] = field(default_factory=list)
@@ -153,7 +155,7 @@ class _Planner:
         if value.kind == "constant":
             self.weights[name] = constant(self.source, value.name, layout)
         else:
-            self.weights[name] = weight(self.source, value.name, name, layout, shape, laid.dtype)
+            self.weights[name] = weight(self.source, self.sources, value.name, name, layout, shape, laid.dtype)
         known[key] = name
         return name
 
@@ -235,7 +237,7 @@ def plan(
 
     Raises ScheduleError if no schedule accepts an op.
     """
-    planner = _Planner(program, program.graphs[graph_name], target, symbols)
+    planner = _Planner(program, program.graphs[graph_name], target, symbols, parameter_sources(program.config))
     planner.run()
     output = planner.graph.output_node()
     named = dict(zip(output.meta["outputs"], output.args[0], strict=True))

@@ -6,6 +6,7 @@ that a pass concatenated comes from the rows of several. What a schedule wants b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dsv4c.artifact import Weight
@@ -23,9 +24,19 @@ def stored_formats(config: ModelConfig) -> dict[str, str]:
     return {name: kinds[sources[0]] for name, sources in parameter_sources(config).items()}
 
 
-def weight(program: Program, value: str, name: str, layout: Transforms, shape: tuple[int, ...], dtype: str) -> Weight:
-    """The artifact's entry for the program's weight `value`, laid out by `layout` under `name`."""
-    sources = parameter_sources(program.config)
+def weight(
+    program: Program,
+    sources: Mapping[str, tuple[str, ...]],
+    value: str,
+    name: str,
+    layout: Transforms,
+    shape: tuple[int, ...],
+    dtype: str,
+) -> Weight:
+    """The artifact's entry for the program's weight `value`, laid out by `layout` under `name`.
+
+    `sources` is `parameter_sources(program.config)`.
+    """
     parts = program.weight_sources.get(value, (value,))
     kind: TensorType = program.weight_types[value]
     if len(parts) > 1:
