@@ -68,6 +68,9 @@ class DummySource:
             return self._table(spec, generator)
         return _random_plain(spec, generator)
 
+    def release(self) -> None:
+        """Nothing to give back: tensors are made when asked for."""
+
     def dequantised(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A logical tensor as a new `dtype` tensor; tables of ids stay int64."""
         spec = self._specs.get(name)

@@ -71,6 +71,11 @@ class Checkpoint:
         """The stored tensor as a view of its mapped file: read-only by contract."""
         return self._shard_of(name).view(name)
 
+    def release(self) -> None:
+        """Gives resident pages of the files back; call it after copying raw tensors. Views of them stay valid."""
+        for shard in self._shards.values():
+            shard.release()
+
     def dequantised(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A logical tensor ([out, in] of a linear, ...) as a new `dtype` tensor; tables of ids stay int64.
 
@@ -90,8 +95,8 @@ class Checkpoint:
         else:
             dequantise = dequantise_fp8_block if kind == "fp8" else dequantise_fp4
             out = dequantise(shard.view(name), self.raw(spec.scale_name), dtype)
-            self._shard_of(spec.scale_name).release(spec.scale_name)
-        shard.release(name)
+            self._shard_of(spec.scale_name).release()
+        shard.release()
         return out
 
     def validate(self) -> None:
@@ -163,7 +168,7 @@ class Checkpoint:
             name = spec.scale_name
             scale = self.raw(name)
             bad = bad_scales(scale)
-            self._shard_of(name).release(name)
+            self._shard_of(name).release()
             if bad:
                 return (
                     f"`{name}` in {self._where(name)}: found {bad} NaN or infinite scales, "

@@ -1,7 +1,7 @@
 """One safetensors file, memory-mapped: its header checked against its size, its tensors as views of the mapping.
 
 A file is: 8 bytes of little-endian header length, the header (JSON: name -> dtype, shape, data_offsets), the data.
-Pages of a tensor that was copied elsewhere can be given back, so that reading a file never keeps all of it resident.
+Its pages can be given back after a tensor was copied elsewhere, so that reading a file never keeps it all resident.
 """
 
 from __future__ import annotations
@@ -76,12 +76,13 @@ class Shard:
             data = data.clone()
         return data.view(dtype).view(entry.shape)
 
-    def release(self, name: str) -> None:
-        """Gives the tensor's pages back to the system; views stay valid and are read again when touched."""
-        entry = self.entries[name]
-        start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
-        if sys.platform == "linux" and entry.end > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, entry.end - start)
+    def release(self) -> None:
+        """Gives all resident pages of the file back; views stay valid and are read again when touched.
+
+        All of them: reading a tensor also maps its neighbours' pages, which would pile up one by one.
+        """
+        if sys.platform == "linux":
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_header(path: Path, prefix: bytes, read: Any, size: int) -> dict[str, Entry]:

@@ -33,6 +33,10 @@ class WeightSource(Protocol):
         """A stored tensor as it is stored; read-only by contract."""
         ...
 
+    def release(self) -> None:
+        """Gives back memory that reading raw tensors took; tensors handed out stay valid."""
+        ...
+
     def dequantised(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A logical tensor as a new `dtype` tensor, its scale applied; tables of ids stay int64."""
         ...

@@ -101,7 +101,9 @@ def test_fp8_quantiser(seed: int, exponent: int, rows: int, groups: int) -> None
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**31), st.integers(-140, 120), st.integers(1, 40), st.integers(1, 5))
 def test_fp4_quantiser(seed: int, exponent: int, rows: int, groups: int) -> None:
-    w = torch.ldexp(torch.randn(rows, groups * 32, generator=torch.Generator().manual_seed(seed)), torch.tensor(exponent))
+    w = torch.ldexp(
+        torch.randn(rows, groups * 32, generator=torch.Generator().manual_seed(seed)), torch.tensor(exponent)
+    )
     packed, scale = quantise_fp4(w)
     check_scales_are_least(w, packed, scale, 6.0, (1, 32))
     again = dequantise_fp4(packed, scale)

@@ -25,7 +25,9 @@ def stored(config: ModelConfig) -> list[tuple[str, int, str]]:
 
 
 @pytest.mark.parametrize(
-    ("config", "count", "nbytes"), [(FLASH, 69_187, 159_609_485_896), (PRO, 145_116, 864_704_792_696)], ids=["flash", "pro"]
+    ("config", "count", "nbytes"),
+    [(FLASH, 69_187, 159_609_485_896), (PRO, 145_116, 864_704_792_696)],
+    ids=["flash", "pro"],
 )
 def test_published_totals(config: ModelConfig, count: int, nbytes: int) -> None:
     tensors = stored(config)
@@ -71,7 +73,13 @@ def test_without_mtp() -> None:
 def test_storage_is_decided_by_the_stored_type() -> None:
     specs = inventory(SMALL)
     linear, norm = specs["layers.0.attn.wq_a.weight"], specs["norm.weight"]
-    assert [stored_kind(linear, d) for d in ("F8_E4M3", "I8", "U8", "BF16", "F32")] == ["fp8", "fp4", "fp4", "bf16", "f32"]
+    assert [stored_kind(linear, d) for d in ("F8_E4M3", "I8", "U8", "BF16", "F32")] == [
+        "fp8",
+        "fp4",
+        "fp4",
+        "bf16",
+        "f32",
+    ]
     assert stored_kind(norm, "F8_E4M3") is None
     assert stored_kind(specs["layers.0.ffn.gate.tid2eid"], "BF16") is None
     assert expert_kind(SMALL) == "fp4"
