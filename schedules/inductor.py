@@ -71,7 +71,7 @@ def symbols_of(nodes: Iterable[Value | None]) -> list[str]:
 
 def generate(node: OpNode, cache: Path) -> str:
     """C++ text of the op's kernel, without includes of ours; from `cache` if it was generated before."""
-    key = [torch.__version__, torch.backends.cpu.get_cpu_capability(), node.op, *_build(node).signature]
+    key = [torch.__version__, torch.backends.cpu.get_cpu_capability(), _own_text(), node.op, *_build(node).signature]
     file = cache / f"inductor-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.cc"
     if not file.exists():
         text = _cut(_generate(node), node)
@@ -79,6 +79,11 @@ def generate(node: OpNode, cache: Path) -> str:
         part.write_text(text, encoding="utf-8")
         part.replace(file)
     return file.read_text(encoding="utf-8")
+
+
+def _own_text() -> str:
+    """Of this file: what it asks of Inductor decides what Inductor writes."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _example(value: Value, sizes: Mapping[str, int]) -> torch.Tensor:
@@ -121,6 +126,7 @@ def _generate(node: OpNode) -> str:
         "aot_inductor.package_cpp_only": True,
         "aot_inductor.model_name_for_generated_files": "kernel",
         "cpp.dynamic_threads": True,
+        "force_pointwise_cat": True,  # else a concatenation is made apart and then copied into the output
         "cpp.vec_isa_ok": True,  # asked of torch, not probed by compiling
     }
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():

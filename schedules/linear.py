@@ -24,7 +24,7 @@ def packed(weight: Value, channels: int | None = None) -> Transforms:
     *lead, n, k = (int(s) for s in weight.shape)
     p = panel(channels or n)
     narrow: Transforms = (("narrow", weight.exact),) if weight.exact else ()
-    return (("reshape", [*lead, n // p, p, k]), ("transpose",), *narrow)
+    return (("reshape", (*lead, n // p, p, k)), ("transpose",), *narrow)
 
 
 def _groups(node: OpNode) -> int:
@@ -49,7 +49,7 @@ def _accepts_packed(node: OpNode) -> str | None:
         return f"{x.dtype} times {weight.dtype}"
     if not panel(int(weight.shape[0]) // _groups(node)):
         return f"{weight.shape[0]} output channels in {_groups(node)} groups are no multiple of {LANES}"
-    if not dense_rows(x):
+    if not dense_rows(x) or (len(x.shape) > 2 and x.strides is not None):
         return "x is strided within its rows"
     return None
 
@@ -57,13 +57,13 @@ def _accepts_packed(node: OpNode) -> str | None:
 def _build_packed(node: OpNode) -> Build:
     weight, x = _weight(node), node.inputs[0]
     assert x is not None
-    inner = int(x.shape[1]) if node.op == "linear" and len(x.shape) == 3 else 1
+    dense = node.op == "linear" and len(x.shape) > 2
     defines = {
         "BF16": int(weight.exact == "bfloat16"),
         "PANEL": panel(int(weight.shape[0]) // _groups(node)),
         "GROUPS": _groups(node),
         "UNROPE": int(node.op == "unrope_grouped_linear"),
-        "INNER": inner,
+        "DENSE": int(dense),
     }
     return Build("cpp", "linear.cc", defines)
 

@@ -11,8 +11,13 @@ namespace {
 struct Handle {
   const DLTensor* tensor = nullptr;
   std::shared_ptr<char[]> owned;
+  int itemsize = 0;
+  int64_t offset = 0;
   int64_t* sizes() const { return tensor->shape; }
-  void* data_ptr() const { return owned ? owned.get() : static_cast<char*>(tensor->data) + tensor->byte_offset; }
+  void* data_ptr() const {
+    if (owned) return owned.get() + offset * itemsize;
+    return static_cast<char*>(tensor->data) + tensor->byte_offset + offset * (tensor->dtype.bits / 8);
+  }
   void reset() { owned.reset(); }
 };
 using AtenTensorHandle = Handle;
@@ -32,8 +37,15 @@ inline int aoti_torch_empty_strided(
     if (last >= 0) last += (sizes[i] - 1) * strides[i];
   }
   out->owned = std::shared_ptr<char[]>(new char[(last + 1) * itemsize + 64]);
+  out->itemsize = itemsize;
   return 0;
 }
+inline Handle reinterpret_tensor_wrapper(const Handle& of, int64_t, const int64_t*, const int64_t*, int64_t offset) {
+  Handle view = of;
+  view.offset += offset;
+  return view;
+}
+inline Handle wrap_with_raii_handle_if_needed(Handle handle) { return handle; }
 #define AOTI_TORCH_ERROR_CODE_CHECK(call) (call)
 
 inline bool _check_aoti_runtime_check_inputs_env() { return false; }

@@ -26,9 +26,10 @@ DSV4C_KERNEL {
   const int64_t T = y.numel() / N;
   if (T == 0) return;
   const float* base = x.data();
+#if DENSE
+  int64_t step = K;  // rows of all leading dims
+#else
   int64_t step = x.step();
-#if INNER > 1
-  step /= INNER;  // [T, INNER, K]: rows of both leading dims
 #endif
 #if UNROPE
   const int64_t H = x.size(1), C = x.size(2);

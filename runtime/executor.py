@@ -1,0 +1,165 @@
+"""Runs an artifact's program: inputs in, logits out, pools and states updated in place.
+
+    step(inputs) --check--> sizes of every symbol --> binding of these sizes --copy inputs, run--> logits
+
+A binding is every call with its arguments resolved to views of the arena: it is made once for a combination of sizes
+and kept, so a step of known sizes creates no tensor but copies a few integers. Nothing is captured or compiled here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4c.artifact import Call, Program
+from dsv4c.errors import ArtifactError, EngineError
+from dsv4c.runtime.buffers import Arena, sizes_of
+from dsv4c.runtime.kernels import Arg, Kernels, Run
+
+MAX_BINDINGS = 256  # about 0.2 MB each; decoding 32 requests meets some dozens (rows times completed windows)
+
+
+@dataclass
+class _Binding:
+    """The calls of a program at given sizes. `inputs` are where a step's inputs are copied to."""
+
+    inputs: dict[str, Tensor]
+    values: dict[str, Tensor]
+    runs: list[Run]
+    logits: Tensor
+
+
+class ArtifactExecutor:
+    """Executes one program over its weights and state. Not safe to call from two threads at once."""
+
+    def __init__(
+        self,
+        program: Program,
+        kernels: Kernels,
+        weights: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+    ) -> None:
+        """`weights` and `states` by value name; all are used in place."""
+        self.program = program
+        self.states = dict(states)
+        self._kernels = kernels
+        self._weights = dict(weights)
+        self._arena = Arena(program)
+        self._calls = [call for segment in program.segments for call in segment.calls]
+        self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
+        self._symbols = _input_symbols(program)
+        self._rows = _state_symbols(program, self.states)
+        if "logits" not in program.outputs:
+            raise ArtifactError(f"program `{program.phase}` has no `logits`", hint="compile the artifact again")
+
+    def step(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits [S, vocab_size] float32 of one step, valid until the next. `inputs` as the manifest's Inputs say.
+
+        Raises EngineError if an input is missing, of a wrong dtype or shape, or larger than the program is made for.
+        """
+        binding = self._binding(self._sizes(inputs))
+        for name, to in binding.inputs.items():
+            to.copy_(inputs[name])
+        for run in binding.runs:
+            run()
+        return binding.logits
+
+    def run(self, inputs: Mapping[str, Tensor], want: Sequence[str]) -> dict[str, Tensor]:
+        """One step, call by call: copies of the values `want`, each taken right after the call that wrote it."""
+        binding = self._binding(self._sizes(inputs))
+        for name, to in binding.inputs.items():
+            to.copy_(inputs[name])
+        found: dict[str, Tensor] = {}
+        of = {buffer.name: buffer.of or buffer.name for buffer in self.program.buffers}
+        for call in self._calls:
+            for run in self._kernels.bind([(call.kernel, self._arguments(call, binding.values))]):
+                run()
+            written = set(call.args[len(call.args) - call.outputs :])
+            found.update({n: binding.values[n].clone() for n in want if of.get(n) in written})
+        missing = sorted(set(want) - set(found))
+        if missing:
+            raise EngineError(f"no call writes `{missing[0]}`", hint="see the program's buffers in the manifest")
+        return found
+
+    def _sizes(self, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The value of every symbol, in the order of `_symbols`; checks every input on the way."""
+        sizes = dict.fromkeys(self._symbols, -1)
+        for item in self.program.inputs:
+            tensor = inputs.get(item.name)
+            if tensor is None:
+                raise EngineError(f"the step lacks input `{item.name}`")
+            if tensor.dtype != torch.int64 or tensor.dim() != len(item.shape):
+                raise EngineError(
+                    f"input `{item.name}` is {tensor.dtype} {list(tensor.shape)}, expected int64 {list(item.shape)}"
+                )
+            for size, expected in zip(tensor.shape, item.shape, strict=True):
+                known = sizes[expected] if isinstance(expected, str) else expected
+                if known not in (-1, size):
+                    raise EngineError(f"input `{item.name}` has {size} for `{expected}`, others have {known}")
+                if isinstance(expected, str):
+                    sizes[expected] = size
+        for name, size in sizes.items():
+            if size > self.program.symbols[name]:
+                raise EngineError(
+                    f"the step has {size} for `{name}`, the artifact was compiled for {self.program.symbols[name]}",
+                    hint="compile with larger `--max-tokens`, `--max-requests` or `--max-context`",
+                )
+        return tuple(sizes.values())
+
+    def _binding(self, sizes: tuple[int, ...]) -> _Binding:
+        found = self._bindings.get(sizes)
+        if found is None:
+            found = self._bind(dict(zip(self._symbols, sizes, strict=True)))
+            if len(self._bindings) >= MAX_BINDINGS:
+                self._bindings.popitem(last=False)
+            self._bindings[sizes] = found
+        else:
+            self._bindings.move_to_end(sizes)
+        return found
+
+    def _bind(self, symbols: dict[str, int]) -> _Binding:
+        symbols = {**symbols, **self._rows}
+        inputs = {
+            item.name: torch.empty(sizes_of(item.shape, symbols), dtype=torch.int64) for item in self.program.inputs
+        }
+        values = {**self._arena.views(symbols), **self._weights, **self.states, **inputs}
+        calls = [(call.kernel, self._arguments(call, values)) for call in self._calls]
+        logits = values[self.program.outputs["logits"]]
+        return _Binding(inputs, values, self._kernels.bind(calls), logits)
+
+    def _arguments(self, call: Call, values: Mapping[str, Tensor]) -> list[Arg]:
+        out: list[Arg] = []
+        for arg in call.args:
+            if not isinstance(arg, str):
+                out.append(arg)
+            elif arg in values:
+                out.append(values[arg])
+            else:
+                raise ArtifactError(
+                    f"a call of `{call.kernel}` reads `{arg}`, which nothing provides",
+                    hint="the manifest is corrupted; compile the artifact again",
+                )
+        return out
+
+
+def _input_symbols(program: Program) -> tuple[str, ...]:
+    """Symbols that the inputs' shapes give, in order of appearance."""
+    names = dict.fromkeys(size for item in program.inputs for size in item.shape if isinstance(size, str))
+    for name in names:
+        if name not in program.symbols:
+            raise ArtifactError(f"symbol `{name}` has no largest value", hint="compile the artifact again")
+    return tuple(names)
+
+
+def _state_symbols(program: Program, states: Mapping[str, Tensor]) -> dict[str, int]:
+    """Largest values of the remaining symbols: no buffer's size may depend on how many rows a pool has."""
+    given = set(_input_symbols(program))
+    used = {size for buffer in program.buffers for size in buffer.shape if isinstance(size, str)}
+    unknown = sorted(used - given)
+    if unknown:
+        raise ArtifactError(f"buffers depend on `{unknown[0]}`, which no input gives", hint="compile the artifact again")
+    return {}

@@ -1,0 +1,125 @@
+"""Kernels of an artifact behind one callable: exported C++ functions, and a small fixed table of vendor calls.
+
+A kernel takes `(*inputs, *workspace, *outputs)` and writes its outputs. C++ kernels come from the artifact's library
+through tvm-ffi, whose own tensors cost 0.1 us a call where torch's cost 0.6; the library's `sequence` runs many calls
+as one. Vendor calls are ATen functions, named here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tvm_ffi
+from torch import Tensor
+
+from dsv4c.artifact import Kernel
+from dsv4c.errors import ArtifactError
+
+Arg = Tensor | int | float | bool | None
+Run = Callable[[], object]
+Vendor = Callable[..., None]
+
+
+def _linear(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out=y.view(-1, weight.shape[0]))
+
+
+def _grouped(x: Tensor, weight: Tensor, y: Tensor, groups: int) -> None:
+    """One GEMM a group: [T, I] columns of x times [A, I] rows of the weight into columns of y."""
+    rows = x.reshape(x.shape[0], groups, -1)
+    for group, part in enumerate(weight.unflatten(0, (groups, -1))):
+        size = part.shape[0]
+        y[:, group * size : (group + 1) * size] = rows[:, group] @ part.t()
+
+
+def _unrope_grouped(x: Tensor, table: Tensor, weight: Tensor, y: Tensor, groups: int) -> None:
+    """Inverse RoPE of the last channels of [T, H, C], then `_grouped`."""
+    cos, sin = table.unsqueeze(1).chunk(2, -1)
+    turned = x.clone()
+    even, odd = turned[..., -table.shape[1] :].unflatten(-1, (-1, 2)).unbind(-1)
+    back = torch.stack((even * cos + odd * sin, odd * cos - even * sin), -1)
+    turned[..., -table.shape[1] :] = back.flatten(-2)
+    _grouped(turned, weight, y, groups)
+
+
+VENDOR_CALLS: Mapping[str, Callable[[Mapping[str, Any]], Vendor]] = {
+    "aten.linear": lambda attrs: _linear,
+    "aten.grouped_linear": lambda attrs: lambda *a: _grouped(*a, groups=int(attrs["groups"])),
+    "aten.unrope_grouped_linear": lambda attrs: lambda *a: _unrope_grouped(*a, groups=int(attrs["groups"])),
+}
+
+
+class Kernels:
+    """The loaded kernels of one artifact."""
+
+    def __init__(self, kernels: Mapping[str, Kernel], directory: Path) -> None:
+        self._modules: dict[str, Any] = {}
+        self._native: dict[str, Any] = {}
+        self._vendor: dict[str, Vendor] = {}
+        for name, kernel in kernels.items():
+            if kernel.kind == "cpp":
+                self._native[name] = self._function(kernel, directory)
+            elif kernel.kind == "aten" and kernel.symbol in VENDOR_CALLS:
+                self._vendor[name] = VENDOR_CALLS[kernel.symbol](kernel.attrs)
+            else:
+                raise ArtifactError(
+                    f"kernel `{name}` needs the {kernel.kind} call `{kernel.symbol}`, which this runtime lacks",
+                    hint="compile the artifact again with this version",
+                )
+
+    def _function(self, kernel: Kernel, directory: Path) -> Any:
+        if kernel.file is None:
+            raise ArtifactError(f"kernel `{kernel.name}` names no file", hint="compile the artifact again")
+        if kernel.file not in self._modules:
+            try:
+                self._modules[kernel.file] = tvm_ffi.load_module(str(directory / kernel.file))
+            except (RuntimeError, OSError) as error:
+                raise ArtifactError(
+                    f"cannot load `{kernel.file}`: {str(error).splitlines()[-1]}",
+                    hint="compile the artifact again on this machine",
+                ) from error
+        function = self._modules[kernel.file].get_function(kernel.symbol)
+        if function is None:
+            raise ArtifactError(
+                f"`{kernel.file}` has no function `{kernel.symbol}`", hint="compile the artifact again"
+            )
+        return function
+
+    def is_native(self, name: str) -> bool:
+        """Whether calls of this kernel can be joined with their neighbours."""
+        return name in self._native
+
+    def bind(self, calls: Sequence[tuple[str, Sequence[Arg]]]) -> list[Run]:
+        """Functions that make these calls in order; neighbouring native calls become one.
+
+        Tensors are held, not copied. Size and dtype of each must be what the kernel was compiled for.
+        """
+        out: list[Run] = []
+        native: list[list[Any]] = []
+        for name, args in calls:
+            if name in self._native:
+                native.append([self._native[name], *(_ffi(a) for a in args)])
+                continue
+            if native:
+                out.append(self._sequence(native))
+                native = []
+            out.append(_bound(self._vendor[name], args))
+        if native:
+            out.append(self._sequence(native))
+        return out
+
+    def _sequence(self, calls: list[list[Any]]) -> Run:
+        module = next(iter(self._modules.values()))
+        run: Run = module.get_function("sequence")(calls)
+        return run
+
+
+def _bound(vendor: Vendor, args: Sequence[Arg]) -> Run:
+    return lambda: vendor(*args)
+
+
+def _ffi(arg: Arg) -> Any:
+    return tvm_ffi.from_dlpack(arg) if isinstance(arg, Tensor) else arg

@@ -1,0 +1,91 @@
+"""Loads an artifact: manifest, kernels, weights, pools -> an executor. Refuses what does not match, with the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsv4c.artifact import Manifest, load_manifest
+from dsv4c.errors import ArtifactError, ConfigError
+from dsv4c.runtime.executor import ArtifactExecutor
+from dsv4c.runtime.kernels import Kernels
+from dsv4c.runtime.weights import Progress, WeightSource, load_weights
+
+_ISAS = ("default", "avx2", "avx512")  # each can run what the ones before it need
+
+
+class PoolRows(Protocol):
+    """How many pages of each KV group and how many request slots to allocate, null page and slot included."""
+
+    @property
+    def pages(self) -> Mapping[str, int]: ...
+
+    @property
+    def slots(self) -> int: ...
+
+
+def load(
+    directory: str | Path,
+    source: WeightSource,
+    rows: PoolRows,
+    progress: Progress | None = None,
+    *,
+    manifest: Manifest | None = None,
+) -> ArtifactExecutor:
+    """The executor of the artifact in `directory`, with weights from `source` and zeroed pools of `rows`.
+
+    `manifest` saves reading it again. Raises ArtifactError if the artifact is corrupt or made for another target
+    or instruction set, CheckpointError if the weights do not fit.
+    """
+    directory = Path(directory)
+    if manifest is None:
+        manifest = load_manifest(directory)
+    check_host(manifest)
+    if set(manifest.programs) != {"step"}:
+        raise ArtifactError(
+            f"the artifact has programs {', '.join(sorted(manifest.programs)) or 'none'}, this runtime runs `step`",
+            hint="compile it again with this version",
+        )
+    kernels = Kernels(manifest.kernels, directory)
+    states = allocate(manifest, rows)
+    weights = load_weights(manifest.weights, source, progress)
+    return ArtifactExecutor(manifest.programs["step"], kernels, weights, states)
+
+
+def check_host(manifest: Manifest) -> None:
+    """Raises ArtifactError if this machine cannot run the artifact's kernels."""
+    if manifest.target != "cpu":
+        raise ArtifactError(
+            f"the artifact is for target `{manifest.target}`, this runtime runs `cpu`",
+            hint="compile it with `--target cpu`",
+        )
+    host = torch.backends.cpu.get_cpu_capability().lower()
+    if manifest.isa not in _ISAS:
+        raise ArtifactError(f"the artifact needs the instruction set `{manifest.isa}`, this machine has `{host}`")
+    if host not in _ISAS or _ISAS.index(host) < _ISAS.index(manifest.isa):
+        raise ArtifactError(
+            f"the artifact needs the instruction set `{manifest.isa}`, this machine has `{host}`",
+            hint="compile it on this machine",
+        )
+
+
+def allocate(manifest: Manifest, rows: PoolRows) -> dict[str, Tensor]:
+    """Zeroed pools and states by value name."""
+    out = {}
+    for group in manifest.kv_groups:
+        pages = rows.pages.get(group.name, 0)
+        if pages < 2:
+            raise ConfigError(f"KV group `{group.name}` has {pages} pages, it needs the null page and one more")
+        for pool in group.pools:
+            shape = (pages * group.entries_per_page, *pool.entry_shape)
+            out[pool.name] = torch.zeros(shape, dtype=getattr(torch, pool.dtype))
+    if manifest.state_groups and rows.slots < 2:
+        raise ConfigError(f"there are {rows.slots} state slots, it takes the null slot and one more")
+    for states in manifest.state_groups:
+        for pool in states.pools:
+            out[pool.name] = torch.zeros((rows.slots, *pool.entry_shape), dtype=getattr(torch, pool.dtype))
+    return out

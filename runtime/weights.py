@@ -1,0 +1,137 @@
+"""From checkpoint tensors to the tensors that kernels read: the interpreter of `artifact.Weight.transforms`.
+
+    sources --dequantise--> float32 each --stack / concat--> one --reshape, transpose--> as the kernel wants it
+
+A weight that ends in a narrower dtype is narrowed source by source while it is assembled, so that a stack of experts
+never exists in float32. `narrow` must not change a value; a checkpoint whose values do not fit is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dsv4c.artifact import Weight
+from dsv4c.errors import ArtifactError, CheckpointError
+
+Progress = Callable[[int, int, str], None]
+"""(weights done, weights in all, name of the last)."""
+
+
+class WeightSource(Protocol):
+    """A checkpoint, or seeded random weights of the same names."""
+
+    def raw(self, name: str) -> Tensor:
+        """The tensor as stored."""
+
+    def dequantised(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A new tensor of logical values in `dtype`; integer tables stay int64."""
+
+
+def load_weights(
+    weights: Sequence[Weight], source: WeightSource, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Every weight by name. Raises CheckpointError if the source lacks or misshapes one."""
+    out = {}
+    for done, weight in enumerate(weights, 1):
+        out[weight.name] = load_weight(weight, source)
+        if progress:
+            progress(done, len(weights), weight.name)
+    return out
+
+
+def load_weight(weight: Weight, source: WeightSource) -> Tensor:
+    """One weight, dense, of the shape and dtype that the manifest says."""
+    transforms = [(str(t[0]), t[1:]) for t in weight.transforms]
+    dtype = _dtype(weight)
+    exact = any(name == "narrow" for name, _ in transforms)
+    whole: Tensor | None = None
+    parts = _parts(weight, source, dtype, exact)
+    for name, args in transforms:
+        if name in ("dequantise", "cast", "narrow"):
+            continue  # done for each source
+        if name == "values":
+            whole = torch.tensor(args[0], dtype=dtype)
+        elif name in ("stack", "concat"):
+            whole = _join(weight, parts, dtype, int(args[0]) if args else 0, stack=name == "stack")
+        else:
+            whole = _lay_out(weight, _single(weight, parts) if whole is None else whole, name, args)
+    out = (_single(weight, parts) if whole is None else whole).contiguous()
+    if tuple(out.shape) != tuple(weight.shape) or out.dtype != dtype:
+        raise CheckpointError(
+            f"weight `{weight.name}` is {out.dtype} {list(out.shape)}, the artifact expects "
+            f"{weight.dtype} {list(weight.shape)}",
+            hint="serve the checkpoint that the artifact was compiled for",
+        )
+    return out
+
+
+def _dtype(weight: Weight) -> torch.dtype:
+    dtype = getattr(torch, weight.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArtifactError(f"weight `{weight.name}` has the unknown dtype `{weight.dtype}`")
+    return dtype
+
+
+def _parts(weight: Weight, source: WeightSource, dtype: torch.dtype, exact: bool) -> Iterable[Tensor]:
+    """The sources one by one, already in the final dtype."""
+    for name in weight.sources:
+        wide = source.dequantised(name, torch.float32)
+        part = wide.to(dtype) if wide.is_floating_point() else wide
+        if exact and part.dtype != wide.dtype and not torch.equal(part.to(wide.dtype), wide):
+            raise CheckpointError(
+                f"`{name}` holds values that {weight.dtype} cannot hold exactly",
+                hint="its scales are no powers of two; this artifact was compiled for a checkpoint where they are",
+            )
+        yield part
+
+
+def _join(weight: Weight, parts: Iterable[Tensor], dtype: torch.dtype, dim: int, *, stack: bool) -> Tensor:
+    """All parts along a new dim 0, or along `dim`, with one allocation for the whole."""
+    if not stack and dim:
+        return torch.cat(list(parts), dim)
+    whole = torch.empty(0, dtype=dtype)
+    at = 0
+    for part in parts:
+        rows = part.unsqueeze(0) if stack else part
+        if at == 0:
+            total = len(weight.sources) if stack else math.prod(weight.shape) // max(1, math.prod(part.shape[1:]))
+            whole = torch.empty(total, *rows.shape[1:], dtype=part.dtype)
+        if rows.shape[1:] != whole.shape[1:] or at + rows.shape[0] > whole.shape[0]:
+            raise CheckpointError(
+                f"the tensors of weight `{weight.name}` do not fit together: {list(part.shape)} after "
+                f"{list(whole.shape[1:])}",
+                hint="serve the checkpoint that the artifact was compiled for",
+            )
+        whole[at : at + rows.shape[0]] = rows
+        at += rows.shape[0]
+    if at != whole.shape[0]:
+        raise CheckpointError(f"weight `{weight.name}` has {at} rows, expected {whole.shape[0]}")
+    return whole
+
+
+def _lay_out(weight: Weight, tensor: Tensor, name: str, args: Sequence[Any]) -> Tensor:
+    if name == "reshape":
+        sizes = [int(size) for size in args[0]]
+        if math.prod(sizes) != tensor.numel():
+            raise CheckpointError(
+                f"weight `{weight.name}` is {list(tensor.shape)}, the artifact lays it out as {sizes}",
+                hint="serve the checkpoint that the artifact was compiled for",
+            )
+        return tensor.reshape(sizes)
+    if name == "transpose":
+        return tensor.transpose(-1, -2)
+    raise ArtifactError(
+        f"weight `{weight.name}` has the unknown transform `{name}`", hint="compile it again with this version"
+    )
+
+
+def _single(weight: Weight, parts: Iterable[Tensor]) -> Tensor:
+    found = list(parts)
+    if len(found) != 1:
+        raise ArtifactError(f"weight `{weight.name}` joins {len(found)} sources without saying how")
+    return found[0]
