@@ -151,7 +151,9 @@ def _build_library(
     command = [
         tools.compiler, "-shared", "-fopenmp", "-s", "-Wl,--build-id=none", "-o", str(target),
         *(str(objects[i]) for i in range(len(units))),
-        f"-L{Path(library).parent}", "-ltvm_ffi",
+        f"-L{Path(library).parent}", "-ltvm_ffi", f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--as-needed",
+        "-ltorch_cpu",  # Inductor's sines and cosines are SLEEF's, which torch carries
+        "-Wl,--no-undefined",
     ]  # fmt: skip
     _run(command, "the library of kernels")
     name = f"kernels/{sha256_of(target)}.so"
