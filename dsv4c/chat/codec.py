@@ -1,0 +1,89 @@
+"""ChatCodec: all that a server asks about text, tokens and chat, in one object that is given to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv4c.chat.encoding import awaits_completion, encode_messages
+from dsv4c.chat.parse import ReasoningSplitter
+from dsv4c.chat.prompts import Release
+from dsv4c.chat.tokenizer import Detokenizer, Tokenizer
+from dsv4c.errors import RequestError
+
+
+class ChatCodec:
+    """A tokenizer and the chat format of one release of the model.
+
+        vocab_size      int                     one more than the largest id
+        eos_token_ids   tuple[int, ...]         any of them ends a completion
+        encode(text) -> ids                     adds nothing, not even BOS
+        decode(ids) -> text                     without special tokens
+        token_text(id) -> text                  of one token, special ones too; U+FFFD where it is no whole character
+        token_bytes(id) -> bytes
+        detokenizer() -> Detokenizer            push(id) -> text, flush() -> text; without special tokens
+        chat_prompt(messages, ...) -> ids       BOS included
+        splitter(thinking) -> ReasoningSplitter push(text) -> (reasoning, content), flush() -> the same
+
+    Safe to share between threads; what `detokenizer` and `splitter` return belongs to one completion.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, release: Release = "preview") -> None:
+        self._tokenizer = tokenizer
+        self._release: Release = release
+        self.vocab_size = tokenizer.vocab_size
+        self.eos_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, release: Release = "preview") -> ChatCodec:
+        """The codec of the checkpoint or artifact in `folder`. Raises ConfigError if its tokenizer is not usable."""
+        return cls(Tokenizer.from_file(folder), release=release)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def token_text(self, token_id: int) -> str:
+        return self._tokenizer.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
+
+    def detokenizer(self) -> Detokenizer:
+        return self._tokenizer.detokenizer()
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        thinking: bool,
+        effort: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Ids of the prompt that asks for the next assistant turn.
+
+        Raises RequestError (400) for a bad message, effort, tool or format, and for messages that ask for nothing.
+        """
+        text = encode_messages(
+            messages,
+            thinking=thinking,
+            effort=effort,
+            tools=tools,
+            response_format=response_format,
+            release=self._release,
+        )
+        if not awaits_completion(messages):
+            raise RequestError(
+                f"the last message is of role `{messages[-1]['role']}`, so there is nothing to answer",
+                param="messages",
+                code="invalid_value",
+                hint="end with a user or tool message, or with an assistant message that has `prefix: true`",
+            )
+        return self.encode(text)
+
+    def splitter(self, thinking: bool) -> ReasoningSplitter:
+        return ReasoningSplitter(thinking)
