@@ -1,0 +1,334 @@
+"""Who owns which page: paged KV pools and state slots, driven only by the manifest's groups.
+
+A request holds one slot while it runs. The slot is its row in the compressor states and its row in the page table
+of every KV group: `tables[group][slot, i]` is the page of tokens [i * page_tokens, (i + 1) * page_tokens), or 0.
+
+    admit()             free slot -> owned, all tables empty
+    grow(slot, n)       owned pages cover the first n tokens, in every group or in none
+    evict(slot, n)      pages that token n and later can no longer read go back; their table entries become 0
+    release(slot)       every page and the slot go back, exactly once: a second release is an error
+
+Page 0 and slot 0 are the null page and slot: never handed out, written by padding, read by nobody. Nothing is
+cleared when a page or slot changes hands: readers are bounded by positions, so stale rows are never seen.
+The pool does no I/O and holds no tensor; the executor allocates `PoolSizes` pages and slots of each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.artifact import KVGroup, StateGroup
+from dsv4c.errors import ConfigError, EngineError
+
+Int64Array = npt.NDArray[np.int64]
+
+DTYPE_BYTES = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e8m0fnu": 1, "uint8": 1, "int8": 1,
+    "int32": 4, "int64": 8,
+}  # fmt: skip
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n (n >= 1)."""
+    return 1 << (n - 1).bit_length()
+
+
+def peak_pages(group: KVGroup, tokens: int, chunk: int = 1) -> int:
+    """Most pages of `group` that a request of `tokens` tokens holds at once, computed `chunk` tokens a step.
+
+    With a horizon, a chunk that starts anywhere spans at most (chunk + horizon) tokens and touches a partial page
+    at both ends.
+    """
+    whole = ceil_div(tokens, group.page_tokens)
+    if group.horizon is None:
+        return whole
+    return min(whole, (chunk + group.horizon + 2 * group.page_tokens - 2) // group.page_tokens)
+
+
+def _row_bytes(entry_shape: Sequence[int], dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"pool dtype `{dtype}` is unknown", hint=f"known: {', '.join(sorted(DTYPE_BYTES))}")
+    return int(np.prod(entry_shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
+
+
+def page_bytes(group: KVGroup) -> int:
+    """Bytes of one page of `group`, over all its pools (all layers)."""
+    return group.entries_per_page * sum(_row_bytes(p.entry_shape, p.dtype) for p in group.pools)
+
+
+def slot_bytes(states: Sequence[StateGroup]) -> int:
+    """Bytes of one request's row in all state pools."""
+    return sum(_row_bytes(p.entry_shape, p.dtype) for s in states for p in s.pools)
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """Rows the executor allocates: `pages` of each KV group and `slots` of the states, null page and slot included.
+
+    `max_context` is the longest request in tokens; `max_requests` = slots - 1.
+    """
+
+    pages: Mapping[str, int]
+    slots: int
+    max_context: int
+
+    @property
+    def max_requests(self) -> int:
+        return self.slots - 1
+
+    @classmethod
+    def for_requests(
+        cls, groups: Sequence[KVGroup], max_requests: int, max_context: int, step_tokens: int = 1
+    ) -> PoolSizes:
+        """Enough that `max_requests` requests of `max_context` tokens never lack a page, `step_tokens` a step in all."""
+        _check_counts(max_requests, max_context, step_tokens)
+        pages = {}
+        for group in groups:
+            whole = ceil_div(max_context, group.page_tokens)
+            if group.horizon is None:
+                pages[group.name] = 1 + max_requests * whole
+            else:  # each holds its tail; a step's chunks come on top, one partial page for each request
+                tail = peak_pages(group, max_context) + 1
+                extra = ceil_div(step_tokens, group.page_tokens)
+                pages[group.name] = 1 + min(max_requests * whole, max_requests * tail + extra)
+        return cls(pages, max_requests + 1, max_context)
+
+    @classmethod
+    def for_bytes(
+        cls,
+        groups: Sequence[KVGroup],
+        states: Sequence[StateGroup],
+        budget_bytes: int,
+        max_requests: int,
+        max_context: int,
+        step_tokens: int = 1,
+    ) -> PoolSizes:
+        """The most tokens that `budget_bytes` hold: states and windows for `max_requests` first, the rest for context.
+
+        Never more than `for_requests` would give. Raises ConfigError if not even one request of `max_context`
+        tokens fits, with both numbers.
+        """
+        full = cls.for_requests(groups, max_requests, max_context, step_tokens)
+        fixed = full.slots * slot_bytes(states)
+        fixed += sum(full.pages[g.name] * page_bytes(g) for g in groups if g.horizon is not None)
+        growing = [g for g in groups if g.horizon is None]
+
+        def pages_at(tokens: int) -> dict[str, int]:
+            return {g.name: 1 + ceil_div(tokens, g.page_tokens) for g in growing}
+
+        def bytes_at(tokens: int) -> int:
+            counts = pages_at(tokens)
+            return fixed + sum(counts[g.name] * page_bytes(g) for g in growing)
+
+        if bytes_at(max_context) > budget_bytes:
+            raise ConfigError(
+                f"one request of {max_context} tokens among {max_requests} needs {bytes_at(max_context)} bytes of KV "
+                f"memory, the budget is {budget_bytes}",
+                hint="give more memory, or lower the context or the number of requests",
+            )
+        low, high = max_context, max_requests * max_context
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if bytes_at(middle) <= budget_bytes else (low, middle - 1)
+        counts = pages_at(low)
+        pages = {g.name: min(counts.get(g.name, full.pages[g.name]), full.pages[g.name]) for g in groups}
+        return cls(pages, full.slots, max_context)
+
+    def total_bytes(self, groups: Sequence[KVGroup], states: Sequence[StateGroup]) -> int:
+        """Bytes of all pools and states."""
+        return self.slots * slot_bytes(states) + sum(self.pages[g.name] * page_bytes(g) for g in groups)
+
+
+def _check_counts(max_requests: int, max_context: int, step_tokens: int) -> None:
+    for name, value in (("max_requests", max_requests), ("max_context", max_context), ("step_tokens", step_tokens)):
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, not {value}")
+
+
+class _Group:
+    """Pages of one KV group: a free list, and for each slot its table row and the columns [first, end) it owns."""
+
+    def __init__(self, spec: KVGroup, pages: int, slots: int, max_context: int) -> None:
+        if pages < 2:
+            raise ConfigError(f"KV group `{spec.name}` needs at least 2 pages (page 0 is null), not {pages}")
+        self.spec = spec
+        self.pages = pages
+        self.free = list(range(pages - 1, 0, -1))
+        self.table: Int64Array = np.zeros((slots, ceil_div(max_context, spec.page_tokens)), dtype=np.int64)
+        self.first = [0] * slots
+        self.end = [0] * slots
+
+    def missing(self, slot: int, tokens: int) -> int:
+        return max(0, ceil_div(tokens, self.spec.page_tokens) - self.end[slot])
+
+    def take(self, slot: int, count: int) -> None:
+        end = self.end[slot]
+        for column in range(end, end + count):
+            self.table[slot, column] = self.free.pop()
+        self.end[slot] = end + count
+
+    def drop(self, slot: int, before: int) -> int:
+        """Gives back the columns before `before`; returns how many pages that were."""
+        first, row = self.first[slot], self.table[slot]
+        before = min(before, self.end[slot])
+        if before <= first:
+            return 0
+        self.free.extend(reversed(row[first:before].tolist()))
+        row[first:before] = 0
+        self.first[slot] = before
+        return before - first
+
+    def clear(self, slot: int) -> None:
+        self.drop(slot, self.end[slot])
+        self.first[slot] = self.end[slot] = 0
+
+
+class KVPool:
+    """Pages and slots of all running requests. Every change is all or nothing; counts are in pages and tokens."""
+
+    def __init__(self, groups: Sequence[KVGroup], sizes: PoolSizes) -> None:
+        self.sizes = sizes
+        self._groups = [_Group(g, sizes.pages[g.name], sizes.slots, sizes.max_context) for g in groups]
+        self._free_slots = list(range(sizes.slots - 1, 0, -1))
+        self._owned = [False] * sizes.slots
+        self._covered = [0] * sizes.slots  # tokens covered in every group: growing below it costs nothing
+        self.tables: dict[str, Int64Array] = {g.spec.name: g.table for g in self._groups}
+        """Group -> [slots, columns] int64 page table. Read by the batch builder; written only here."""
+
+    @property
+    def groups(self) -> tuple[KVGroup, ...]:
+        return tuple(g.spec for g in self._groups)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def free_pages(self) -> dict[str, int]:
+        """Group -> pages that nobody owns."""
+        return {g.spec.name: len(g.free) for g in self._groups}
+
+    def used_pages(self) -> dict[str, int]:
+        """Group -> pages owned by requests."""
+        return {g.spec.name: g.pages - 1 - len(g.free) for g in self._groups}
+
+    def total_pages(self) -> dict[str, int]:
+        """Group -> pages that requests can own (the null page not counted)."""
+        return {g.spec.name: g.pages - 1 for g in self._groups}
+
+    def holds(self, tokens: int) -> bool:
+        """Whether one request alone can ever reach `tokens` tokens (one token a step at worst)."""
+        return tokens <= self.sizes.max_context and all(peak_pages(g.spec, tokens) <= g.pages - 1 for g in self._groups)
+
+    def longest(self) -> int:
+        """Most tokens that one request alone can reach."""
+        low, high = 0, self.sizes.max_context
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.holds(middle) else (low, middle - 1)
+        return low
+
+    def admit(self) -> int | None:
+        """A slot with empty page tables, or None if all are taken."""
+        if not self._free_slots:
+            return None
+        slot = self._free_slots.pop()
+        self._owned[slot] = True
+        return slot
+
+    def pages_needed(self, slot: int, tokens: int) -> dict[str, int]:
+        """Group -> pages that `grow(slot, tokens)` would take: exact, 0 where nothing is missing."""
+        self._check(slot)
+        return {g.spec.name: g.missing(slot, tokens) for g in self._groups}
+
+    def claim(self, slot: int | None, tokens: int) -> dict[str, int]:
+        """Group -> pages that a request (None: not yet admitted) lacks to reach `tokens` tokens, evicting as it goes."""
+        claims = {}
+        for group in self._groups:
+            held = group.end[slot] - group.first[slot] if slot is not None else 0
+            claims[group.spec.name] = max(0, peak_pages(group.spec, tokens) - held)
+        return claims
+
+    def fit(self, slot: int, tokens: int) -> int:
+        """The most tokens, up to `tokens`, that `grow` could cover now with the free pages of every group."""
+        self._check(slot)
+        if tokens <= self._covered[slot]:
+            return tokens
+        reach = min((g.end[slot] + len(g.free)) * g.spec.page_tokens for g in self._groups)
+        return min(tokens, reach)
+
+    def grow(self, slot: int, tokens: int) -> bool:
+        """Makes the pages of `slot` cover its first `tokens` tokens in every group; False changes nothing."""
+        self._check(slot)
+        if tokens <= self._covered[slot]:
+            return True
+        if tokens > self.sizes.max_context:
+            raise EngineError(f"slot {slot} cannot grow to {tokens} tokens, the context is {self.sizes.max_context}")
+        missing = [g.missing(slot, tokens) for g in self._groups]
+        if any(n > len(g.free) for n, g in zip(missing, self._groups, strict=True)):
+            return False
+        for n, group in zip(missing, self._groups, strict=True):
+            group.take(slot, n)
+        self._covered[slot] = min(g.end[slot] * g.spec.page_tokens for g in self._groups)
+        return True
+
+    def evict(self, slot: int, computed: int) -> int:
+        """Frees the pages whose tokens all lie more than the horizon behind token `computed`, the next one.
+
+        Returns the number of pages freed. Call it only when tokens before `computed` will not be rewritten.
+        """
+        self._check(slot)
+        freed = 0
+        for group in self._groups:
+            horizon = group.spec.horizon
+            if horizon is None:
+                continue
+            before = (computed - horizon) // group.spec.page_tokens
+            if before > group.first[slot]:
+                freed += group.drop(slot, before)
+        return freed
+
+    def release(self, slot: int) -> None:
+        """Gives back the slot and every page it owns. Raises EngineError on a slot that is not owned."""
+        self._check(slot)
+        for group in self._groups:
+            group.clear(slot)
+        self._covered[slot] = 0
+        self._owned[slot] = False
+        self._free_slots.append(slot)
+
+    def _check(self, slot: int) -> None:
+        if not 0 < slot < len(self._owned) or not self._owned[slot]:
+            raise EngineError(f"slot {slot} is not owned by a request")
+
+    def audit(self) -> None:
+        """Proves that every page and slot has exactly one owner. Raises EngineError that names the first fault."""
+        owned_slots = {s for s, owned in enumerate(self._owned) if owned}
+        _expect_partition("slots", self._free_slots, sorted(owned_slots), len(self._owned))
+        for group in self._groups:
+            name, owned = f"pages of group `{group.spec.name}`", []
+            for slot in range(len(self._owned)):
+                first, end, row = group.first[slot], group.end[slot], group.table[slot]
+                if slot not in owned_slots and end:
+                    raise EngineError(f"{name}: free slot {slot} still has columns")
+                if not 0 <= first <= end <= row.size or row[:first].any() or row[end:].any():
+                    raise EngineError(f"{name}: slot {slot} has entries outside its columns [{first}, {end})")
+                owned.extend(row[first:end].tolist())
+            _expect_partition(name, group.free, owned, group.pages)
+
+
+def _expect_partition(what: str, free: list[int], owned: list[int], count: int) -> None:
+    """`free` and `owned` together are 1 ... count - 1, each once."""
+    seen = sorted(free + owned)
+    if seen == list(range(1, count)):
+        return
+    twice = sorted({n for n in seen if seen.count(n) > 1})
+    lost = sorted(set(range(1, count)) - set(seen))
+    raise EngineError(f"{what}: owned twice {twice}, leaked {lost}, of {count - 1}")

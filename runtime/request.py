@@ -1,0 +1,155 @@
+"""One request: its tokens, where it stands, and the events it gives.
+
+    new --submit--> waiting --admit--> running --stop | length--> finished
+                       ^                  |
+                       +---- preempt -----+        from any of them: cancelled, or failed with a reason
+
+A request ends in exactly one way and then holds no page and no slot. Tokens generated so far, the sampler's state
+and the text hook live here, outside the pools, so that a preempted request goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.errors import Dsv4cError
+from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.sampler import SamplerState, TokenLogprob
+
+FinishReason = Literal["stop", "length", "cancelled", "failed"]
+Status = Literal["new", "waiting", "running", "ended"]
+
+
+class TextStop(Protocol):
+    """Stop strings, injected above the token level; called in the engine's thread right after a token is chosen.
+
+    `push` gets every generated token once, in order, stop tokens excepted, and says whether the text it completes
+    ends the request. The request then finishes with reason `stop` in the same step: no later token is computed or
+    delivered. Before `min_tokens` tokens the answer is ignored. An exception fails this request alone.
+    """
+
+    def push(self, token_id: int) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a request ended. `stop_token` is the stop token that ended it, if one did; its text is not wanted."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    generated_tokens: int
+    stop_token: int | None = None
+    error: Dsv4cError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a step gave one request. The last event of a request, and no other, has an `end`.
+
+    `tokens`: newly generated ids, a stop token included. `logprobs`: one for each, if asked for.
+    `prompt_logprobs`: one for each token of the prompt, if asked for, all with the first event that has a token;
+    that of the prompt's first token is None, as nothing predicts it.
+    """
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    end: End | None = None
+
+
+class Request:
+    """A prompt with its parameters, and everything the engine knows of it. `choice` is its number among `n`."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Sequence[int] | npt.NDArray[np.int64],
+        params: SamplingParams | None = None,
+        *,
+        text_stop: TextStop | None = None,
+        choice: int = 0,
+    ) -> None:
+        self.id = request_id
+        self.params = params or SamplingParams()
+        self.text_stop = text_stop
+        self.choice = choice
+        self._tokens: npt.NDArray[np.int64] = np.array(prompt, dtype=np.int64).reshape(-1)
+        self.num_tokens = self.num_prompt = self._tokens.size
+        self.num_computed = 0
+        """Tokens whose state lies in the pools."""
+        self.max_tokens_total = 0
+        """Prompt and generated tokens at most; set on submission."""
+        self.stop_ids: frozenset[int] = frozenset()
+        self.sampler: SamplerState | None = None
+        self.slot = 0
+        self.status: Status = "new"
+        self.num_preemptions = 0
+        self.prompt_logprobs: list[TokenLogprob | None] = []
+        """Gathered chunk by chunk; preemption keeps them, so no row is asked for twice."""
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)
+
+    def __repr__(self) -> str:
+        return f"Request({self.id!r}, {self.status}, {self.num_computed}/{self.num_tokens} tokens)"
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def pending(self) -> int:
+        """Tokens not yet in the pools: 1 while decoding, more while (re)computing."""
+        return self.num_tokens - self.num_computed
+
+    def tokens(self, start: int = 0, end: int | None = None) -> npt.NDArray[np.int64]:
+        """A view of tokens [start, end) of prompt and generated ones together."""
+        return self._tokens[start : self.num_tokens if end is None else end]
+
+    def token(self, position: int) -> int:
+        return int(self._tokens[position])
+
+    def append(self, token: int) -> None:
+        """Adds a generated token."""
+        if self.num_tokens == self._tokens.size:
+            grown = np.zeros(max(64, 2 * self._tokens.size), dtype=np.int64)
+            grown[: self.num_tokens] = self._tokens
+            self._tokens = grown
+        self._tokens[self.num_tokens] = token
+        self.num_tokens += 1
+
+    def prompt_logprob_rows(self, start: int, end: int) -> range:
+        """Positions in [start, end) whose logits give prompt log-probabilities not gathered yet."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        # the row of position p predicts the prompt's token p + 1, which is entry p + 1
+        return range(max(start, len(self.prompt_logprobs) - 1), min(end, self.num_prompt - 1))
+
+    def ended(self, reason: FinishReason, *, stop_token: int | None = None, error: Dsv4cError | None = None) -> End:
+        """The End of this request, with its counts."""
+        return End(reason, self.num_prompt, self.num_generated, stop_token, error)
+
+
+def expand(
+    request_id: str,
+    prompt: Sequence[int] | npt.NDArray[np.int64],
+    params: SamplingParams,
+    text_stops: Sequence[TextStop | None] | None = None,
+) -> list[Request]:
+    """The `params.n` requests of one call, with ids `<request_id>-<choice>` and a stream of noise each.
+
+    `text_stops`: one hook for each choice. Without a seed the choices are independent.
+    """
+    prompt = np.array(prompt, dtype=np.int64).reshape(-1)
+    stops = text_stops or [None] * params.n
+    one = dataclasses.replace(params, n=1)
+    return [
+        Request(f"{request_id}-{i}", prompt, one, text_stop=stop, choice=i)
+        for i, stop in zip(range(params.n), stops, strict=True)
+    ]

@@ -1,0 +1,229 @@
+"""Logits -> token ids: penalties, bias, temperature, filters, one reproducible draw; and log-probabilities.
+
+Vectorised over the requests of a step. What a request draws depends on its seed and on how many tokens it has
+generated, never on its neighbours, on chunking or on preemption: the noise is a hash (SplitMix64) of both, one
+uniform number a token, looked up in the cumulative distribution over token ids. Order of operations:
+
+    raw logits -> log-probabilities reported (before everything below, as OpenAI and vLLM do)
+    + logit_bias -> repetition, frequency, presence penalties -> stop tokens masked until min_tokens
+    -> greedy: the most likely | / temperature -> min_p -> top_k -> top_p -> draw
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dsv4c.errors import EngineError
+from dsv4c.runtime.params import SamplingParams
+
+GREEDY_BELOW = 1e-5  # smaller temperatures overflow float32 before they differ from greedy
+_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's increment (the golden ratio)
+_MASK = 2**64 - 1
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's output function, elementwise, modulo 2**64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def noise_key(seed: int, choice: int) -> int:
+    """The 64-bit key of the stream of choice `choice` (of n) of a request with this seed."""
+    once = _mix(np.array([seed & _MASK], dtype=np.uint64))
+    return int(_mix(once + np.uint64(((choice + 1) * _GAMMA) & _MASK))[0])
+
+
+def uniform(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1): number `counters[i]` of the stream `keys[i]`."""
+    z = _mix(keys + (counters + np.uint64(1)) * np.uint64(_GAMMA))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of a token and of the most likely ones in its place, (token id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class SamplerState:
+    """What sampling must remember of one request; survives preemption. `accept` every token that was chosen."""
+
+    __slots__ = ("_counts", "_index", "_seen", "_size", "bias", "generated", "key", "params", "stop_ids")
+
+    def __init__(
+        self, params: SamplingParams, prompt: npt.NDArray[np.int64], stop_ids: Sequence[int] = (), choice: int = 0
+    ) -> None:
+        self.params = params
+        self.key = noise_key(params.seed if params.seed is not None else secrets.randbits(64), choice)
+        self.generated = 0
+        self.stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
+        bias = sorted(params.logit_bias.items())
+        self.bias = np.array([t for t, _ in bias], dtype=np.int64), np.array([b for _, b in bias], dtype=np.float32)
+        self._index: dict[int, int] = {}
+        self._seen = np.zeros(0, dtype=np.int64)
+        self._size = 0
+        if params.repetition_penalty != 1.0:
+            self._seen = np.unique(prompt)
+            self._size = self._seen.size
+            self._index = {int(t): i for i, t in enumerate(self._seen)}
+        self._counts = np.zeros(self._size, dtype=np.float32)
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def penalises(self) -> bool:
+        p = self.params
+        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+    @property
+    def masks(self) -> bool:
+        return self.generated < self.params.min_tokens and self.stop_ids.size > 0
+
+    @property
+    def edits(self) -> bool:
+        """Whether the logits change at all before the temperature."""
+        return bool(self.params.logit_bias) or self.masks or self.penalises
+
+    def seen(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Distinct tokens that penalties look at, and how often each was generated (0: only in the prompt)."""
+        return self._seen[: self._size], self._counts[: self._size]
+
+    def accept(self, token: int) -> None:
+        self.generated += 1
+        if not self.penalises:
+            return
+        at = self._index.get(token)
+        if at is None:
+            at = self._index[token] = self._size
+            if self._size == self._seen.size:
+                room = max(64, 2 * self._size)
+                self._seen, self._counts = np.resize(self._seen, room), np.resize(self._counts, room)
+            self._seen[at], self._counts[at] = token, 0.0
+            self._size += 1
+        self._counts[at] += 1.0
+
+
+def sample(logits_SV: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[TokenLogprob | None]]:
+    """One token for each row, and its log-probability where asked for.
+
+    logits_SV: [S, vocab] float32, left unchanged; states[i] belongs to row i and is not advanced (see `accept`).
+    A row whose logits hold NaN, or no finite value, raises EngineError with its number.
+    """
+    edited_SV = _edit(logits_SV, states)
+    best_S, ids_S = edited_SV.max(dim=-1)
+    finite_S = torch.isfinite(best_S)
+    if not bool(finite_S.all()):
+        raise EngineError(f"logits of row {int((~finite_S).nonzero()[0])} hold NaN or no finite value")
+    tokens: list[int] = ids_S.tolist()
+    drawn = [i for i, s in enumerate(states) if not s.greedy]
+    if drawn:
+        rows = states if len(drawn) == len(states) else [states[i] for i in drawn]
+        part_SV = edited_SV if len(drawn) == len(states) else edited_SV[drawn]
+        for i, token in zip(drawn, _draw(part_SV, rows).tolist(), strict=True):
+            tokens[i] = token
+    wanted = [i for i, s in enumerate(states) if s.params.logprobs is not None]
+    logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+    if wanted:
+        counts = [states[i].params.logprobs or 0 for i in wanted]
+        for i, entry in zip(wanted, logprobs_of(logits_SV[wanted], [tokens[i] for i in wanted], counts), strict=True):
+            logprobs[i] = entry
+    return tokens, logprobs
+
+
+def logprobs_of(logits_SV: torch.Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probability of tokens[i] under row i, with the top[i] most likely ones. logits_SV: [S, vocab] float32."""
+    if not tokens:
+        return []
+    logp_SV = torch.log_softmax(logits_SV.float(), dim=-1)
+    chosen = logp_SV.gather(1, torch.tensor(tokens, device=logp_SV.device)[:, None])[:, 0].tolist()
+    values_SK, ids_SK = logp_SV.topk(min(max(top), logp_SV.shape[-1]), dim=-1)
+    values, ids = values_SK.tolist(), ids_SK.tolist()
+    return [
+        TokenLogprob(token, chosen[i], tuple(zip(ids[i][: top[i]], values[i][: top[i]], strict=True)))
+        for i, token in enumerate(tokens)
+    ]
+
+
+def _edit(logits_SV: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """The logits after bias, penalties and the min_tokens mask; the very tensor where nobody asks for any."""
+    if not any(s.edits for s in states):
+        return logits_SV
+    logits_SV = logits_SV.clone()
+    biased = [(i, *s.bias) for i, s in enumerate(states) if s.params.logit_bias]
+    if biased:
+        at, values = _scatter(logits_SV, biased)
+        logits_SV[at] += values
+    penalised = [(i, *s.seen()) for i, s in enumerate(states) if s.penalises]
+    if penalised:
+        at, counts = _scatter(logits_SV, penalised)
+        per_row = [[getattr(s.params, f"{p}_penalty") for s in states] for p in ("repetition", "frequency", "presence")]
+        repetition_S, frequency_S, presence_S = torch.tensor(per_row, device=logits_SV.device, dtype=logits_SV.dtype)
+        rows, seen = at[0], logits_SV[at]
+        seen = torch.where(seen > 0, seen / repetition_S[rows], seen * repetition_S[rows])
+        logits_SV[at] = seen - frequency_S[rows] * counts - presence_S[rows] * (counts > 0)
+    masked = [(i, s.stop_ids, np.zeros(s.stop_ids.size, np.float32)) for i, s in enumerate(states) if s.masks]
+    if masked:
+        at, _ = _scatter(logits_SV, masked)
+        logits_SV[at] = -torch.inf
+    return logits_SV
+
+
+def _scatter(
+    logits_SV: torch.Tensor, entries: Sequence[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Row and column indices of sparse (row, columns, values) entries, and the values, on the logits' device."""
+    rows = np.repeat([i for i, _, _ in entries], [c.size for _, c, _ in entries])
+    columns = np.concatenate([c for _, c, _ in entries])
+    values = np.concatenate([v for _, _, v in entries])
+    device = logits_SV.device
+    at = torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
+    return at, torch.from_numpy(values).to(device)
+
+
+def _draw(logits_SV: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """[S] int64: one token a row from its filtered distribution. Rows do not influence each other."""
+    device = logits_SV.device
+    temperature_S = torch.tensor([s.params.temperature for s in states], device=device, dtype=torch.float32)
+    logits_SV = logits_SV.float()
+    # relative to the row's best: a small temperature then sends the others to -inf, and never gives NaN
+    p_SV = torch.softmax((logits_SV - logits_SV.amax(-1, keepdim=True)) / temperature_S[:, None], dim=-1)
+    if any(s.params.min_p > 0 for s in states):
+        min_p_S = torch.tensor([s.params.min_p for s in states], device=device, dtype=torch.float32)
+        p_SV = p_SV.masked_fill(p_SV < min_p_S[:, None] * p_SV.amax(-1, keepdim=True), 0.0)
+    sorting = [i for i, s in enumerate(states) if s.params.top_k > 0 or s.params.top_p < 1.0]
+    if sorting:
+        p_SV = p_SV.clone()
+        p_SV[sorting] = _keep_top(p_SV[sorting], [states[i] for i in sorting])
+    cdf_SV = p_SV.double().cumsum(-1)
+    total_S = cdf_SV[:, -1]
+    keys = np.array([s.key for s in states], dtype=np.uint64)
+    counters = np.array([s.generated for s in states], dtype=np.uint64)
+    target_S = torch.from_numpy(uniform(keys, counters)).to(device) * total_S
+    # the product may round up to the total, where no token is left
+    target_S = torch.minimum(target_S, torch.nextafter(total_S, torch.zeros_like(total_S)))
+    return torch.searchsorted(cdf_SV, target_S[:, None], right=True)[:, 0]
+
+
+def _keep_top(p_SV: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """The probabilities with those outside top_k, then top_p of what is left, set to 0. Ties: lower id first."""
+    vocab = p_SV.shape[-1]
+    k_S = torch.tensor([s.params.top_k if s.params.top_k > 0 else vocab for s in states], device=p_SV.device)
+    top_p_S = torch.tensor([s.params.top_p for s in states], device=p_SV.device, dtype=torch.float64)
+    sorted_SV, order_SV = p_SV.double().sort(dim=-1, descending=True, stable=True)
+    sorted_SV = sorted_SV.masked_fill(torch.arange(vocab, device=p_SV.device) >= k_S[:, None], 0.0)
+    before_SV = sorted_SV.cumsum(-1) - sorted_SV  # mass of all likelier tokens: the first is always kept
+    keep_SV = (before_SV < top_p_S[:, None] * sorted_SV.sum(-1, keepdim=True)) | (top_p_S[:, None] >= 1.0)
+    kept_SV = torch.zeros_like(p_SV).scatter_(1, order_SV, (keep_SV & (sorted_SV > 0)).to(p_SV.dtype))
+    return p_SV * kept_SV

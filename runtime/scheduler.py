@@ -1,0 +1,260 @@
+"""Who computes what in the next step: continuous batching with chunked prefill. The policy, in one place:
+
+    1. Every decoding request gets its one token, oldest first.
+    2. What is left of the step's token budget goes to prompts being prefilled, oldest first, in chunks.
+    3. What is then left admits waiting requests, first come first served; nobody overtakes. One is admitted when
+       the pages it needs for all its tokens, on top of those its seniors still need for theirs, are free.
+    4. Where pages run out, the newest running request is preempted: it loses its pages and its slot, returns to the
+       front of the queue, and recomputes prompt and generated tokens later. Nobody is admitted in such a step.
+
+The oldest running request can always preempt the others, and a request that would not fit alone is refused on
+submission, so every step makes progress. Age is the order of submission; admission and preemption keep it.
+Pages move here and only here: `schedule` grows, `commit` evicts, `remove` and preemption release.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsv4c.errors import ConfigError, EngineError, RequestError
+from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.request import Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step and the queue may hold: counts of requests, tokens and logit rows."""
+
+    max_requests: int = 64
+    """Running at once."""
+    max_step_tokens: int = 512
+    """Token budget of a step, decode and prefill together; the largest chunk."""
+    max_waiting: int = 1024
+    """A longer queue refuses new requests with 503."""
+    max_logit_rows: int | None = None
+    """Rows of logits in a step; None: as many as tokens. Bounds the chunks of prompts whose logprobs are wanted."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_requests", "max_step_tokens", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` must be at least 1, not {getattr(self, name)}")
+        if self.max_step_tokens < self.max_requests:
+            raise ConfigError(
+                f"`max_step_tokens` is {self.max_step_tokens}, fewer than `max_requests` {self.max_requests}",
+                hint="every running request decodes one token a step",
+            )
+        if self.logit_rows < self.max_requests:
+            raise ConfigError(
+                f"`max_logit_rows` is {self.logit_rows}, fewer than `max_requests` {self.max_requests}",
+                hint="every running request needs a row to choose its next token from",
+            )
+
+    @property
+    def logit_rows(self) -> int:
+        return self.max_step_tokens if self.max_logit_rows is None else self.max_logit_rows
+
+
+@dataclass(slots=True)
+class Span:
+    """Tokens [start, end) of a request, computed in one step. `samples`: they reach its last known token.
+
+    `prompt_rows`: positions whose logits are wanted for prompt log-probabilities. The logit rows of a span are
+    these, then, if it samples, its last position.
+    """
+
+    request: Request
+    start: int
+    end: int
+    samples: bool
+    prompt_rows: range
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+class Scheduler:
+    """The waiting and the running queue over one KVPool. Not thread-safe; knows no clock and no tensor."""
+
+    def __init__(self, pool: KVPool, limits: Limits) -> None:
+        if limits.max_requests > pool.sizes.max_requests:
+            raise ConfigError(
+                f"`max_requests` is {limits.max_requests}, the pools have {pool.sizes.max_requests} slots",
+                hint="make the pools larger or `max_requests` smaller",
+            )
+        self.pool = pool
+        self.limits = limits
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._longest = pool.longest()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def check(self, request: Request, ahead: int = 0) -> None:
+        """Raises RequestError if the request can never be served (400, 503) or the queue is full (503).
+
+        Reads nothing but limits and the queue's length, to which `ahead` is added; safe from any thread.
+        """
+        context, prompt, asked = self.pool.sizes.max_context, request.num_prompt, request.params.max_tokens
+        if prompt < 1:
+            raise RequestError("`prompt` is empty", param="prompt", code="invalid_value", hint="give at least 1 token")
+        if prompt >= context:
+            raise RequestError(
+                f"the prompt has {prompt} tokens, the context is {context} with at least 1 to generate",
+                param="prompt",
+                code="context_length_exceeded",
+                hint="shorten the prompt",
+            )
+        if prompt + (asked or 1) > context:
+            raise RequestError(
+                f"the prompt's {prompt} tokens and `max_tokens` {asked} exceed the context of {context}",
+                param="max_tokens",
+                code="context_length_exceeded",
+                hint=f"`max_tokens` can be {context - prompt} at most",
+            )
+        if prompt + (asked or 1) > self._longest:
+            raise RequestError(
+                f"{prompt + (asked or 1)} tokens do not fit the KV memory, which holds {self._longest}",
+                status=503,
+                param="max_tokens" if prompt < self._longest else "prompt",
+                code="out_of_pages",
+                hint="serve with more KV memory, or ask for fewer tokens",
+            )
+        if request.params.prompt_logprobs is not None and self.limits.logit_rows == self.limits.max_requests:
+            raise RequestError(
+                "this artifact computes too few logit rows for log-probabilities of the prompt",
+                param="prompt_logprobs",
+                code="unsupported",
+                hint="lower the number of running requests",
+            )
+        if len(self.waiting) + ahead >= self.limits.max_waiting:
+            raise RequestError(
+                f"{self.limits.max_waiting} requests are waiting already",
+                status=503,
+                code="queue_full",
+                hint="try again later",
+            )
+
+    def submit(self, request: Request) -> None:
+        """Queues a new request. Raises RequestError as `check` does."""
+        if request.status != "new":
+            raise EngineError(f"request `{request.id}` was submitted before")
+        self.check(request)
+        asked = request.params.max_tokens
+        request.max_tokens_total = request.num_prompt + asked if asked is not None else self._longest
+        request.status = "waiting"
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Takes a waiting or running request out; its pages and slot go back. Its status becomes `ended`."""
+        if request.status == "waiting":
+            self.waiting.remove(request)
+        elif request.status == "running":
+            self.running.remove(request)
+            self._release(request)
+        else:
+            raise EngineError(f"request `{request.id}` is {request.status}, neither waiting nor running")
+        request.status = "ended"
+
+    def schedule(self) -> list[Span]:
+        """The spans of the next step, with their pages in place; at most one a request; empty: nothing to do."""
+        spans: dict[str, Span] = {}
+        preempted = self.num_preemptions
+        self._tokens_left = self.limits.max_step_tokens
+        self._prompt_rows_left = self.limits.logit_rows - self.limits.max_requests
+        # a stable sort: decoding before prefilling, oldest first in both
+        for request in sorted(self.running, key=lambda r: r.pending > 1):
+            if request.status == "running" and self._tokens_left:
+                self._extend(request, spans)
+        while self.waiting and self._tokens_left and self.num_preemptions == preempted:
+            if len(self.running) == self.limits.max_requests or not self._has_room(self.waiting[0]):
+                break
+            self._extend(self._admit(), spans)
+        return list(spans.values())
+
+    def commit(self, spans: Sequence[Span]) -> None:
+        """Records that the spans were computed, and frees the window pages that nobody can read any more."""
+        for span in spans:
+            span.request.num_computed = span.end
+            self.pool.evict(span.request.slot, span.end)
+
+    def _extend(self, request: Request, spans: dict[str, Span]) -> None:
+        """Gives the request a span: as much as budget, logit rows and pages allow."""
+        start = request.num_computed
+        end = self._end_within_budget(request, start)
+        while (fit := self.pool.fit(request.slot, end)) <= start:
+            victim = self.running[-1]
+            if victim is request and len(self.running) == 1:
+                raise EngineError(f"{request} does not fit the empty pools: it should have been refused")
+            self._preempt(victim)
+            dropped = spans.pop(victim.id, None)
+            if dropped is not None:
+                self._tokens_left += dropped.length
+                self._prompt_rows_left += len(dropped.prompt_rows)
+            if victim is request:
+                return
+        self.pool.grow(request.slot, fit)
+        rows = request.prompt_logprob_rows(start, fit)
+        spans[request.id] = Span(request, start, fit, fit == request.num_tokens, rows)
+        self._tokens_left -= fit - start
+        self._prompt_rows_left -= len(rows)
+
+    def _end_within_budget(self, request: Request, start: int) -> int:
+        end = start + min(request.pending, self._tokens_left)
+        rows = request.prompt_logprob_rows(start, end)
+        if len(rows) > self._prompt_rows_left:
+            end = max(rows.start + self._prompt_rows_left, start)
+        return end
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether all its tokens and the next fit beside what the running ones still need for theirs."""
+        free = self.pool.free_pages()
+        if self.pool.free_slots == 0:
+            return False
+        for slot, tokens in [(r.slot, r.num_tokens) for r in self.running] + [(None, request.num_tokens)]:
+            for group, pages in self.pool.claim(slot, tokens).items():
+                free[group] -= pages
+        return min(free.values(), default=0) >= 0
+
+    def _admit(self) -> Request:
+        request = self.waiting.popleft()
+        slot = self.pool.admit()
+        if slot is None:
+            raise EngineError("no free slot for an admitted request")
+        request.slot, request.status = slot, "running"
+        self.running.append(request)
+        return request
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release(request)
+        request.status = "waiting"
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.slot)
+        request.slot = request.num_computed = 0
+
+    def audit(self) -> None:
+        """Proves that pages, slots and queues agree. Raises EngineError that names the first fault."""
+        self.pool.audit()
+        slots = [r.slot for r in self.running]
+        if (
+            len(set(slots)) != len(slots)
+            or 0 in slots
+            or len(slots) + self.pool.free_slots != self.pool.sizes.slots - 1
+        ):
+            raise EngineError(f"slots {slots} of the running requests do not match the pool")
+        for request in self.running:
+            if request.status != "running" or any(self.pool.pages_needed(request.slot, request.num_computed).values()):
+                raise EngineError(f"{request} runs without the pages of its tokens")
+        for request in self.waiting:
+            if request.status != "waiting" or request.slot or request.num_computed:
+                raise EngineError(f"{request} waits with state")
