@@ -49,7 +49,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read `{path}`: {error.strerror}", hint="a checkpoint holds one") from error
-        except Exception as error:  # noqa: BLE001  the library raises bare Exception, for bad JSON as for a bad model
+        except Exception as error:  # the library raises no narrower class, for bad JSON as for a bad model
             raise ConfigError(f"`{path}` is not a tokenizer: {error}") from error
         return cls(backend, str(path))
 
@@ -63,10 +63,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; names of added tokens in it become those tokens. Raises RequestError for lone surrogates."""
         try:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            text.encode()  # the library would say only that this is no string
         except UnicodeEncodeError as error:
             at = text[error.start : error.end]
-            raise RequestError(f"the text holds a lone surrogate {ascii(at)}", code="invalid_unicode") from error
+            raise RequestError(f"the text holds a lone surrogate {at!a}", code="invalid_unicode") from error
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
