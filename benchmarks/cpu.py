@@ -55,11 +55,12 @@ def theirs(checkpoint: Checkpoint) -> DeepseekV4ForCausalLM:
         "original_max_position_embeddings": c.rope_scaling.original_max_position_embeddings,
     }  # fmt: skip
     names = (
-        "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim "
-        "q_lora_rank o_groups o_lora_rank num_experts_per_tok n_routed_experts n_shared_experts num_hash_layers "
-        "routed_scaling_factor swiglu_limit sliding_window max_position_embeddings rope_theta compress_rope_theta "
-        "index_n_heads index_head_dim index_topk hc_mult hc_sinkhorn_iters hc_eps rms_norm_eps"
-    ).split()
+        *("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+        *("qk_rope_head_dim", "q_lora_rank", "o_groups", "o_lora_rank", "num_experts_per_tok", "n_routed_experts"),
+        *("n_shared_experts", "num_hash_layers", "routed_scaling_factor", "swiglu_limit", "sliding_window"),
+        *("max_position_embeddings", "rope_theta", "compress_rope_theta", "index_n_heads", "index_head_dim"),
+        *("index_topk", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps"),
+    )
     config = DeepseekV4Config(
         **{n: getattr(c, n) for n in names}, layer_types=kinds, compress_rates=rates, rope_scaling=scaling,
         num_key_value_heads=1, scoring_func="sqrtsoftplus", bos_token_id=0, eos_token_id=1, pad_token_id=None,
@@ -140,7 +141,9 @@ def main() -> int:
     cases: list[tuple[str, int, int, Callable[[torch.Tensor], float], Callable[[torch.Tensor], float]]] = []
     for batch in (1, 16):
         ours = Ours(args.artifact, batch)
-        cases.append((f"decode, batch {batch}", batch * DECODE_STEPS, CONTEXT, ours.decode, lambda i: their_decode(model, i)))
+        cases.append(
+            (f"decode, batch {batch}", batch * DECODE_STEPS, CONTEXT, ours.decode, lambda i: their_decode(model, i))
+        )
     single = Ours(args.artifact, 1)
     cases.append((f"prefill, {PREFILL} tokens", PREFILL, PREFILL, single.prefill, lambda i: their_prefill(model, i)))
     print(f"{'case':<22}{'ours tok/s':>12}{'transformers':>14}{'ratio':>8}   ({torch.get_num_threads()} threads)")
@@ -148,7 +151,9 @@ def main() -> int:
         batch = tokens // DECODE_STEPS if "decode" in name else 1
         rounds = []
         for r in range(args.rounds + 1):
-            ids = torch.randint(3, checkpoint.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(r))
+            ids = torch.randint(
+                3, checkpoint.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(r)
+            )
             rounds.append((our_run(ids), their_run(ids)))
         rounds = rounds[1:]  # the first warms both up
         mine, other = (statistics.median(r[i] for r in rounds) for i in (0, 1))

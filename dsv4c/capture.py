@@ -166,6 +166,7 @@ def _attention_piece(
     if ratio:
         step_keys += ["seq_starts", "seq_ends", "state_slots", f"ends_{ratio}"]
         made_keys += [f"entry_rope_{ratio}"]
+
     def run(part: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         state = dict(zip(state_keys, tensors, strict=False))
         step = dict(zip(step_keys + made_keys, tensors[len(state_keys) :], strict=True))
@@ -243,9 +244,7 @@ class _Importer:
         self.names: dict[sympy.Symbol, sympy.Symbol] = {}
         signature = exported.graph_signature
         weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.values: dict[str, Value] = {
-            k: Value("weight", v.removeprefix(piece.strip)) for k, v in weights.items()
-        }
+        self.values: dict[str, Value] = {k: Value("weight", v.removeprefix(piece.strip)) for k, v in weights.items()}
         for placeholder, (kind, value, spec) in zip(signature.user_inputs, piece.inputs, strict=True):
             self.values[placeholder] = Value(kind, value)  # type: ignore[arg-type]
             self._name_symbols(placeholder, spec)

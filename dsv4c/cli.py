@@ -165,7 +165,8 @@ def _run(args: argparse.Namespace) -> int:
             print(text, end="", flush=True)
         print()
         return 0
-    return serve(served, args.host, args.port)
+    serve(served, args.host, args.port)
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

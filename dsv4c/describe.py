@@ -27,7 +27,9 @@ class PassTable:
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
-        self._table = _table("pass", "rewrites", "nodes before", "nodes after", "exact", "seconds", "peak MB", text=(0,))
+        self._table = _table(
+            "pass", "rewrites", "nodes before", "nodes after", "exact", "seconds", "peak MB", text=(0,)
+        )
 
     def watch(self, step: Step) -> None:
         now = time.perf_counter()

@@ -18,7 +18,7 @@ from dsv4c import artifact
 from dsv4c.checkpoint.names import parameter_sources
 from dsv4c.errors import CompileError
 from dsv4c.ops import DTYPE_BYTES, VIEWS, Op, TensorType
-from dsv4c.program import Program, types_of
+from dsv4c.program import Program, results_of, types_of
 from dsv4c.schedules._schedule import Choice, OpNode, Value
 from dsv4c.schedules.select import select
 from dsv4c.weights import constant, weight
@@ -239,9 +239,7 @@ def plan(
     """
     planner = _Planner(program, program.graphs[graph_name], target, symbols, parameter_sources(program.config))
     planner.run()
-    output = planner.graph.output_node()
-    named = dict(zip(output.meta["outputs"], output.args[0], strict=True))
-    outputs = {k: planner.names[v] for k, v in named.items() if k == "logits"}
+    outputs = {"logits": planner.names[results_of(planner.graph)["logits"]]}
     for name in outputs.values():
         planner.buffers[name].last = len(planner.calls)
     arena = planner.allocate()

@@ -84,7 +84,8 @@ class Program:
         graphs = {}
         for name, graph in self.graphs.items():
             new = fx.Graph()
-            out = new.graph_copy(graph, val_map := {})
+            val_map: dict[fx.Node, fx.Node] = {}
+            out = new.graph_copy(graph, val_map)
             source = graph.output_node()
             node = new.output(out)
             node.meta = copy.copy(source.meta)
@@ -123,6 +124,13 @@ def target_name(target: Any) -> str:
     if isinstance(target, Op):
         return target.__name__
     return str(target) if not isinstance(target, type(operator.getitem)) else target.__name__
+
+
+def results_of(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The values a graph returns, by name."""
+    output = graph.output_node()
+    values: Any = output.args[0]
+    return dict(zip(output.meta["outputs"], values, strict=True))
 
 
 def types_of(node: fx.Node) -> tuple[TensorType, ...]:

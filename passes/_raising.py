@@ -125,7 +125,8 @@ def _pattern(
     nodes = [n for n in graph.nodes if n.op == "call_function" and "size" not in n.meta]
     region = describe(nodes)
     parameter = dict(zip(placeholders, op.parameters, strict=True))
-    outputs = tuple(nodes.index(n) for n in graph.output_node().args[0])
+    returned: Any = graph.output_node().args[0]
+    outputs = tuple(nodes.index(n) for n in returned)
     if len(region.inputs) != len(placeholders):
         raise RaiseError(f"`{op.__name__}` does not use every parameter, so its region cannot be matched")
     return region, tuple(parameter[n] for n in region.inputs), outputs
@@ -154,7 +155,8 @@ def trace(run: Callable[..., Any], types: tuple[TensorType, ...]) -> fx.Graph:
     shapes = tuple({i: dims[d] for i, d in enumerate(t.shape) if isinstance(d, str)} for t in types)
     exported = torch.export.export(_Function(run), args, dynamic_shapes=(shapes,), strict=False)
     known: dict[Any, Any] = {}
-    out, copied = fx.Graph(), {}
+    out = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
     inputs = iter(types)
     for node in exported.graph.nodes:
         new = copied[node] = out.node_copy(node, lambda n: copied[n])

@@ -1,9 +1,9 @@
 """Removes what computes nothing, so that a module's region reads the same wherever it was traced.
 
-    %1 = aten._assert_tensor_metadata(%0)      (gone)
-    %2 = aten.to.dtype(%0, torch.float32)      %0, if it is float32 already
-    %3 = aten.slice(%2, 0, 0, max)             %2, if nothing is cut off
-    %4 = aten.add(%2, %size)                   %size is a node: its users get the size's text instead
+%1 = aten._assert_tensor_metadata(%0)      (gone)
+%2 = aten.to.dtype(%0, torch.float32)      %0, if it is float32 already
+%3 = aten.slice(%2, 0, 0, max)             %2, if nothing is cut off
+%4 = aten.add(%2, %size)                   %size is a node: its users get the size's text instead
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The final collapse of the streams and the final norm become one op.
 
-    %1 = dsv4.hc_head(%x, fn, base, scale)
-    %2 = dsv4.rms_norm(%1, w)                     ->  %2 = dsv4.hc_head_norm(%x, fn, base, scale, w)
+%1 = dsv4.hc_head(%x, fn, base, scale)
+%2 = dsv4.rms_norm(%1, w)                     ->  %2 = dsv4.hc_head_norm(%x, fn, base, scale, w)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """mHC's mixing and the norm that follows it become one op: the mixed row is normalised before it is stored.
 
-    %1, %post, %comb = dsv4.hc_pre(%x, fn, base, scale)
-    %2 = dsv4.rms_norm(%1, w)                     ->  %2, %post, %comb = dsv4.hc_pre_norm(%x, fn, base, scale, w)
+%1, %post, %comb = dsv4.hc_pre(%x, fn, base, scale)
+%2 = dsv4.rms_norm(%1, w)                     ->  %2, %post, %comb = dsv4.hc_pre_norm(%x, fn, base, scale, w)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Queries are split into heads, normalised and rotated in one op.
 
-    %1 = dsv4.head_norm(%q);   %2 = dsv4.rope(%1, table)   ->  %2 = dsv4.head_norm_rope(%q, table)
-    %1 = dsv4.split_heads(%q); %2 = dsv4.rope(%1, table)   ->  %2 = dsv4.split_heads_rope(%q, table)   (indexer)
+%1 = dsv4.head_norm(%q);   %2 = dsv4.rope(%1, table)   ->  %2 = dsv4.head_norm_rope(%q, table)
+%1 = dsv4.split_heads(%q); %2 = dsv4.rope(%1, table)   ->  %2 = dsv4.split_heads_rope(%q, table)   (indexer)
 """
 
 from __future__ import annotations

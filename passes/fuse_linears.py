@@ -1,9 +1,9 @@
 """Linear maps of one input become one map, whose result the others read as columns.
 
-    %1 = dsv4.linear(%x, a)                       %0 = dsv4.linear(%x, a+b)      weight a+b: rows of a, then of b
-    %2 = dsv4.linear(%x, b)                   ->  %1 = dsv4.columns(%0) {start=0}      a view
-                                                  %2 = dsv4.columns(%0) {start=len(a)}
-    dsv4.swiglu(%1, %2) of neighbours         ->  dsv4.swiglu_pair(dsv4.columns(%0))
+%1 = dsv4.linear(%x, a)                       %0 = dsv4.linear(%x, a+b)      weight a+b: rows of a, then of b
+%2 = dsv4.linear(%x, b)                   ->  %1 = dsv4.columns(%0) {start=0}      a view
+                                              %2 = dsv4.columns(%0) {start=len(a)}
+dsv4.swiglu(%1, %2) of neighbours         ->  dsv4.swiglu_pair(dsv4.columns(%0))
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Attention over a window, with picked or all compressed entries: leaf regions of the plain model become ops.
+"""Attention over a window, with picked or all compressed entries.
 
-    aten nodes of one leaf module  ->  dsv4.attend_window, dsv4.attend_csa, dsv4.attend_hca
+aten nodes of one leaf module  ->  dsv4.attend_window, dsv4.attend_csa, dsv4.attend_hca
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Softmax pooling of tokens into entries, with its ring: leaf regions of the plain model become ops.
+"""Softmax pooling of tokens into entries, with its ring.
 
-    aten nodes of one leaf module  ->  dsv4.compress
+aten nodes of one leaf module  ->  dsv4.compress
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Embedding rows into streams, and the choice of the rows whose logits are wanted: leaf regions of the plain model become ops.
+"""Embedding rows into streams, and the choice of the rows whose logits are wanted.
 
-    aten nodes of one leaf module  ->  dsv4.embed, dsv4.embed_streams, dsv4.take_rows
+aten nodes of one leaf module  ->  dsv4.embed, dsv4.embed_streams, dsv4.take_rows
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""mHC: mixing the streams before and after a sublayer, and the final collapse: leaf regions of the plain model become ops.
+"""mHC: mixing the streams before and after a sublayer, and the final collapse.
 
-    aten nodes of one leaf module  ->  dsv4.hc_pre, dsv4.hc_post, dsv4.hc_head
+aten nodes of one leaf module  ->  dsv4.hc_pre, dsv4.hc_post, dsv4.hc_head
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Index scores and top-k over compressed entries: leaf regions of the plain model become ops.
+"""Index scores and top-k over compressed entries.
 
-    aten nodes of one leaf module  ->  dsv4.index_topk, dsv4.split_heads
+aten nodes of one leaf module  ->  dsv4.index_topk, dsv4.split_heads
 """
 
 from __future__ import annotations

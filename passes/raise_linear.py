@@ -1,6 +1,6 @@
-"""Linear maps, plain and grouped: leaf regions of the plain model become ops.
+"""Linear maps, plain and grouped.
 
-    aten nodes of one leaf module  ->  dsv4.linear, dsv4.grouped_linear
+aten nodes of one leaf module  ->  dsv4.linear, dsv4.grouped_linear
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Gates, SwiGLU and the routed experts: leaf regions of the plain model become ops.
+"""Gates, SwiGLU and the routed experts.
 
-    aten nodes of one leaf module  ->  dsv4.gate_bias, dsv4.gate_hash, dsv4.swiglu, dsv4.experts
+aten nodes of one leaf module  ->  dsv4.gate_bias, dsv4.gate_hash, dsv4.swiglu, dsv4.experts
 """
 
 from __future__ import annotations

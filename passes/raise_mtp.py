@@ -1,6 +1,6 @@
-"""The sum that joins the next token's embedding with the streams: leaf regions of the plain model become ops.
+"""The sum that joins the next token's embedding with the streams.
 
-    aten nodes of one leaf module  ->  dsv4.add_embedding
+aten nodes of one leaf module  ->  dsv4.add_embedding
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""RMSNorm and the weightless norm of every query head: leaf regions of the plain model become ops.
+"""RMSNorm and the weightless norm of every query head.
 
-    aten nodes of one leaf module  ->  dsv4.rms_norm, dsv4.head_norm
+aten nodes of one leaf module  ->  dsv4.rms_norm, dsv4.head_norm
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where entries live, and their writes: leaf regions of the plain model become ops.
+"""Where entries live, and their writes.
 
-    aten nodes of one leaf module  ->  dsv4.token_slots, dsv4.entry_slots, dsv4.page_write
+aten nodes of one leaf module  ->  dsv4.token_slots, dsv4.entry_slots, dsv4.page_write
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Fake quantisation of KV entries and index vectors: leaf regions of the plain model become ops.
+"""Fake quantisation of KV entries and index vectors.
 
-    aten nodes of one leaf module  ->  dsv4.quantise_kv, dsv4.quantise_index
+aten nodes of one leaf module  ->  dsv4.quantise_kv, dsv4.quantise_index
 """
 
 from __future__ import annotations

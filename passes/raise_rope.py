@@ -1,6 +1,6 @@
-"""RoPE tables and rotations: leaf regions of the plain model become ops.
+"""RoPE tables and rotations.
 
-    aten nodes of one leaf module  ->  dsv4.rope_table, dsv4.entry_rope_table, dsv4.rope
+aten nodes of one leaf module  ->  dsv4.rope_table, dsv4.entry_rope_table, dsv4.rope
 """
 
 from __future__ import annotations

@@ -107,5 +107,3 @@ class _Joiner:
         if value.kind == "weight" and name in self.program.constants:
             return self._placeholder(Value("constant", name), kind)
         return self._placeholder(Value(value.kind, name), kind)
-
-

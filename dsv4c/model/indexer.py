@@ -75,7 +75,8 @@ class SplitHeads(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, q: Tensor) -> Tensor:
-        return q.unflatten(-1, (self.num_heads, -1))
+        heads: Tensor = q.unflatten(-1, (self.num_heads, -1))
+        return heads
 
 
 class Indexer(nn.Module):

@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 def head_norm(q: Tensor, *, num_heads: int, eps: float) -> Tensor:
     """Splits [T, H * C] into heads [T, H, C] and divides each head by its root mean square."""
-    wide = q.unflatten(-1, (num_heads, -1)).float()
+    wide: Tensor = q.unflatten(-1, (num_heads, -1)).float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(q.dtype)
 
 

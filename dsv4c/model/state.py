@@ -6,8 +6,8 @@ sequences with a fixed page assignment: request r owns consecutive pages of ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch

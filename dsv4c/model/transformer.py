@@ -102,9 +102,7 @@ class Transformer(nn.Module):
             Block(config, self.layout, i, fake_quant=fake_quant) for i in range(config.num_hidden_layers)
         )
         has_mtp = config.num_nextn_predict_layers == 1 and len(config.compress_ratios) > config.num_hidden_layers
-        self.mtp = nn.ModuleList(
-            [MultiTokenPredictor(config, self.layout, fake_quant=fake_quant)] if has_mtp else []
-        )
+        self.mtp = nn.ModuleList([MultiTokenPredictor(config, self.layout, fake_quant=fake_quant)] if has_mtp else [])
         self.prelude = Prelude(config, self.layout)
         self.streams = EmbedStreams(n)
         self.take_rows = TakeRows()
@@ -140,14 +138,18 @@ class Transformer(nn.Module):
         streams, after = self.run(step, state)
         return self.logits(streams[-1], step["logit_rows"]), after
 
+    def _mtp(self) -> MultiTokenPredictor:
+        block = self.mtp[0]
+        assert isinstance(block, MultiTokenPredictor)
+        return block
+
     def mtp_streams(self, x_TND: Tensor, next_ids: Tensor) -> Tensor:
         """The MTP block's input streams, from the main model's last streams and the next tokens' ids."""
-        out: Tensor = self.mtp[0].merge(x_TND, self.embed_next(next_ids, self.embed.weight))
-        return out
+        return self._mtp().merge(x_TND, self.embed_next(next_ids, self.embed.weight))
 
     def mtp_head(self, x_TND: Tensor, logit_rows: Tensor) -> Tensor:
         """float32 [S, vocab_size] of the rows wanted, from the MTP block's output streams."""
-        out: Tensor = self.head(self.mtp[0].collapse(self.take_rows(x_TND, logit_rows)))
+        out: Tensor = self.head(self._mtp().collapse(self.take_rows(x_TND, logit_rows)))
         return out
 
     def mtp_logits(

@@ -79,9 +79,7 @@ def split_heads_rope(q: Tensor, table_TR: Tensor, *, num_heads: int) -> Tensor:
     return rope(q.unflatten(-1, (num_heads, -1)), table_TR, inverse=False)
 
 
-def norm_rope_write(
-    pool: Tensor, slots: Tensor, x: Tensor, weight: Tensor, table_TR: Tensor, *, eps: float
-) -> Tensor:
+def norm_rope_write(pool: Tensor, slots: Tensor, x: Tensor, weight: Tensor, table_TR: Tensor, *, eps: float) -> Tensor:
     """RMSNorm, `rope`, and the write of the rows into their pages: the pool."""
     return page_write(pool, slots, rope(rms_norm(x, weight, eps=eps), table_TR, inverse=False))
 
@@ -99,4 +97,5 @@ def columns(x: Tensor, *, start: int, length: int) -> Tensor:
 
 def split_heads(q: Tensor, *, num_heads: int) -> Tensor:
     """[T, H * C] as [T, H, C]: a view, never a kernel."""
-    return q.unflatten(-1, (num_heads, -1))
+    heads: Tensor = q.unflatten(-1, (num_heads, -1))
+    return heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_one_shot_prefill_gives_logits_and_streams(model: Transformer, golden: d
 )
 def test_chunks_give_the_same_logits(model: Transformer, golden: dict[str, torch.Tensor], cuts: list[int]) -> None:
     state, parts = init_state(model.config, LAYOUT, 2, LENGTH), []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         step = make_step(model.config, LAYOUT, both(golden["ids"], start, stop), LENGTH)
         logits, state = model(step, state)
         parts.append(logits.view(2, stop - start, -1))

@@ -119,7 +119,7 @@ def test_a_wrong_rewrite_count_is_an_error(captured: Program) -> None:
 
 
 def test_a_false_fact_is_an_error_that_names_the_pass_and_a_node(captured: Program) -> None:
-    with pytest.raises(PassError, match="after pass `boaster` the fact `lowered` does not hold at `%.*aten"):
+    with pytest.raises(PassError, match=r"after pass `boaster` the fact `lowered` does not hold at `%.*aten"):
         Pipeline((Boaster(),)).run(captured)
 
 

@@ -13,6 +13,7 @@ from dsv4c.pipeline import Pipeline
 from dsv4c.program import Program
 from tests.passes.conftest import LAYOUT, SMALL
 
+# ruff: noqa: E501
 HEAD = """\
 graph head {
   %weight.norm.weight : f32[32]
