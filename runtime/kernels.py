@@ -29,26 +29,15 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor) -> None:
 
 def _grouped(x: Tensor, weight: Tensor, y: Tensor, groups: int) -> None:
     """One GEMM a group: [T, I] columns of x times [A, I] rows of the weight into columns of y."""
-    rows = x.reshape(x.shape[0], groups, -1)
+    rows = x.reshape(x.shape[0], groups, weight.shape[1])
     for group, part in enumerate(weight.unflatten(0, (groups, -1))):
         size = part.shape[0]
         y[:, group * size : (group + 1) * size] = rows[:, group] @ part.t()
 
 
-def _unrope_grouped(x: Tensor, table: Tensor, weight: Tensor, y: Tensor, groups: int) -> None:
-    """Inverse RoPE of the last channels of [T, H, C], then `_grouped`."""
-    cos, sin = table.unsqueeze(1).chunk(2, -1)
-    turned = x.clone()
-    even, odd = turned[..., -table.shape[1] :].unflatten(-1, (-1, 2)).unbind(-1)
-    back = torch.stack((even * cos + odd * sin, odd * cos - even * sin), -1)
-    turned[..., -table.shape[1] :] = back.flatten(-2)
-    _grouped(turned, weight, y, groups)
-
-
 VENDOR_CALLS: Mapping[str, Callable[[Mapping[str, Any]], Vendor]] = {
     "aten.linear": lambda attrs: _linear,
     "aten.grouped_linear": lambda attrs: lambda *a: _grouped(*a, groups=int(attrs["groups"])),
-    "aten.unrope_grouped_linear": lambda attrs: lambda *a: _unrope_grouped(*a, groups=int(attrs["groups"])),
 }
 
 

@@ -169,7 +169,8 @@ def _compile(unit: _Unit, tools: Toolchain, texts: str, cache_dir: Path) -> Path
     if target.exists():
         return target
     source, part = cache_dir / f"{name}.cc", cache_dir / f"{name}.{os.getpid()}.part"
-    source.write_text(unit.text, encoding="utf-8")
+    part.write_text(unit.text, encoding="utf-8")
+    part.replace(source)
     command = [
         tools.compiler, *flags, f"-frandom-seed={name}", f"-I{SOURCES}", *_ffi_includes(), "-c", str(source),
         "-o", str(part),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ _OWN_KERNELS = {
     "index_topk": "it would materialise the score of every entry",
     "experts": "it would gather the weights of every token",
     "gate_bias": "it sorts",
-    **dict.fromkeys(("linear", "grouped_linear", "unrope_grouped_linear"), "a GEMM needs a library call"),
+    **dict.fromkeys(("linear", "grouped_linear"), "a GEMM needs a library call"),
     **dict.fromkeys(("hc_pre", "hc_pre_norm", "hc_post_pre_norm"), "its projection needs a library call"),
     **dict.fromkeys(("hc_head", "hc_head_norm", "hc_post"), "its projection needs a library call"),
 }
@@ -75,7 +76,7 @@ def generate(node: OpNode, cache: Path) -> str:
     file = cache / f"inductor-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.cc"
     if not file.exists():
         text = _cut(_generate(node), node)
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{os.getpid()}.part")
         part.write_text(text, encoding="utf-8")
         part.replace(file)
     return file.read_text(encoding="utf-8")

@@ -62,7 +62,6 @@ def _build_packed(node: OpNode) -> Build:
         "BF16": int(weight.exact == "bfloat16"),
         "PANEL": panel(int(weight.shape[0]) // _groups(node)),
         "GROUPS": _groups(node),
-        "UNROPE": int(node.op == "unrope_grouped_linear"),
         "DENSE": int(dense),
     }
     return Build("cpp", "linear.cc", defines)
@@ -72,12 +71,6 @@ def _packed_cost(node: OpNode, symbols: Mapping[str, int]) -> Work:
     weight = _weight(node)
     laid = apply_layout(weight, packed(weight, int(weight.shape[0]) // _groups(node)))
     return Work(moved((*node.inputs[:-1], laid, *node.outputs), symbols), flops(node, symbols), "cpp", 0.85)
-
-
-def _workspace(node: OpNode) -> tuple[Value, ...]:
-    x = node.inputs[0]
-    assert x is not None
-    return (Value(x.shape, "float32"),) if node.op == "unrope_grouped_linear" else ()
 
 
 def _aten_cost(node: OpNode, symbols: Mapping[str, int]) -> Work:
@@ -94,7 +87,7 @@ def _accepts_aten(node: OpNode) -> str | None:
 
 def _packed_schedule(op: str) -> Schedule:
     return Schedule(
-        f"{op}.cpp_packed", op, CPU, _build_packed, _packed_cost, _accepts_packed, _packed_layouts, _workspace,
+        f"{op}.cpp_packed", op, CPU, _build_packed, _packed_cost, _accepts_packed, _packed_layouts,
         tolerance=5e-6,
     )  # fmt: skip
 
@@ -109,8 +102,6 @@ def _aten_schedule(op: str) -> Schedule:
 SCHEDULES = (
     _packed_schedule("linear"),
     _packed_schedule("grouped_linear"),
-    _packed_schedule("unrope_grouped_linear"),
     _aten_schedule("linear"),
     _aten_schedule("grouped_linear"),
-    _aten_schedule("unrope_grouped_linear"),
 )

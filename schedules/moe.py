@@ -34,13 +34,7 @@ def _accepts(node: OpNode) -> str | None:
         return f"expert channels are no multiple of {LANES}"
     if len({w.exact for w in _weights(node)}) > 1:
         return "expert weights of different stored formats"
-    return float_rows(0, 2, 6)(_without_short_rows(node))
-
-
-def _without_short_rows(node: OpNode) -> OpNode:
-    """The routing weights [T, K] are read one by one and need no whole vectors."""
-    inputs = tuple(v if i in (0, 6) else None for i, v in enumerate(node.inputs))
-    return OpNode(node.op, node.attrs, inputs, node.outputs)
+    return float_rows(0, 6)(node)
 
 
 def _workspace(node: OpNode) -> tuple[Value, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dsv4c.schedules._cpp import CPU, cost, float_rows
-from dsv4c.schedules._schedule import Build, OpNode, Schedule
+from dsv4c.schedules._cpp import CPU, LANES, cost
+from dsv4c.schedules._schedule import Build, OpNode, Schedule, dense_rows
 
 _OPS = {  # op: norm (1 with weight, 2 without), whether it rotates, whether it writes
     "rms_norm": (1, False, False),
@@ -27,33 +27,21 @@ def _build(node: OpNode) -> Build:
 
 
 def _accepts(node: OpNode) -> str | None:
-    refusal = float_rows()(node)
-    x = node.inputs[2 if _OPS[node.op][2] else 0]
-    assert x is not None
-    heads = int(node.attrs.get("num_heads", 1))
-    if refusal is None and int(x.shape[-1]) // heads % 16:
-        return f"heads of {int(x.shape[-1]) // heads} channels are no multiple of 16"
-    return refusal
-
-
-def _accepts_rotation(node: OpNode) -> str | None:
-    """RoPE tables may be narrower than a vector: only x needs whole vectors, and only if it is normed."""
+    """Rows are read one by one and copied as they are; only a norm works in whole vectors."""
     norm, _, writes = _OPS[node.op]
-    x_index = 2 if writes else 0
-    x = node.inputs[x_index]
-    assert x is not None
     if any(v is not None and v.dtype not in ("float32", "int64") for v in (*node.inputs, *node.outputs)):
         return "a tensor that is neither float32 nor int64"
+    x = node.inputs[2 if writes else 0]
+    assert x is not None
     channels = int(x.shape[-1]) // int(node.attrs.get("num_heads", 1))
-    if norm and channels % 16:
-        return f"rows of {channels} channels are no multiple of 16"
-    return None if float_rows(x_index)(node) is None or not norm else float_rows(x_index)(node)
+    if norm and channels % LANES:
+        return f"rows of {channels} channels are no multiple of {LANES}"
+    return None if dense_rows(x) else "a tensor strided within its rows"
 
 
 SCHEDULES = tuple(
     Schedule(
-        f"{op}.cpp_rows", op, CPU, _build, cost(0.1), _accepts_rotation if rotates else _accepts,
-        tolerance=2e-6 if norm or rotates else 0.0,
+        f"{op}.cpp_rows", op, CPU, _build, cost(0.1), _accepts, tolerance=2e-6 if norm or rotates else 0.0
     )
     for op, (norm, rotates, _) in _OPS.items()
 )  # fmt: skip

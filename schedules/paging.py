@@ -20,7 +20,7 @@ def _embed(node: OpNode) -> Build:
     weight = node.inputs[1]
     assert weight is not None
     narrow = int(weight.exact == "bfloat16")
-    return Build("cpp", "rows.cc", {"BF16": narrow, "COPIES": node.attrs["hc_mult"], "INDEX_FIRST": 1})
+    return Build("cpp", "rows.cc", {"BF16": narrow, "COPIES": node.attrs.get("hc_mult", 1), "INDEX_FIRST": 1})
 
 
 def _embed_layouts(node: OpNode) -> dict[int, Transforms]:
@@ -33,7 +33,8 @@ SCHEDULES = (
     Schedule("token_slots.cpp_rows", "token_slots", CPU, _slots, cost(0.1), tolerance=0.0),
     Schedule("entry_slots.cpp_rows", "entry_slots", CPU, _slots, cost(0.1), tolerance=0.0),
     Schedule("take_rows.cpp_rows", "take_rows", CPU, _take, cost(0.1), float_rows(), tolerance=0.0),
-    Schedule(
-        "embed_streams.cpp_rows", "embed_streams", CPU, _embed, cost(0.1), float_rows(), _embed_layouts, tolerance=0.0
+    *(
+        Schedule(f"{op}.cpp_rows", op, CPU, _embed, cost(0.1), float_rows(), _embed_layouts, tolerance=0.0)
+        for op in ("embed", "embed_streams")
     ),
 )
