@@ -7,7 +7,7 @@ page table, N_g rows of a pool, Z state slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,17 @@ class _Call(nn.Module):
         return self.run(self.part, *tensors)
 
 
-def capture(config: ModelConfig, layout: StateLayout | None = None, *, fake_quant: bool = False) -> Program:
-    """The program of the whole model (entry point `step`, and `mtp` if the model has it), not yet stitched."""
+def capture(
+    config: ModelConfig,
+    layout: StateLayout | None = None,
+    *,
+    fake_quant: bool = False,
+    only: Collection[str] | None = None,
+) -> Program:
+    """The program of the whole model (entry point `step`, and `mtp` if the model has it), not yet stitched.
+
+    `only` names the pieces to capture (`attention.csa`, ...): such a program can be raised but not stitched.
+    """
     layout = layout or StateLayout()
     with torch.device("meta"):
         model = Transformer(config, layout, fake_quant=fake_quant)
@@ -58,6 +67,8 @@ def capture(config: ModelConfig, layout: StateLayout | None = None, *, fake_quan
     pieces = _pieces(model, config, layout)
     program = Program(config, layout, {}, _recipes(model, config), symbols, {}, {})
     for name, piece in pieces.items():
+        if only is not None and name not in only:
+            continue
         program.graphs[name] = _export(name, piece, symbols)
     program.constants = _constants(config, layout)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:

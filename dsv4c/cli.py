@@ -72,15 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("artifact", metavar="DIR", type=Path, help="the artifact's folder")
     run.add_argument("--weights", type=Path, help="checkpoint folder, if the artifact holds no weights")
     run.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: seeded random weights")
-    run.add_argument("--seed", type=int, default=0, help="of dummy weights")
+    run.add_argument("--seed", type=int, default=0, help="of dummy weights, and of sampling with --prompt")
     run.add_argument("--tokenizer", type=Path, help="tokenizer.json, if the artifact holds none")
     run.add_argument("--prompt", help="answer once on stdout and exit")
     run.add_argument("--max-new-tokens", type=_positive, default=64, help="with --prompt (default 64)")
+    run.add_argument("--temperature", type=float, default=0.7, help="with --prompt (default 0.7; 0 is greedy)")
     run.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
     run.add_argument("--port", type=int, default=8000, help="port to bind (default 8000)")
     run.add_argument("--model-name", help="the name clients use (default: the artifact's folder)")
     run.add_argument("--max-requests", type=_positive, help="requests served at once")
     run.add_argument("--max-queue", type=_positive, default=512, help="requests that may wait (default 512)")
+    run.add_argument("--kv-memory", type=float, metavar="GB", help="for KV pools (default: half of what is free)")
     run.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
     run.set_defaults(run=_run)
 
@@ -147,25 +149,34 @@ def _preset_or_folder(name: str) -> ModelConfig:
 
 def _run(args: argparse.Namespace) -> int:
     from dsv4c.launch import LaunchOptions, answer, launch, serve
+    from dsv4c.runtime.serve import bind
 
+    if args.kv_memory is not None and args.kv_memory <= 0:
+        raise ConfigError(f"`--kv-memory` must be positive, not {args.kv_memory}")
     options = LaunchOptions(
-        weights=args.weights, dummy_seed=args.seed if args.load_format == "dummy" else None,
-        tokenizer=args.tokenizer, max_requests=args.max_requests, max_queue=args.max_queue, threads=args.threads,
+        weights=args.weights,
+        dummy_seed=args.seed if args.load_format == "dummy" else None,
+        tokenizer=args.tokenizer,
         model_name=args.model_name,
-    )  # fmt: skip
+        max_requests=args.max_requests,
+        max_queue=args.max_queue,
+        kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
+        threads=args.threads,
+    )
+    sock = bind(args.host, args.port) if args.prompt is None else None
     with _progress() as progress:
         task = progress.add_task("load", total=None, detail="")
 
         def loaded(done: int, total: int, name: str) -> None:
             progress.update(task, completed=done, total=total, detail=name)
 
-        served = launch(args.artifact, options, loaded)
-    if args.prompt is not None:
-        for text in answer(served, args.prompt, args.max_new_tokens):
-            print(text, end="", flush=True)
-        print()
+        launched = launch(args.artifact, options, loaded)
+    if sock is not None:
+        serve(launched, sock)
         return 0
-    serve(served, args.host, args.port)
+    for text in answer(launched, args.prompt, args.max_new_tokens, args.temperature, args.seed):
+        print(text, end="", flush=True)
+    print()
     return 0
 
 

@@ -28,7 +28,8 @@ def fake_quant_fp8(x: Tensor, *, group: int) -> Tensor:
     wide = x.float().unflatten(-1, (-1, group))
     scale = power_of_two_ceil(wide.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448)
     rounded = (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-    return (wide + (rounded - wide).detach()).flatten(-2).to(x.dtype)
+    out: Tensor = (wide + (rounded - wide).detach()).flatten(-2).to(x.dtype)
+    return out
 
 
 def fake_quant_fp4(x: Tensor, *, group: int) -> Tensor:
@@ -36,7 +37,8 @@ def fake_quant_fp4(x: Tensor, *, group: int) -> Tensor:
     wide = x.float().unflatten(-1, (-1, group))
     scale = power_of_two_ceil(wide.abs().amax(-1, keepdim=True).clamp(min=6 * 2.0**-126) / 6)
     rounded = round_e2m1((wide / scale).clamp(-6, 6)) * scale
-    return (wide + (rounded - wide).detach()).flatten(-2).to(x.dtype)
+    out: Tensor = (wide + (rounded - wide).detach()).flatten(-2).to(x.dtype)
+    return out
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""Artifact -> something that answers: weights, pools, engine, codec and server put together.
+
+The one place where the spine hands its checkpoint reader and chat codec to the runtime, which knows neither.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsv4c.artifact import Manifest, load_manifest
+from dsv4c.chat.codec import ChatCodec
+from dsv4c.checkpoint.dummy import DummySource
+from dsv4c.checkpoint.reader import Checkpoint
+from dsv4c.checkpoint.source import WeightSource
+from dsv4c.config import ModelConfig
+from dsv4c.errors import ArtifactError, ConfigError, EngineError
+from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.kvpool import PoolSizes
+from dsv4c.runtime.loader import load
+from dsv4c.runtime.loop import EngineLoop
+from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.request import Request
+from dsv4c.runtime.scheduler import Limits
+from dsv4c.runtime.serve import serve as serve_app
+from dsv4c.runtime.server import create_app
+
+KV_SHARE = 0.5  # of the memory that is free when loading starts; weights, arena and the system need the rest
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How to serve an artifact. None: what the artifact was compiled for, or what it holds."""
+
+    weights: Path | None = None
+    dummy_seed: int | None = None
+    tokenizer: Path | None = None
+    model_name: str | None = None
+    max_requests: int | None = None
+    max_queue: int = 512
+    kv_memory_bytes: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """An engine that is ready, its codec, and the name clients use."""
+
+    engine: Engine
+    codec: ChatCodec
+    manifest: Manifest
+    model_name: str
+
+
+def launch(
+    directory: Path, options: LaunchOptions, progress: Callable[[int, int, str], None] | None = None
+) -> Launched:
+    """Loads an artifact and its weights. Raises InputErrors that name what is missing or does not match."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    manifest = load_manifest(directory)
+    if "step" not in manifest.programs:
+        raise ArtifactError("the artifact has no program `step`", hint="compile it again with this version")
+    codec = _codec(directory, options)
+    if codec.vocab_size > manifest.vocab_size:
+        raise ArtifactError(
+            f"the tokenizer has {codec.vocab_size} tokens, the model {manifest.vocab_size}",
+            hint="give the model's own with `--tokenizer`",
+        )
+    source = _source(directory, manifest, options)
+    symbols = manifest.programs["step"].symbols
+    requests = min(options.max_requests or symbols["R"], symbols["R"])
+    if options.max_requests is not None and options.max_requests > symbols["R"]:
+        raise ConfigError(
+            f"`--max-requests` is {options.max_requests}, the artifact was compiled for {symbols['R']}",
+            hint="compile it with a larger `--max-requests`",
+        )
+    budget = options.kv_memory_bytes or int(KV_SHARE * available_memory())
+    sizes = PoolSizes.for_bytes(
+        manifest.kv_groups, manifest.state_groups, budget, requests, manifest.max_context, symbols["T"]
+    )
+    executor = load(directory, source, sizes, progress, manifest=manifest)
+    limits = Limits(
+        max_requests=requests, max_step_tokens=symbols["T"], max_waiting=options.max_queue, max_logit_rows=symbols["S"]
+    )
+    engine = Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=codec.eos_token_ids)
+    return Launched(engine, codec, manifest, options.model_name or directory.resolve().name)
+
+
+def answer(launched: Launched, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """The completion of one prompt, piece by piece."""
+    ids = launched.codec.encode(prompt)
+    if not ids:
+        raise ConfigError("the prompt is empty", hint="give `--prompt` some text")
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    request = Request("prompt", ids, params)
+    launched.engine.submit(request)
+    text = launched.codec.detokenizer()
+    while launched.engine.has_work:
+        for event in launched.engine.step():
+            if event.end is not None and event.end.error is not None:
+                raise EngineError(event.end.error.message, hint=event.end.error.hint)
+            stop = event.end.stop_token if event.end is not None else None
+            yield "".join(text.push(token) for token in event.tokens if token != stop)
+    yield text.flush()
+
+
+def serve(launched: Launched, sock: socket.socket) -> None:
+    """Serves on a bound socket until a signal comes, then lets requests in flight finish."""
+    loop = EngineLoop(launched.engine).start()
+    fingerprint = f"{launched.manifest.target}-{launched.manifest.model_sha256[:12]}"
+    app = create_app(loop, launched.codec, launched.model_name, fingerprint=fingerprint)
+    try:
+        serve_app(app, sock=sock)
+    finally:
+        loop.close(drain=False)
+
+
+def _codec(directory: Path, options: LaunchOptions) -> ChatCodec:
+    folder = options.tokenizer or directory / "tokenizer"
+    if options.tokenizer is None and not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"`{directory}` holds no tokenizer", hint="give one with `--tokenizer FILE`")
+    return ChatCodec.from_folder(folder)
+
+
+def _source(directory: Path, manifest: Manifest, options: LaunchOptions) -> WeightSource:
+    if options.dummy_seed is not None:
+        if options.weights is not None:
+            raise ConfigError("`--weights` and `--load-format dummy` exclude each other")
+        return DummySource(ModelConfig.from_dict(manifest.model), options.dummy_seed)
+    if options.weights is None and not manifest.embedded_weights:
+        raise ArtifactError(
+            f"`{directory}` holds no weights",
+            hint="give a checkpoint with `--weights FOLDER`, or `--load-format dummy`",
+        )
+    checkpoint = Checkpoint(options.weights or directory / "weights")
+    _check_model(manifest, checkpoint.config)
+    return checkpoint
+
+
+def _check_model(manifest: Manifest, config: ModelConfig) -> None:
+    """Raises ArtifactError with the first key in which the checkpoint is another model than the artifact's."""
+    compiled = ModelConfig.from_dict(manifest.model).to_dict()
+    for key, found in config.to_dict().items():
+        if compiled[key] != found:
+            raise ArtifactError(
+                f"the artifact was compiled for `{key}` {json.dumps(compiled[key])}, the weights have "
+                f"{json.dumps(found)}",
+                hint="compile the artifact from this checkpoint",
+            )
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
