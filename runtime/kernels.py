@@ -27,17 +27,20 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor) -> None:
     torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out=y.view(-1, weight.shape[0]))
 
 
-def _grouped(x: Tensor, weight: Tensor, y: Tensor, groups: int) -> None:
-    """One GEMM a group: [T, I] columns of x times [A, I] rows of the weight into columns of y."""
-    rows = x.reshape(x.shape[0], groups, weight.shape[1])
-    for group, part in enumerate(weight.unflatten(0, (groups, -1))):
-        size = part.shape[0]
-        y[:, group * size : (group + 1) * size] = rows[:, group] @ part.t()
+def _grouped(groups: int) -> Vendor:
+    def run(x: Tensor, weight: Tensor, y: Tensor) -> None:
+        """One GEMM a group: [T, I] columns of x times [A, I] rows of the weight into columns of y."""
+        rows = x.reshape(x.shape[0], groups, weight.shape[1])
+        for group, part in enumerate(weight.unflatten(0, (groups, -1))):
+            size = part.shape[0]
+            y[:, group * size : (group + 1) * size] = rows[:, group] @ part.t()
+
+    return run
 
 
 VENDOR_CALLS: Mapping[str, Callable[[Mapping[str, Any]], Vendor]] = {
     "aten.linear": lambda attrs: _linear,
-    "aten.grouped_linear": lambda attrs: lambda *a: _grouped(*a, groups=int(attrs["groups"])),
+    "aten.grouped_linear": lambda attrs: _grouped(int(attrs["groups"])),
 }
 
 
@@ -72,9 +75,7 @@ class Kernels:
                 ) from error
         function = self._modules[kernel.file].get_function(kernel.symbol)
         if function is None:
-            raise ArtifactError(
-                f"`{kernel.file}` has no function `{kernel.symbol}`", hint="compile the artifact again"
-            )
+            raise ArtifactError(f"`{kernel.file}` has no function `{kernel.symbol}`", hint="compile the artifact again")
         return function
 
     def is_native(self, name: str) -> bool:

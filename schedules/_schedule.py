@@ -152,7 +152,9 @@ class Choice:
     def kernel(self) -> str:
         """`<op>_<hash>`: equal for nodes that one kernel serves."""
         build = self.build
-        text = json.dumps([self.schedule, build.kind, build.source, dict(build.defines), build.signature], sort_keys=True)
+        text = json.dumps(
+            [self.schedule, build.kind, build.source, dict(build.defines), build.signature], sort_keys=True
+        )
         return f"{self.node.op}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 

@@ -29,8 +29,8 @@ _COMMON = ("-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno",
 _OWN = (*_COMMON, "-std=c++17", "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
 # Inductor's own flags: its kernels are checked against eager PyTorch with these
 _INDUCTOR = (
-    *_COMMON, "-std=c++20", "-ffp-contract=off", "-fexcess-precision=fast", "-fno-tree-loop-vectorize", "-w", "-DNDEBUG",
-    "-DTORCH_INDUCTOR_CPP_WRAPPER", "-DSTANDALONE_TORCH_HEADER", "-DC10_USING_CUSTOM_GENERATED_MACROS",
+    *_COMMON, "-std=c++20", "-ffp-contract=off", "-fexcess-precision=fast", "-fno-tree-loop-vectorize", "-w",
+    "-DNDEBUG", "-DTORCH_INDUCTOR_CPP_WRAPPER", "-DSTANDALONE_TORCH_HEADER", "-DC10_USING_CUSTOM_GENERATED_MACROS",
 )  # fmt: skip
 
 

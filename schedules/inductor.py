@@ -140,8 +140,9 @@ def _generate(node: OpNode) -> str:
                 f"inductor cannot compile `{node.describe()}`: {str(error).splitlines()[0]}",
                 hint="give the op a schedule of its own in schedules/",
             ) from error
-        source = next(Path(f) for f in files if str(f).endswith("wrapper.cpp"))
-        return source.read_text(encoding="utf-8")
+        assert isinstance(files, list)
+        source = next(str(f) for f in files if str(f).endswith("wrapper.cpp"))
+        return Path(source).read_text(encoding="utf-8")
 
 
 def _cut(text: str, node: OpNode) -> str:
@@ -155,8 +156,10 @@ def _cut(text: str, node: OpNode) -> str:
         )
     count = sum(v is not None for v in (*node.inputs, *node.outputs))
     # A parallel region costs microseconds even where it has one row to do, and far more if a core is busy
-    generated = text[kernels:].split("// Compile cmd")[0].replace(
-        "#pragma omp parallel", "#pragma omp parallel if (dsv4c_parallel)"
+    generated = (
+        text[kernels:]
+        .split("// Compile cmd")[0]
+        .replace("#pragma omp parallel", "#pragma omp parallel if (dsv4c_parallel)")
     )
     generated = generated.replace('extern "C"', "static")
     return (
@@ -169,7 +172,7 @@ def _cut(text: str, node: OpNode) -> str:
         "  for (int i = 0; i < a.count; ++i) {\n"
         "    Tensor tensor = a[i];\n"
         "    if (!tensor) continue;\n"
-        f"    if (used == {count}) throw std::runtime_error(\"too many arguments\");\n"
+        f'    if (used == {count}) throw std::runtime_error("too many arguments");\n'
         "    largest = std::max(largest, tensor.numel());\n"
         "    handles[used++].tensor = tensor.t;\n"
         "  }\n"

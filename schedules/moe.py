@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsv4c.schedules._cpp import CPU, LANES, cost, flops, float_rows, moved
+from dsv4c.schedules._cpp import CPU, LANES, cost, float_rows, flops, moved
 from dsv4c.schedules._schedule import Build, OpNode, Schedule, Transforms, Value, Work
 from dsv4c.schedules.linear import packed, panel
 

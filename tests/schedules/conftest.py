@@ -42,7 +42,7 @@ PAIRS = pairs()
 
 def choice_of(case: Case, schedule_name: str) -> Choice:
     schedule = next(s for s in SCHEDULES if s.name == schedule_name)
-    return choose(schedule, case.node, "cpu", {s: 64 for s in "TSREPQNMZ"}, "a test")
+    return choose(schedule, case.node, "cpu", dict.fromkeys("TSREPQNMZ", 64), "a test")
 
 
 def lay_out(tensor: Tensor, transforms: Transforms) -> Tensor:
