@@ -116,11 +116,10 @@ class BatchBuilder:
         spans: Sequence[Span], firsts_R: Int64Array, starts_R: Int64Array, ends_R: Int64Array
     ) -> Int64Array:
         if any(s.prompt_rows for s in spans):
-            return np.concatenate(
-                [
-                    np.array(logit_positions(s), dtype=np.int64) - s.start + int(f)
-                    for s, f in zip(spans, firsts_R, strict=True)
-                ]
-            )
+            rows = [np.array(logit_positions(s), dtype=np.int64) for s in spans]
+            shifts_S = np.repeat(firsts_R - starts_R, [r.size for r in rows])
+            rows_S: Int64Array = np.concatenate(rows) + shifts_S
+            return rows_S
         samples_R = np.array([s.samples for s in spans], dtype=bool)
-        return (firsts_R + ends_R - starts_R - 1)[samples_R]
+        last_R: Int64Array = firsts_R + ends_R - starts_R - 1
+        return last_R[samples_R]

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 
 from dsv4c.artifact import Input, KVGroup, Manifest
-from dsv4c.errors import Dsv4cError, EngineError, RequestError
+from dsv4c.errors import ConfigError, Dsv4cError, EngineError, RequestError
 from dsv4c.runtime.batch import BatchBuilder, step_inputs
 from dsv4c.runtime.kvpool import KVPool, PoolSizes
 from dsv4c.runtime.request import Event, FinishReason, Request
@@ -105,8 +105,26 @@ class Engine:
         limits: Limits | None = None,
         eos_token_ids: Sequence[int] = (),
     ) -> Engine:
-        """An engine for an artifact: inputs, groups and vocabulary are the manifest's."""
+        """An engine for an artifact: inputs, groups and vocabulary are the manifest's, and so are default limits.
+
+        Raises ConfigError if limits or sizes exceed what its programs were made for.
+        """
         inputs, symbols = step_inputs(manifest)
+        largest = {i.kind: symbols.get(str(i.shape[0]), 2**62) for i in inputs}
+        tokens, rows = largest.get("token_ids", 2**62), largest.get("logit_rows", 2**62)
+        requests = min(largest.get("seq_starts", 2**62), sizes.max_requests, tokens, rows)
+        limits = limits or Limits(requests, min(512, tokens), max_logit_rows=min(512, tokens, rows))
+        for name, asked, most in (
+            ("max_requests", limits.max_requests, requests),
+            ("max_step_tokens", limits.max_step_tokens, tokens),
+            ("max_logit_rows", limits.logit_rows, rows),
+            ("max_context", sizes.max_context, manifest.max_context),
+        ):
+            if asked > most:
+                raise ConfigError(
+                    f"`{name}` is {asked}, the artifact and its pools allow {most}",
+                    hint=f"lower `{name}`, or compile for more",
+                )
         return cls(
             executor,
             inputs=inputs,
@@ -171,6 +189,8 @@ class Engine:
         began = time.perf_counter()
         spans = self.scheduler.schedule()
         if not spans:
+            if self.has_work:
+                raise EngineError("requests wait, but the scheduler gives none of them a token")
             return []
         try:
             chosen = self._choose(spans, self._execute(spans))
@@ -276,11 +296,11 @@ class Engine:
             clear = EngineError(f"the step failed: {type(error).__name__}: {error}")
         return [self._end(s.request, "failed", error=clear) for s in spans if s.request.status == "running"]
 
-    def stats(self) -> EngineStats:
-        """A snapshot for metrics; safe from any thread."""
+    def stats(self, ahead: int = 0) -> EngineStats:
+        """A snapshot for metrics; safe from any thread. `ahead` more requests wait outside."""
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=len(self.scheduler.waiting) + ahead,
             pages_used=self.pool.used_pages(),
             pages_total=self.pool.total_pages(),
             preemptions=self.scheduler.num_preemptions,

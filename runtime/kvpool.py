@@ -88,7 +88,7 @@ class PoolSizes:
     def for_requests(
         cls, groups: Sequence[KVGroup], max_requests: int, max_context: int, step_tokens: int = 1
     ) -> PoolSizes:
-        """Enough that `max_requests` requests of `max_context` tokens never lack a page, `step_tokens` a step in all."""
+        """Enough that `max_requests` requests of `max_context` tokens never lack a page at `step_tokens` a step."""
         _check_counts(max_requests, max_context, step_tokens)
         pages = {}
         for group in groups:
@@ -249,7 +249,7 @@ class KVPool:
         return {g.spec.name: g.missing(slot, tokens) for g in self._groups}
 
     def claim(self, slot: int | None, tokens: int) -> dict[str, int]:
-        """Group -> pages that a request (None: not yet admitted) lacks to reach `tokens` tokens, evicting as it goes."""
+        """Group -> pages a request (None: not yet admitted) lacks to reach `tokens` tokens, evicting as it goes."""
         claims = {}
         for group in self._groups:
             held = group.end[slot] - group.first[slot] if slot is not None else 0

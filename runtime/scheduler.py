@@ -187,6 +187,8 @@ class Scheduler:
         """Gives the request a span: as much as budget, logit rows and pages allow."""
         start = request.num_computed
         end = self._end_within_budget(request, start)
+        if end == start:
+            return  # this step's logit rows are spent; the first to ask for some always gets them
         while (fit := self.pool.fit(request.slot, end)) <= start:
             victim = self.running[-1]
             if victim is request and len(self.running) == 1:
@@ -208,7 +210,7 @@ class Scheduler:
         end = start + min(request.pending, self._tokens_left)
         rows = request.prompt_logprob_rows(start, end)
         if len(rows) > self._prompt_rows_left:
-            end = max(rows.start + self._prompt_rows_left, start)
+            end = rows.start + self._prompt_rows_left
         return end
 
     def _has_room(self, request: Request) -> bool:
@@ -246,11 +248,8 @@ class Scheduler:
         """Proves that pages, slots and queues agree. Raises EngineError that names the first fault."""
         self.pool.audit()
         slots = [r.slot for r in self.running]
-        if (
-            len(set(slots)) != len(slots)
-            or 0 in slots
-            or len(slots) + self.pool.free_slots != self.pool.sizes.slots - 1
-        ):
+        taken = self.pool.sizes.max_requests - self.pool.free_slots
+        if len(set(slots)) != len(slots) or 0 in slots or len(slots) != taken:
             raise EngineError(f"slots {slots} of the running requests do not match the pool")
         for request in self.running:
             if request.status != "running" or any(self.pool.pages_needed(request.slot, request.num_computed).values()):

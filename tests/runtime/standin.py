@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from dsv4c.artifact import Input, KVGroup, Pool, StateGroup
+from dsv4c.artifact import Input, KVGroup, Pool
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.kvpool import PoolSizes
 from dsv4c.runtime.scheduler import Limits
@@ -33,11 +33,6 @@ def kv_groups(window_page: int = 64, block: int = 256, horizon: int = HORIZON) -
         KVGroup("index", 4, block, None, pool),
     )
 
-
-STATES = (
-    StateGroup("c4", (Pool("ring4", (8,), "float32"),)),
-    StateGroup("c128", (Pool("ring128", (128,), "float32"),)),
-)
 
 INPUTS = (
     Input("token_ids", "token_ids", ("T",)),
@@ -84,17 +79,10 @@ def _logits(parts: Sequence[np.ndarray], position: int) -> np.ndarray:
 def direct_logits(tokens: Sequence[int], horizon: int = HORIZON) -> np.ndarray:
     """Logits [vocab] after these tokens, without any pool."""
     t = np.asarray(tokens, dtype=np.int64)
-    c4 = [
-        _entry(np.concatenate([np.full(max(0, 4 - 4 * e), -1), t[max(0, 4 * e - 4) : 4 * e + 4]]), 4)
-        for e in range(t.size // 4)
-    ]
-    c128 = [_entry(t[128 * e : 128 * e + 128], 128) for e in range(t.size // 128)]
-    parts = [
-        t[max(0, t.size - horizon) :],
-        np.array(c4, np.int64),
-        np.array(c4, np.int64) ^ 5,
-        np.array(c128, np.int64),
-    ]
+    padded = np.concatenate([np.full(4, -1), t])  # the first window has no predecessor
+    c4 = np.array([_entry(padded[4 * e : 4 * e + 8], 4) for e in range(t.size // 4)], np.int64)
+    c128 = np.array([_entry(t[128 * e : 128 * e + 128], 128) for e in range(t.size // 128)], np.int64)
+    parts = [t[max(0, t.size - horizon) :], c4, c4 ^ 5, c128]
     return _logits(parts, t.size - 1)
 
 
