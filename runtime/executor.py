@@ -52,7 +52,7 @@ class ArtifactExecutor:
         self._calls = [call for segment in program.segments for call in segment.calls]
         self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
         self._symbols = _input_symbols(program)
-        self._rows = _state_symbols(program, self.states)
+        _check_buffer_sizes(program)
         if "logits" not in program.outputs:
             raise ArtifactError(f"program `{program.phase}` has no `logits`", hint="compile the artifact again")
 
@@ -122,7 +122,6 @@ class ArtifactExecutor:
         return found
 
     def _bind(self, symbols: dict[str, int]) -> _Binding:
-        symbols = {**symbols, **self._rows}
         inputs = {
             item.name: torch.empty(sizes_of(item.shape, symbols), dtype=torch.int64) for item in self.program.inputs
         }
@@ -155,11 +154,13 @@ def _input_symbols(program: Program) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _state_symbols(program: Program, states: Mapping[str, Tensor]) -> dict[str, int]:
-    """Largest values of the remaining symbols: no buffer's size may depend on how many rows a pool has."""
+def _check_buffer_sizes(program: Program) -> None:
+    """No buffer's size may depend on anything but the inputs."""
     given = set(_input_symbols(program))
-    used = {size for buffer in program.buffers for size in buffer.shape if isinstance(size, str)}
-    unknown = sorted(used - given)
-    if unknown:
-        raise ArtifactError(f"buffers depend on `{unknown[0]}`, which no input gives", hint="compile the artifact again")
-    return {}
+    for buffer in program.buffers:
+        for size in buffer.shape:
+            if isinstance(size, str) and size not in given:
+                raise ArtifactError(
+                    f"buffer `{buffer.name}` depends on `{size}`, which no input gives",
+                    hint="compile the artifact again",
+                )

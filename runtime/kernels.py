@@ -73,14 +73,10 @@ class Kernels:
                     f"cannot load `{kernel.file}`: {str(error).splitlines()[-1]}",
                     hint="compile the artifact again on this machine",
                 ) from error
-        function = self._modules[kernel.file].get_function(kernel.symbol)
-        if function is None:
+        module = self._modules[kernel.file]
+        if not module.implements_function(kernel.symbol):
             raise ArtifactError(f"`{kernel.file}` has no function `{kernel.symbol}`", hint="compile the artifact again")
-        return function
-
-    def is_native(self, name: str) -> bool:
-        """Whether calls of this kernel can be joined with their neighbours."""
-        return name in self._native
+        return module.get_function(kernel.symbol)
 
     def bind(self, calls: Sequence[tuple[str, Sequence[Arg]]]) -> list[Run]:
         """Functions that make these calls in order; neighbouring native calls become one.
@@ -93,6 +89,8 @@ class Kernels:
             if name in self._native:
                 native.append([self._native[name], *(_ffi(a) for a in args)])
                 continue
+            if name not in self._vendor:
+                raise ArtifactError(f"a call names the unknown kernel `{name}`", hint="compile the artifact again")
             if native:
                 out.append(self._sequence(native))
                 native = []

@@ -64,9 +64,8 @@ def check_host(manifest: Manifest) -> None:
             hint="compile it with `--target cpu`",
         )
     host = torch.backends.cpu.get_cpu_capability().lower()
-    if manifest.isa not in _ISAS:
-        raise ArtifactError(f"the artifact needs the instruction set `{manifest.isa}`, this machine has `{host}`")
-    if host not in _ISAS or _ISAS.index(host) < _ISAS.index(manifest.isa):
+    runs = _ISAS[: _ISAS.index(host) + 1] if host in _ISAS else (host,)
+    if manifest.isa not in runs:
         raise ArtifactError(
             f"the artifact needs the instruction set `{manifest.isa}`, this machine has `{host}`",
             hint="compile it on this machine",
