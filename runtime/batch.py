@@ -121,5 +121,5 @@ class BatchBuilder:
             rows_S: Int64Array = np.concatenate(rows) + shifts_S
             return rows_S
         samples_R = np.array([s.samples for s in spans], dtype=bool)
-        last_R: Int64Array = firsts_R + ends_R - starts_R - 1
-        return last_R[samples_R]
+        last_S: Int64Array = (firsts_R + ends_R - starts_R - 1)[samples_R]
+        return last_S

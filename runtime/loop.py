@@ -1,12 +1,12 @@
-"""Drives an Engine in a thread of its own, and carries requests in and outputs out.
+"""Drives an Engine in a thread of its own, and carries requests in and events out.
 
     any thread: submit, cancel --> inbox --> engine thread: step, step, ... --> sink(Event) of each request
 
 Submitting validates in the caller's thread and raises there; everything else happens in the engine's, which sleeps
 on a condition while there is nothing to do and never polls. Sinks are called in the engine's thread, in order, and
-get exactly one Event with an `end`, the last. A stop string is best given as `text_stop`: the request
-then ends in the step that completed it. Cancelling instead lets it run on until the cancellation is read, at the
-start of the next step; what was computed meanwhile is for the caller to ignore.
+get exactly one Event with an `end`, the last. A stop string is best given as the request's `text_stop`: it then
+ends in the step that completed it. Cancelling instead lets it run on until the cancellation is read, before the
+next step; what was computed meanwhile is for the caller to ignore.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from collections.abc import Callable
 
 from dsv4c.errors import Dsv4cError, EngineError, RequestError
 from dsv4c.runtime.engine import Engine, EngineStats
-from dsv4c.runtime.request import End, Event, Request
+from dsv4c.runtime.request import Event, Request
 
 Sink = Callable[[Event], None]
 
 
 class EngineLoop:
-    """An engine that serves until it is closed. Its methods may be called from any thread and return at once."""
+    """An engine that serves until it is closed. All but `close` return at once; any thread may call them."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._condition = threading.Condition()
         self._submitted: deque[tuple[Request, Sink]] = deque()
         self._cancelled: deque[str] = deque()
-        self._sinks: dict[str, Sink] = {}  # of the engine's thread alone
+        self._live: dict[str, tuple[Request, Sink]] = {}  # written by the engine's thread alone
         self._closing: Dsv4cError | None = None
         self._drain = True
         self._failure: Dsv4cError | None = None
@@ -55,25 +55,27 @@ class EngineLoop:
         """A snapshot; requests that the engine's thread has not seen yet count as waiting."""
         return self._engine.stats(ahead=len(self._submitted))
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Queues a request; `sink` is called in the engine's thread.
+    def submit(self, request: Request, sink: Sink, /) -> None:
+        """Queues a request; `sink` is called in the engine's thread, with the request's end last.
 
-        Raises RequestError: 400 if it can never run, 503 if the queue is full, pages cannot suffice, or the engine
-        is closing or has failed.
+        Raises RequestError: 400 if it can never run or its id is in use, 503 if the queue is full, pages cannot
+        suffice, or the engine is closing or has failed.
         """
         with self._condition:
             closed = self._failure or self._closing
             if closed is not None:
                 raise RequestError(closed.message, status=503, code="unavailable", hint=closed.hint)
+            if request.id in self._live or any(request.id == r.id for r, _ in self._submitted):
+                raise RequestError(f"request id `{request.id}` is in use", param="request_id", code="invalid_value")
             self._engine.check(request, ahead=len(self._submitted))
             self._submitted.append((request, sink))
-            self._condition.notify()
+            self._condition.notify_all()
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, /) -> None:
         """Ends a request and frees its pages before the next step; does nothing if it has ended."""
         with self._condition:
             self._cancelled.append(request_id)
-            self._condition.notify()
+            self._condition.notify_all()
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> bool:
         """Refuses new requests, lets those in hand finish (or, without `drain`, fails them), and joins the thread.
@@ -82,15 +84,13 @@ class EngineLoop:
         """
         with self._condition:
             self._closing = RequestError("the server is shutting down", status=503, code="unavailable")
-            self._drain = drain
-            self._condition.notify()
+            self._drain = self._drain and drain
+            self._condition.notify_all()
         if self._thread.ident is None:
             return True
         self._thread.join(timeout_s)
         finished = drain and not self._thread.is_alive() and self._failure is None
-        with self._condition:
-            self._drain = False
-            self._condition.notify()
+        self._drain = False  # read before every step: the thread leaves after the one it is in
         self._thread.join()
         return finished
 
@@ -100,12 +100,12 @@ class EngineLoop:
                 self._take_inbox()
                 for event in self._engine.step():
                     self._deliver(event)
-            if self._closing is not None:
-                for event in self._engine.fail_all(self._closing):
-                    self._deliver(event)
+            self._take_inbox()
+            for event in self._engine.fail_all(self._closing or EngineError("the engine is closed")):
+                self._deliver(event)
         except Exception as error:  # noqa: BLE001  a fault of the engine itself: every client must hear of it
             message = error.message if isinstance(error, Dsv4cError) else f"{type(error).__name__}: {error}"
-            self._fail(EngineError(f"the engine stopped: {message}", hint="restart the server"))
+            self._end_all(EngineError(f"the engine stopped: {message}", hint="restart the server"))
 
     def _await_work(self) -> bool:
         """Sleeps until there is something to do; False when it is time to leave."""
@@ -115,56 +115,44 @@ class EngineLoop:
             )
             if self._closing is None:
                 return True
-            if not self._drain:
-                while self._submitted:
-                    request, sink = self._submitted.popleft()
-                    self._give(sink, failed(request, self._closing))
-                return False
-            return bool(self._submitted or self._engine.has_work)
+            return self._drain and bool(self._submitted or self._engine.has_work)
 
     def _take_inbox(self) -> None:
+        """Hands new requests and cancellations to the engine, in this order: a cancelled request is known."""
         with self._condition:
             submitted, cancelled = list(self._submitted), list(self._cancelled)
+            self._live.update((request.id, (request, sink)) for request, sink in submitted)
             self._submitted.clear()
             self._cancelled.clear()
-        for request, sink in submitted:
-            self._sinks[request.id] = sink
+        for request, _ in submitted:
             try:
                 self._engine.submit(request)
             except RequestError as error:
-                self._give(self._sinks.pop(request.id), failed(request, error))
+                self._deliver(Event(request.id, end=request.ended("failed", error=error)))
         for request_id in cancelled:
             event = self._engine.cancel(request_id)
             if event is not None:
                 self._deliver(event)
 
     def _deliver(self, event: Event) -> None:
-        sink = self._sinks.get(event.request_id)
+        request_id = event.request_id
+        if request_id not in self._live:
+            return  # its reader failed in this very step
+        _, sink = self._live[request_id]
         if event.end is not None:
-            self._sinks.pop(event.request_id, None)
-        if sink is not None and not self._give(sink, event):
-            self._sinks.pop(event.request_id, None)
-            self._engine.cancel(event.request_id)
-
-    @staticmethod
-    def _give(sink: Sink, event: Event) -> bool:
+            del self._live[request_id]
         try:
             sink(event)
         except Exception:  # noqa: BLE001  a reader that fails has gone: its request is cancelled, the others go on
-            return False
-        return True
+            if event.end is None:
+                del self._live[request_id]
+                self._engine.cancel(request_id)
 
-    def _fail(self, failure: Dsv4cError) -> None:
+    def _end_all(self, failure: Dsv4cError) -> None:
+        """Tells every reader, without the engine's help: it is broken."""
         with self._condition:
             self._failure = failure
-            sinks = dict(self._sinks)
-            sinks.update((request.id, sink) for request, sink in self._submitted)
-            self._sinks.clear()
+            self._live.update((request.id, (request, sink)) for request, sink in self._submitted)
             self._submitted.clear()
-        for request_id, sink in sinks.items():
-            self._give(sink, Event(request_id, end=End("failed", 0, 0, error=failure)))
-
-
-def failed(request: Request, error: Dsv4cError) -> Event:
-    """The one event of a request that ends before the engine saw it."""
-    return Event(request.id, end=request.ended("failed", error=error))
+        for request, _ in list(self._live.values()):
+            self._deliver(Event(request.id, end=request.ended("failed", error=failure)))
