@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dsv4c.runtime.protocol import logprob_number
+from dsv4c.runtime.service import Score
 
 
 class Detokenizer(Protocol):
@@ -46,6 +47,8 @@ class TextCodec(Protocol):
     def decode(self, ids: Sequence[int], /) -> str: ...
 
     def token_text(self, token_id: int, /) -> str: ...
+
+    def token_bytes(self, token_id: int, /) -> bytes: ...
 
     def detokenizer(self) -> Detokenizer: ...
 
@@ -112,12 +115,11 @@ class StopMatcher:
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """One token with its text and logprobs; `logprob` is None for the first token of a prompt."""
+    """One token with the text it completes; `score` is None for the first token of a prompt."""
 
     token_id: int
     text: str
-    logprob: float | None
-    top: Sequence[tuple[int, float]]
+    score: Score | None
 
 
 @dataclass(slots=True)
@@ -158,14 +160,14 @@ class Choice:
         self._pending: list[ScoredToken] = []  # tokens whose text is not all visible yet
         self._in_reasoning = splitter is not None
 
-    def push(self, token_id: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()) -> None:
+    def push(self, token_id: int, score: Score | None = None) -> None:
         """Takes the next token; sets `finish_reason` when it completes a stop string. Later tokens are ignored."""
         if self.finish_reason is not None:
             return
         self.num_tokens += 1
         text = self._detokenizer.push(token_id)
         if self._scored:
-            self._pending.append(ScoredToken(token_id, text, logprob, top))
+            self._pending.append(ScoredToken(token_id, text, score))
         self._show(text)
         if self._in_reasoning:
             self.num_reasoning_tokens += 1
@@ -176,16 +178,13 @@ class Choice:
             return
         self.num_tokens += hidden_token
         self._show(self._detokenizer.flush())
-        if self.finish_reason is not None:
-            return
-        if self._splitter is not None:
+        if self._splitter is not None and not self._matcher.stopped:
             reasoning, content = self._splitter.flush()
             self._delta.reasoning += reasoning
             self._match(content)
-        if self.finish_reason is not None:
-            return
-        self._delta.content += self._matcher.flush()
-        self.finish_reason = reason
+        if not self._matcher.stopped:
+            self._delta.content += self._matcher.flush()
+            self.finish_reason = reason
 
     def take(self) -> Delta:
         """What became visible since the last call. Tokens come along with the text that they complete."""
@@ -234,41 +233,45 @@ class Choice:
             dropped -= len(self._pending.pop().text)
 
 
-def score_prompt(
-    codec: TextCodec, prompt: Sequence[int], scores: Sequence[tuple[float, Sequence[tuple[int, float]]] | None]
-) -> list[ScoredToken]:
-    """The tokens of an echoed prompt with their logprobs: `scores[i]` belongs to `prompt[i]`, the first is None."""
+def score_prompt(codec: TextCodec, prompt: Sequence[int], scores: Sequence[Score | None] = ()) -> list[ScoredToken]:
+    """The tokens of an echoed prompt; `scores[i]` belongs to `prompt[i]`, the first is None; none at all is fine."""
     detokenizer = codec.detokenizer()
     texts = [detokenizer.push(token) for token in prompt]
     if texts:
         texts[-1] += detokenizer.flush()
-    return [
-        ScoredToken(token, text, None if score is None else score[0], () if score is None else score[1])
-        for token, text, score in zip(prompt, texts, scores, strict=True)
-    ]
+    given = scores or [None] * len(prompt)
+    return [ScoredToken(token, text, score) for token, text, score in zip(prompt, texts, given, strict=True)]
+
+
+def token_key(codec: TextCodec, token_id: int) -> str:
+    """A token's name in /v1/completions: its text, or `bytes:\\x..` where it is no whole character."""
+    text = codec.token_text(token_id)
+    if "\ufffd" not in text:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in codec.token_bytes(token_id))
 
 
 def completion_logprobs(codec: TextCodec, tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
     """`logprobs` of a /v1/completions choice; `offset` is where the first token's text begins in the choice.
 
-    Alternatives that read alike (pieces of a character) share a key; the most likely one keeps it.
+    `top_logprobs` always holds the token itself. Of tokens that read alike, the most likely one keeps the key.
     """
     offsets: list[int] = []
     tops: list[dict[str, float] | None] = []
     for token in tokens:
         offsets.append(offset)
         offset += len(token.text)
-        if token.logprob is None:
+        if token.score is None:
             tops.append(None)
             continue
         top: dict[str, float] = {}
-        for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
-            text, value = codec.token_text(token_id), logprob_number(logprob)
-            top[text] = max(value, top.get(text, value))
+        for token_id, logprob in (*token.score[1], (token.token_id, token.score[0])):
+            key, value = token_key(codec, token_id), logprob_number(logprob)
+            top[key] = max(value, top.get(key, value))
         tops.append(top)
     return {
-        "tokens": [codec.token_text(token.token_id) for token in tokens],
-        "token_logprobs": [None if t.logprob is None else logprob_number(t.logprob) for t in tokens],
+        "tokens": [token_key(codec, token.token_id) for token in tokens],
+        "token_logprobs": [None if t.score is None else logprob_number(t.score[0]) for t in tokens],
         "top_logprobs": tops,
         "text_offset": offsets,
     }
@@ -278,13 +281,14 @@ def chat_logprobs(codec: TextCodec, tokens: Sequence[ScoredToken]) -> dict[str, 
     """`logprobs` of a chat choice."""
     content = []
     for token in tokens:
-        entry = _chat_entry(codec, token.token_id, token.logprob if token.logprob is not None else 0.0)
-        entry["top_logprobs"] = [_chat_entry(codec, token_id, logprob) for token_id, logprob in token.top]
+        if token.score is None:
+            continue
+        entry = _chat_entry(codec, token.token_id, token.score[0])
+        entry["top_logprobs"] = [_chat_entry(codec, token_id, logprob) for token_id, logprob in token.score[1]]
         content.append(entry)
     return {"content": content, "refusal": None}
 
 
 def _chat_entry(codec: TextCodec, token_id: int, logprob: float) -> dict[str, Any]:
-    text = codec.token_text(token_id)
-    whole = "\ufffd" not in text  # a piece of a character has no text of its own, and no bytes we could vouch for
-    return {"token": text, "logprob": logprob_number(logprob), "bytes": list(text.encode()) if whole else None}
+    text, raw = codec.token_text(token_id), list(codec.token_bytes(token_id))
+    return {"token": text, "logprob": logprob_number(logprob), "bytes": raw}

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,7 +22,6 @@ from dsv4c.runtime.params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 MAX_SEQUENCES = 256  # prompts times n in one HTTP request: a batch of an evaluation harness fits, a typo does not
 MAX_STOPS = 16
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI documents it
-_INT64 = 2**63  # seeds wrap here, where the engine's range ends
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _KNOBS = ("temperature", "top_p", "top_k", "min_p", "min_tokens", *_PENALTIES)
 _SCALARS = (str, int, float, bool)
@@ -52,7 +51,7 @@ class _Body(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64 - MAX_CHOICES)
     max_tokens: int | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
@@ -121,7 +120,7 @@ class _Body(BaseModel):
             if getattr(self, name) is not None  # the defaults are the engine's
         }
         if self.seed is not None:
-            given["seed"] = (self.seed + choice + _INT64) % 2**64 - _INT64
+            given["seed"] = self.seed + choice
         if "min_tokens" in given and given["min_tokens"] > max_tokens:
             refuse(f"`min_tokens` is {given['min_tokens']}, more than the {max_tokens} that may follow", "min_tokens")
         params = SamplingParams(
@@ -237,13 +236,7 @@ class ChatBody(_Body):
         return thinking, None if effort == "none" else effort
 
     def prompt_tools(self) -> list[dict[str, Any]] | None:
-        """The tools the prompt shows. Raises RequestError for misshapen tools or a choice that cannot be kept."""
-        for i, tool in enumerate(self.tools or ()):
-            function = tool.get("function")
-            if tool.get("type") != "function" or not isinstance(function, dict):
-                refuse(f"`tools[{i}]` must be a function tool", f"tools[{i}]")
-            if not isinstance(function.get("name"), str):
-                refuse(f"`tools[{i}].function.name` must be a string", f"tools[{i}].function.name")
+        """The tools the prompt shows. Raises RequestError for a choice that cannot be kept."""
         choice = "auto" if self.tool_choice is None else self.tool_choice
         if choice == "none":
             return None
@@ -272,9 +265,16 @@ class ChatBody(_Body):
             )
         return self.response_format
 
-    def turns(self) -> list[dict[str, Any]]:
-        """The messages with text content as one string. Raises RequestError naming the message at fault."""
-        return [_turn(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+    def check_content(self) -> None:
+        """Raises RequestError for a content part that is not text; the rest of a message is the chat format's."""
+        for i, message in enumerate(self.messages):
+            content = message.get("content")
+            for j, part in enumerate(content if isinstance(content, list) else ()):
+                kind = part.get("type") if isinstance(part, dict) else None
+                if kind != "text":
+                    param = f"messages[{i}].content[{j}]"
+                    what = f"`{param}` has type {json.dumps(kind)[:40]}, only `text` is supported"
+                    refuse(what, param, code="unsupported_content")
 
 
 @dataclass(frozen=True)
@@ -362,56 +362,3 @@ def _token_ids(value: list[Any], param: str, vocab_size: int) -> list[int]:
         if type(token) is not int or not 0 <= token < vocab_size:
             refuse(f"`{param}` holds {str(token)[:40]!r}, which is not a token id below {vocab_size}", param)
     return value
-
-
-def _text(value: Any, param: str) -> str:
-    """Message content as one string: text parts are joined by an empty line, as the model was trained."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        refuse(f"`{param}` must be a string or a list of text parts", param)
-    texts = []
-    for i, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            what = f"`{param}[{i}]` has type {json.dumps(kind)[:40]}, only `text` is supported"
-            refuse(what, f"{param}[{i}]", code="unsupported_content")
-        if not isinstance(part.get("text"), str):
-            refuse(f"`{param}[{i}].text` must be a string", f"{param}[{i}].text")
-        texts.append(part["text"])
-    return "\n\n".join(texts)
-
-
-def _turn(message: dict[str, Any], param: str) -> dict[str, Any]:
-    role: Literal["system", "developer", "user", "assistant", "tool"] | Any = message.get("role")
-    if role not in ("system", "developer", "user", "assistant", "tool", "latest_reminder"):
-        hint = "`system`, `developer`, `user`, `assistant` or `tool`"
-        refuse(f"`{param}.role` is {json.dumps(role)[:40]}", f"{param}.role", hint=hint)
-    turn = dict(message)
-    calls = message.get("tool_calls")
-    if message.get("content") is not None:
-        turn["content"] = _text(message["content"], f"{param}.content")
-    elif role == "assistant" and (calls or message.get("reasoning_content")):
-        turn["content"] = ""
-    else:
-        refuse(f"`{param}.content` is missing", f"{param}.content", code="missing_required_parameter")
-    reasoning = message.get("reasoning_content")
-    if reasoning is not None and not isinstance(reasoning, str):
-        refuse(f"`{param}.reasoning_content` must be a string", f"{param}.reasoning_content")
-    if calls is not None:
-        _check_calls(calls, f"{param}.tool_calls")
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-        refuse(f"`{param}.tool_call_id` must be a string", f"{param}.tool_call_id")
-    return turn
-
-
-def _check_calls(calls: Any, param: str) -> None:
-    if not isinstance(calls, list):
-        refuse(f"`{param}` must be a list", param)
-    for i, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            refuse(f"`{param}[{i}].function` must be an object", f"{param}[{i}].function")
-        for key in ("name", "arguments"):
-            if not isinstance(function.get(key), str):
-                refuse(f"`{param}[{i}].function.{key}` must be a string", f"{param}[{i}].function.{key}")

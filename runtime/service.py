@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
-from dsv4c.errors import Dsv4cError, RequestError
+from dsv4c.errors import Dsv4cError, EngineError, RequestError
+from dsv4c.runtime.engine import EngineStats
 from dsv4c.runtime.params import SamplingParams
 
 Score = tuple[float, Sequence[tuple[int, float]]]
@@ -38,15 +39,7 @@ class Output:
     error: Dsv4cError | None = None
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """A glance at the engine: requests running and waiting, pages in use and in all for each KV group."""
-
-    running: int = 0
-    waiting: int = 0
-    pages_used: Mapping[str, int] = field(default_factory=dict)
-    pages_total: Mapping[str, int] = field(default_factory=dict)
-    preemptions: int = 0
+Sink = Callable[[Output], None]
 
 
 class Engine(Protocol):
@@ -56,13 +49,13 @@ class Engine(Protocol):
     def max_context(self) -> int:
         """Most tokens of prompt and completion together."""
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, sink: Callable[[Output], None]) -> int:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, sink: Sink, /) -> int:
         """Queues a request and returns its id; `sink` is called in the engine's thread.
 
         Raises RequestError: 400 if it can never run, 503 if the queue is full or pages cannot suffice.
         """
 
-    def cancel(self, request_id: int) -> None:
+    def cancel(self, request_id: int, /) -> None:
         """Ends a request and frees its pages soon; does nothing if it has ended."""
 
     def stats(self) -> EngineStats: ...
@@ -104,21 +97,32 @@ class Inbox:
 
     def __init__(self) -> None:
         self._outputs: list[tuple[int, Output]] = []
+        self._error: Dsv4cError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def add(self, index: int, output: Output) -> None:
         self._outputs.append((index, output))
+        self._wake()
+
+    def fail(self, error: Dsv4cError) -> None:
+        """Makes the next `take` raise."""
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def take(self) -> list[tuple[int, Output]]:
-        """Waits for at least one output; returns all that are there."""
-        if not self._outputs:
+        """Waits for at least one output; returns all that are there. Raises the error it was failed with."""
+        if not self._outputs and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
+        if self._error is not None:
+            raise self._error
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -138,37 +142,43 @@ class Group:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.cancel()
+        for index in list(self._running):
+            self.cancel(index)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, index: int) -> None:
         """Queues sequence `index`. Raises RequestError as the engine does."""
         inbox, bridge = self._inbox, self._bridge
         self._running[index] = self._engine.submit(prompt, params, lambda output: bridge.put(inbox, index, output))
 
-    def cancel(self, index: int | None = None) -> None:
-        """Cancels one sequence, or all that still run."""
-        indices = list(self._running) if index is None else [index]
-        for i in indices:
-            if (request_id := self._running.pop(i, None)) is not None:
-                self._engine.cancel(request_id)
+    def cancel(self, index: int) -> None:
+        """Ends one sequence if it still runs; nothing more is heard of it."""
+        if (request_id := self._running.pop(index, None)) is not None:
+            self._engine.cancel(request_id)
 
     def fail(self, error: Dsv4cError) -> None:
         """Ends the iteration with this error. From the event loop."""
-        self._inbox.add(-1, Output(finish_reason="error", error=error))
+        self._inbox.fail(error)
 
     async def batches(self) -> AsyncIterator[list[tuple[int, Output]]]:
-        """Lists of (index, output) until every sequence has ended or was cancelled. Raises a failed one's error."""
+        """Lists of (index, output) until every sequence has ended or was cancelled.
+
+        Raises the error of a sequence that failed, and RequestError (503) if somebody else cancelled one.
+        """
         while self._running:
-            batch = []
-            for index, output in await self._inbox.take():
-                if output.error is not None and (index < 0 or index in self._running):
-                    raise output.error
-                if index not in self._running:
-                    continue  # it was cancelled; a late step still spoke of it
+            batch = [item for item in await self._inbox.take() if item[0] in self._running]
+            for index, output in batch:
                 if output.finish_reason is not None:
                     del self._running[index]
-                    if output.finish_reason == "cancelled":
-                        raise RequestError("the request was cancelled", status=503, code="cancelled")
-                batch.append((index, output))
+                    _check_end(output)
             if batch:
                 yield batch
+
+
+def _check_end(output: Output) -> None:
+    if output.finish_reason in ("stop", "length"):
+        return
+    if output.error is not None:
+        raise output.error
+    if output.finish_reason == "cancelled":
+        raise RequestError("the request was cancelled", status=503, code="cancelled", hint="try again later")
+    raise EngineError("the request failed without a reason")

@@ -1,0 +1,135 @@
+"""Runs the app: bind early, serve, drain on SIGTERM or SIGINT.
+
+    bind() --> (load, capture: minutes) --> serve() --SIGTERM--> no new connections, requests in flight finish
+                                                     --deadline--> the rest is aborted with a clear error
+                                                     --second SIGINT--> at once
+
+Binding before loading makes a port in use an error of the first second. Logs go to stderr, data to nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from dsv4c.errors import InputError
+from dsv4c.runtime.server import Server
+
+DRAIN_S = 30.0  # what orchestrators grant between SIGTERM and SIGKILL by default
+_LAST_WORDS_S = 2  # for error events of aborted streams to reach their clients
+
+
+def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
+    """A TCP socket bound to this address, not listening yet; port 0 picks a free one.
+
+    Raises InputError when the port is in use or not ours to take, or when the host is not an address of this machine.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"`port` must be between 0 and 65535, not {port}", hint="8000 is the default")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise InputError(f"`{host}` is not a host name or address", hint="127.0.0.1 serves this machine") from error
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a restart waits for TIME_WAIT
+    try:
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise _bind_error(host, port, error) from error
+    return sock
+
+
+def serve(
+    app: FastAPI,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    sock: socket.socket | None = None,
+    drain_s: float = DRAIN_S,
+    log_level: str = "info",
+) -> None:
+    """Serves until a signal comes; returns when every request has ended or was aborted.
+
+    `sock`: what `bind` gave, in place of host and port. Raises InputError as `bind` does.
+    """
+    GracefulServer(app, sock or bind(host, port), drain_s=drain_s, log_level=log_level).run()
+
+
+class GracefulServer(uvicorn.Server):
+    """uvicorn on a bound socket that aborts what is still running `drain_s` seconds after it was told to stop."""
+
+    def __init__(self, app: FastAPI, sock: socket.socket, *, drain_s: float = DRAIN_S, log_level: str = "info") -> None:
+        self._sock = sock
+        self._drain_s = drain_s
+        self._app_server: Server = app.state.server
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=_log_config(log_level),
+                server_header=False,
+                timeout_graceful_shutdown=int(drain_s) + _LAST_WORDS_S,
+            )
+        )
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it."""
+        host, port = self._sock.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves until told to stop. Raises InputError if another process listens on the port by now."""
+        host, port = self._sock.getsockname()[:2]
+        try:
+            self._sock.listen(self.config.backlog)
+        except OSError as error:
+            self._sock.close()
+            raise _bind_error(host, port, error) from error
+        super().run(sockets=sockets or [self._sock])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. A second SIGINT: stop at once. The process then ends normally, not by the signal."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+            self._app_server.abort_all()
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app_server.drain()
+        deadline = asyncio.get_running_loop().call_later(self._drain_s, self._app_server.abort_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            deadline.cancel()
+
+
+def _bind_error(host: str, port: int, error: OSError) -> InputError:
+    if error.errno == errno.EADDRINUSE:
+        return InputError(f"port {port} on `{host}` is in use", hint="stop the other server or choose another `--port`")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return InputError(f"port {port} on `{host}` needs privileges", hint="choose a `--port` above 1023")
+    return InputError(f"cannot bind `{host}` port {port}: {error.strerror}", hint="127.0.0.1 serves this machine")
+
+
+def _log_config(level: str) -> dict[str, Any]:
+    """uvicorn's loggers, access log included, to stderr."""
+    plain = {"format": "%(asctime)s %(levelname)s %(message)s"}
+    handler = {"class": "logging.StreamHandler", "formatter": "plain", "stream": "ext://sys.stderr"}
+    logger = {"handlers": ["stderr"], "level": level.upper(), "propagate": False}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"plain": plain},
+        "handlers": {"stderr": handler},
+        "loggers": {"uvicorn": logger, "uvicorn.access": logger},
+    }
