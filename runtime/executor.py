@@ -61,6 +61,7 @@ class ArtifactExecutor:
 
         Raises EngineError if an input is missing, of a wrong dtype or shape, or larger than the program is made for.
         """
+        torch.get_num_threads()  # gives this thread's OpenMP, which our kernels use, the count torch was set to
         binding = self._binding(self._sizes(inputs))
         for name, to in binding.inputs.items():
             to.copy_(inputs[name])

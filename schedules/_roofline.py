@@ -24,7 +24,7 @@ MACHINES = {
     "cpu": Machine(
         bytes_per_s=40e9,  # streaming bf16 weights from L3: 50-60 GB/s alone, less beside another core
         flops_per_s=220e9,  # packed float32 GEMM reaches 190 GFLOPS a core
-        launch_s={"cpp": 0.1e-6, "aoti": 1.5e-6, "aten": 3e-6},
+        launch_s={"cpp": 0.1e-6, "aten": 3e-6},
     )
 }
 

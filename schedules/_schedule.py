@@ -79,7 +79,7 @@ class Work:
 
     bytes_moved: float = 0.0
     flops: float = 0.0
-    launch: Literal["cpp", "aoti", "aten"] = "cpp"
+    launch: Literal["cpp", "aten"] = "cpp"
     efficiency: float = 1.0
 
 

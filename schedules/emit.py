@@ -126,11 +126,12 @@ def _ffi_includes() -> list[str]:
     return [f"-I{path}" for path in sorted(paths)]
 
 
-def _texts_sha() -> str:
-    """Of all of our C++: an object is rebuilt when any header changes."""
+def _included_sha(text: str) -> str:
+    """Of our C++ that a text can include: every header, and the files it names."""
     digest = hashlib.sha256()
     for file in sorted(SOURCES.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        if file.suffix == ".h" or f'"{file.name}"' in text:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -138,10 +139,9 @@ def _build_library(
     units: list[_Unit], tools: Toolchain, out_dir: Path, cache_dir: Path, progress: Progress | None
 ) -> str:
     units = [_Unit("sequence", '#include "sequence.cc"\n', _OWN), *units]
-    texts = _texts_sha()
     objects: dict[int, Path] = {}
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        waiting = {pool.submit(_compile, unit, tools, texts, cache_dir): i for i, unit in enumerate(units)}
+        waiting = {pool.submit(_compile, unit, tools, cache_dir): i for i, unit in enumerate(units)}
         for done, future in enumerate(as_completed(waiting), 1):
             objects[waiting[future]] = future.result()
             if progress:
@@ -161,9 +161,9 @@ def _build_library(
     return name
 
 
-def _compile(unit: _Unit, tools: Toolchain, texts: str, cache_dir: Path) -> Path:
+def _compile(unit: _Unit, tools: Toolchain, cache_dir: Path) -> Path:
     flags = [*unit.flags, *tools.flags]
-    key = "\0".join([unit.text, texts, tools.version, *flags])
+    key = "\0".join([unit.text, _included_sha(unit.text), tools.version, *flags])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     target = cache_dir / f"{name}.o"
     if target.exists():

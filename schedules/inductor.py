@@ -52,9 +52,13 @@ def _build(node: OpNode) -> Build:
     return Build("inductor", node.op, {}, (json.dumps(dict(node.attrs), sort_keys=True), json.dumps(tensors)))
 
 
+# Times the bytes of inputs and outputs, measured against the roofline of a plain copy (EPYC, 512 rows of nano):
+# SwiGLU 1.0, RMSNorm 1.2; interleaved pairs do not vectorise: RoPE 7
+_PASSES = {"rope": 7.0, "head_norm_rope": 7.0, "split_heads_rope": 7.0}
+
+
 def _cost(node: OpNode, symbols: Mapping[str, int]) -> Work:
-    # A generated kernel loops over rows twice where it reduces, and pays its allocations
-    return Work(2.5 * moved((*node.inputs, *node.outputs), symbols), 0.0, "aoti")
+    return Work(_PASSES.get(node.op, 1.2) * moved((*node.inputs, *node.outputs), symbols))
 
 
 SCHEDULES = (Schedule("any.inductor", "*", CPU, _build, _cost, _accepts, tolerance=5e-6),)

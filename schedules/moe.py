@@ -1,4 +1,4 @@
-"""The routed experts as a sorted grouped GEMM, and SwiGLU.
+"""The routed experts as a sorted grouped GEMM, clamp, SwiGLU and routing weight included.
 
 Tokens are grouped by expert; each weight panel that somebody needs is read once a call. At batch 1 that is 6 D I
 weights for each chosen expert, in bfloat16 where exact; for many tokens the register-blocked GEMM of `linear`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsv4c.schedules._cpp import CPU, LANES, cost, float_rows, flops, moved
+from dsv4c.schedules._cpp import CPU, LANES, float_rows, flops, moved
 from dsv4c.schedules._schedule import Build, OpNode, Schedule, Transforms, Value, Work
 from dsv4c.schedules.linear import packed, panel
 
@@ -62,12 +62,6 @@ def _cost(node: OpNode, symbols: Mapping[str, int]) -> Work:
     return Work(moved(rows, symbols) + weights, flops(node, symbols), "cpp", 0.7)
 
 
-def _activate(node: OpNode) -> Build:
-    return Build("cpp", "activate.cc", {"PAIR": int(node.op == "swiglu_pair"), "LIMIT": node.attrs["limit"]})
-
-
 SCHEDULES = (
     Schedule("experts.cpp_sorted", "experts", CPU, _build, _cost, _accepts, _layouts, _workspace, tolerance=5e-6),
-    Schedule("swiglu.cpp_rows", "swiglu", CPU, _activate, cost(0.1), float_rows(), tolerance=2e-6),
-    Schedule("swiglu_pair.cpp_rows", "swiglu_pair", CPU, _activate, cost(0.1), float_rows(), tolerance=2e-6),
 )

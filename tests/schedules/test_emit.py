@@ -68,16 +68,17 @@ def test_inductor_stores_into_the_outputs_without_a_copy(tmp_path: Path) -> None
         assert text == generate(make_case(name, 9).node, tmp_path)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "default"])
-def test_narrower_machines_run_the_same_texts(isa: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Built for less than this machine has; the vectors are then several registers."""
+def test_narrower_machines_run_the_same_texts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Built for AVX2 wherever this runs: a vector is then two registers, and the tiles are smaller."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this machine has no AVX2")
     pairs = [
         ("linear-bfloat16", "linear.cpp_packed"), ("attend_csa", "attend_csa.cpp_tiles"),
         ("hc_post_pre_norm", "hc_post_pre_norm.cpp_lanes"), ("experts-bfloat16", "experts.cpp_sorted"),
     ]  # fmt: skip
     choices = {c.kernel: c for c in (choice_of(make_case(n, 9), s) for n, s in pairs)}
     cache = Path(request.config.cache.mkdir("kernels"))
-    built = Built(Kernels(emit(choices, tmp_path, cache, toolchain=Toolchain.of_host(isa)), tmp_path))
+    built = Built(Kernels(emit(choices, tmp_path, cache, toolchain=Toolchain.of_host("avx2")), tmp_path))
     for name, schedule in pairs:
         case = make_case(name, 65)
         for got, expected in zip(built.run(case, schedule, case.inputs), reference(case, torch.float64), strict=True):
