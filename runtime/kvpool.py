@@ -122,7 +122,7 @@ class PoolSizes:
         growing = [g for g in groups if g.horizon is None]
 
         def pages_at(tokens: int) -> dict[str, int]:
-            return {g.name: 1 + ceil_div(tokens, g.page_tokens) for g in growing}
+            return {g.name: min(1 + ceil_div(tokens, g.page_tokens), full.pages[g.name]) for g in growing}
 
         def bytes_at(tokens: int) -> int:
             counts = pages_at(tokens)
@@ -134,13 +134,12 @@ class PoolSizes:
                 f"memory, the budget is {budget_bytes}",
                 hint="give more memory, or lower the context or the number of requests",
             )
-        low, high = max_context, max_requests * max_context
+        low = max_context
+        high = max([low, *((full.pages[g.name] - 1) * g.page_tokens for g in growing)])
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if bytes_at(middle) <= budget_bytes else (low, middle - 1)
-        counts = pages_at(low)
-        pages = {g.name: min(counts.get(g.name, full.pages[g.name]), full.pages[g.name]) for g in groups}
-        return cls(pages, full.slots, max_context)
+        return cls({**full.pages, **pages_at(low)}, full.slots, max_context)
 
     def total_bytes(self, groups: Sequence[KVGroup], states: Sequence[StateGroup]) -> int:
         """Bytes of all pools and states."""

@@ -190,10 +190,9 @@ class Scheduler:
         if end == start:
             return  # this step's logit rows are spent; the first to ask for some always gets them
         while (fit := self.pool.fit(request.slot, end)) <= start:
-            victim = self.running[-1]
-            if victim is request and len(self.running) == 1:
+            if self.running == [request]:
                 raise EngineError(f"{request} does not fit the empty pools: it should have been refused")
-            self._preempt(victim)
+            victim = self.preempt_newest()
             dropped = spans.pop(victim.id, None)
             if dropped is not None:
                 self._tokens_left += dropped.length
@@ -232,13 +231,15 @@ class Scheduler:
         self.running.append(request)
         return request
 
-    def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
+    def preempt_newest(self) -> Request:
+        """Takes the pages of the newest running request, and puts it back to the front of the queue."""
+        request = self.running.pop()
         self._release(request)
         request.status = "waiting"
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
+        return request
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.slot)

@@ -1,0 +1,184 @@
+"""Pools: exact counts, all-or-nothing growth, eviction by horizon, sizes from requests and bytes, and the audit."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv4c.artifact import KVGroup, Pool, StateGroup
+from dsv4c.errors import ConfigError, EngineError
+from dsv4c.runtime.kvpool import KVPool, PoolSizes, page_bytes, peak_pages, slot_bytes
+from tests.runtime.standin import kv_groups
+
+
+def pool_of(max_requests: int = 2, max_context: int = 1024, step_tokens: int = 256) -> KVPool:
+    groups = kv_groups()
+    return KVPool(groups, PoolSizes.for_requests(groups, max_requests, max_context, step_tokens))
+
+
+def admitted(pool: KVPool) -> int:
+    slot = pool.admit()
+    assert slot is not None
+    return slot
+
+
+def test_grow_takes_exactly_what_pages_needed_says() -> None:
+    pool = pool_of()
+    slot = admitted(pool)
+    assert pool.pages_needed(slot, 300) == {"window": 5, "c4": 2, "c128": 2, "index": 2}
+    assert pool.grow(slot, 300)
+    assert pool.used_pages() == {"window": 5, "c4": 2, "c128": 2, "index": 2}
+    assert not any(pool.pages_needed(slot, 320).values())
+    assert pool.pages_needed(slot, 321) == {"window": 1, "c4": 0, "c128": 0, "index": 0}
+    assert (pool.tables["window"][slot, :5] > 0).all() and not pool.tables["window"][slot, 5:].any()
+    pool.audit()
+
+
+def test_growth_is_all_or_nothing() -> None:
+    groups = kv_groups()
+    pool = KVPool(groups, PoolSizes({"window": 20, "c4": 3, "c128": 9, "index": 9}, 3, 1024))
+    slot = admitted(pool)
+    assert pool.fit(slot, 1024) == 512
+    assert not pool.grow(slot, 513)
+    assert not any(pool.used_pages().values()) and not any(t.any() for t in pool.tables.values())
+    assert pool.grow(slot, 512)
+    pool.audit()
+
+
+def test_window_pages_leave_when_nobody_can_read_them() -> None:
+    pool = pool_of()
+    slot = admitted(pool)
+    most = 0
+    for token in range(1000):
+        assert pool.grow(slot, token + 1)
+        window = pool.tables["window"][slot]
+        # token t reads back to t - 127; a page is gone once all of it is more than 128 behind the next token
+        assert (window[max(0, token - 127) // 64 : token // 64 + 1] > 0).all()
+        most = max(most, int((window > 0).sum()))
+        pool.evict(slot, token + 1)
+        assert not window[: max(0, (token + 1 - 128) // 64)].any()
+    assert most == peak_pages(pool.groups[0], 1000) == 3
+    pool.audit()
+    pool.release(slot)
+    assert not any(pool.used_pages().values())
+    pool.audit()
+
+
+@given(st.integers(1, 300), st.integers(1, 700), st.integers(1, 64), st.integers(0, 200))
+def test_peak_pages_bounds_every_chunking(chunk: int, tokens: int, page: int, horizon: int) -> None:
+    group = KVGroup("w", 1, page, horizon, ())
+    pool = KVPool([group], PoolSizes({"w": 1 + peak_pages(group, tokens, chunk)}, 2, tokens))
+    slot = admitted(pool)
+    done = 0
+    while done < tokens:
+        done = min(done + chunk, tokens)
+        assert pool.grow(slot, done)
+        pool.evict(slot, done)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_for_requests_never_lacks_a_page(seed: int) -> None:
+    rng = random.Random(seed)
+    groups = kv_groups(window_page=8, block=32, horizon=16)
+    pool = KVPool(groups, PoolSizes.for_requests(groups, 4, 128, 40))
+    slots = {admitted(pool): 0 for _ in range(4)}
+    while any(n < 128 for n in slots.values()):
+        budget, spans = 40, {}
+        for slot, done in rng.sample(sorted(slots.items()), 4):
+            take = min(rng.randint(0, budget), 128 - done)
+            budget -= take
+            assert pool.grow(slot, done + take), "sizes for all requests lacked a page"
+            spans[slot] = done + take
+        for slot, end in spans.items():
+            pool.evict(slot, end)
+            slots[slot] = end
+    pool.audit()
+
+
+def test_slots_and_pages_run_out_without_an_error() -> None:
+    pool = pool_of(max_requests=2)
+    assert admitted(pool) != admitted(pool)
+    assert pool.admit() is None
+    pool.audit()
+
+
+def test_releasing_twice_is_an_error() -> None:
+    pool = pool_of()
+    slot = admitted(pool)
+    pool.grow(slot, 100)
+    pool.release(slot)
+    with pytest.raises(EngineError, match=f"slot {slot} is not owned"):
+        pool.release(slot)
+    for null_or_foreign in (0, 99):
+        with pytest.raises(EngineError):
+            pool.grow(null_or_foreign, 1)
+    pool.audit()
+
+
+def test_growing_past_the_context_is_an_error() -> None:
+    pool = pool_of(max_context=256)
+    slot = admitted(pool)
+    with pytest.raises(EngineError, match="cannot grow to 257 tokens"):
+        pool.grow(slot, 257)
+
+
+@pytest.mark.parametrize("fault", ["leak", "double", "stray", "null"])
+def test_audit_sees(fault: str) -> None:
+    pool = pool_of()
+    one, two = admitted(pool), admitted(pool)
+    pool.grow(one, 200)
+    pool.grow(two, 200)
+    table: np.ndarray = pool.tables["c4"]
+    if fault == "leak":
+        pool._groups[1].free.pop()
+    elif fault == "double":
+        table[two, 0] = table[one, 0]
+    elif fault == "stray":
+        table[one, 3] = 1
+    else:
+        table[one, 0] = 0
+    with pytest.raises(EngineError, match="c4"):
+        pool.audit()
+
+
+GROUPS = (
+    KVGroup("window", 1, 64, 128, (Pool("w", (512,), "bfloat16"), Pool("w2", (512,), "bfloat16"))),
+    KVGroup("c4", 4, 256, None, (Pool("c", (512,), "bfloat16"),)),
+    KVGroup("c128", 128, 256, None, (Pool("h", (512,), "float32"),)),
+)
+STATES = (StateGroup("ring", (Pool("r", (8, 512), "float32"),)),)
+
+
+def test_bytes_of_pages_and_slots() -> None:
+    assert [page_bytes(g) for g in GROUPS] == [64 * 2 * 1024, 64 * 1024, 2 * 2048]
+    assert slot_bytes(STATES) == 8 * 512 * 4
+
+
+@given(st.integers(1, 16), st.integers(1, 4096), st.integers(0, 10**9), st.integers(1, 512))
+def test_for_bytes_fills_the_budget(requests: int, context: int, budget: int, step: int) -> None:
+    full = PoolSizes.for_requests(GROUPS, requests, context, step)
+    try:
+        sizes = PoolSizes.for_bytes(GROUPS, STATES, budget, requests, context, step)
+    except ConfigError as error:
+        assert str(budget) in error.message and error.hint
+        one = {g.name: full.pages[g.name] if g.horizon else 1 + -(-context // g.page_tokens) for g in GROUPS}
+        assert PoolSizes(one, full.slots, context).total_bytes(GROUPS, STATES) > budget
+        return
+    assert sizes.total_bytes(GROUPS, STATES) <= budget
+    assert KVPool(GROUPS, sizes).holds(context)
+    if sizes.pages != full.pages:  # one block more would not fit
+        more = {n: p + (n != "window") for n, p in sizes.pages.items()}
+        assert PoolSizes(more, sizes.slots, context).total_bytes(GROUPS, STATES) > budget
+
+
+def test_sizes_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_requests"):
+        PoolSizes.for_requests(GROUPS, 0, 100)
+    with pytest.raises(ConfigError, match="at least 2 pages"):
+        KVPool(GROUPS, PoolSizes({"window": 2, "c4": 1, "c128": 2}, 2, 64))
+    with pytest.raises(ConfigError, match="dtype `float3` is unknown"):
+        page_bytes(KVGroup("g", 1, 4, None, (Pool("p", (1,), "float3"),)))
