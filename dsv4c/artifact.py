@@ -168,7 +168,8 @@ class Weight:
 
     `transforms` run left to right over the list of source tensors; each is a name and its arguments:
     ("dequantise",) every source with its `.scale` to float32; ("stack",) along a new dim 0; ("concat", dim);
-    ("cast", dtype); ("reshape", [sizes]); ("transpose",) of the last two dims.
+    ("cast", dtype); ("narrow", dtype), a cast that must lose no bit; ("reshape", [sizes]); ("transpose",) of the last
+    two dims; ("values", [floats]), a constant that has no source.
     """
 
     name: str

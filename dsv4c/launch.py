@@ -25,6 +25,7 @@ from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.kvpool import PoolSizes
 from dsv4c.runtime.loader import load
 from dsv4c.runtime.loop import EngineLoop
+from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
@@ -115,7 +116,7 @@ def serve(launched: Launched, sock: socket.socket) -> None:
     """Serves on a bound socket until a signal comes, then lets requests in flight finish."""
     loop = EngineLoop(launched.engine).start()
     fingerprint = f"{launched.manifest.target}-{launched.manifest.model_sha256[:12]}"
-    app = create_app(loop, launched.codec, launched.model_name, fingerprint=fingerprint)
+    app = create_app(ServedEngine(loop), launched.codec, launched.model_name, fingerprint=fingerprint)
     try:
         serve_app(app, sock=sock)
     finally:

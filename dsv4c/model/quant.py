@@ -50,7 +50,8 @@ def hadamard(x: Tensor) -> Tensor:
         left, right = out.unflatten(-1, (-1, 2, half)).unbind(-2)
         out = torch.stack((left + right, left - right), -2).flatten(-3)
         half *= 2
-    return (out * size**-0.5).to(x.dtype)
+    scaled: Tensor = (out * size**-0.5).to(x.dtype)
+    return scaled
 
 
 def quantise_kv(x: Tensor, *, rope_dim: int, group: int) -> Tensor:
