@@ -127,7 +127,8 @@ def test_filters_keep_what_their_definitions_say() -> None:
     assert kept_tokens(logits, min_p=0.3) == {0, 1, 2}
     assert kept_tokens(logits, top_k=3, top_p=0.8) == {0, 1}, "top_p of what top_k left: 0.4 / 0.85 + 0.3 / 0.85"
     assert kept_tokens(logits, top_k=100) == {0, 1, 2, 3, 4}
-    assert kept_tokens([1.0] * 4, top_k=2) == {0, 1}, "ties: the lower id"
+    assert kept_tokens([1.0, 1.0, 1.0, 0.0], top_k=2) == {0, 1, 2}, "ties stay together"
+    assert kept_tokens(logits, top_k=2, top_p=0.3) == {0}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
