@@ -196,7 +196,8 @@ def _progress() -> Progress:
 
     return Progress(
         TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}"), console=Console(stderr=True), transient=True,
+        TextColumn("{task.fields[detail]}"), console=Console(stderr=True),
+        disable=not sys.stderr.isatty(), transient=True,
     )  # fmt: skip
 
 
