@@ -64,7 +64,7 @@ class EngineStats:
 class _Chosen:
     """Tokens and their log-probabilities, one for each span that samples; entries for prompts, by request."""
 
-    tokens: list[int]
+    tokens: list[int | None]
     logprobs: list[TokenLogprob | None]
     prompt: dict[str, list[TokenLogprob]]
 
@@ -249,8 +249,11 @@ class Engine:
                 row += 1
         return logits_SV[sample_rows], prompt
 
-    def _accept(self, request: Request, token: int, logprob: TokenLogprob | None) -> Event:
-        """Adds a sampled token to its request and ends the request if it must."""
+    def _accept(self, request: Request, token: int | None, logprob: TokenLogprob | None) -> Event:
+        """Adds a sampled token to its request and ends the request if it must; None: the logits were no numbers."""
+        if token is None:
+            error = EngineError(f"the logits after {request.num_tokens} tokens hold NaN or infinity")
+            return self._end(request, "failed", error=error)
         first = request.num_generated == 0
         request.append(token)
         self._generated += 1

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dsv4c.errors import EngineError
 from dsv4c.runtime.params import SamplingParams
 
 GREEDY_BELOW = 1e-5  # smaller temperatures overflow float32 before they differ from greedy
@@ -115,29 +114,31 @@ class SamplerState:
         self._counts[at] += 1.0
 
 
-def sample(logits_SV: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[TokenLogprob | None]]:
+def sample(
+    logits_SV: torch.Tensor, states: Sequence[SamplerState]
+) -> tuple[list[int | None], list[TokenLogprob | None]]:
     """One token for each row, and its log-probability where asked for.
 
     logits_SV: [S, vocab] float32, left unchanged; states[i] belongs to row i and is not advanced (see `accept`).
-    A row whose logits hold NaN, or no finite value, raises EngineError with its number.
+    A row whose logits hold NaN, or whose best is not finite, gives None for both; the others are not affected.
     """
     edited_SV = _edit(logits_SV, states)
     best_S, ids_S = edited_SV.max(dim=-1)
     finite_S = torch.isfinite(best_S)
+    tokens: list[int | None] = ids_S.tolist()
     if not bool(finite_S.all()):
-        raise EngineError(f"logits of row {int((~finite_S).nonzero()[0])} hold NaN or no finite value")
-    tokens: list[int] = ids_S.tolist()
-    drawn = [i for i, s in enumerate(states) if not s.greedy]
+        tokens = [token if finite else None for token, finite in zip(tokens, finite_S.tolist(), strict=True)]
+    drawn = [i for i, s in enumerate(states) if not s.greedy and tokens[i] is not None]
     if drawn:
         rows = states if len(drawn) == len(states) else [states[i] for i in drawn]
         part_SV = edited_SV if len(drawn) == len(states) else edited_SV[drawn]
         for i, token in zip(drawn, _draw(part_SV, rows).tolist(), strict=True):
             tokens[i] = token
-    wanted = [i for i, s in enumerate(states) if s.params.logprobs is not None]
     logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+    wanted = {i: t for i, t in enumerate(tokens) if states[i].params.logprobs is not None and t is not None}
     if wanted:
         counts = [states[i].params.logprobs or 0 for i in wanted]
-        for i, entry in zip(wanted, logprobs_of(logits_SV[wanted], [tokens[i] for i in wanted], counts), strict=True):
+        for i, entry in zip(wanted, logprobs_of(logits_SV[list(wanted)], [*wanted.values()], counts), strict=True):
             logprobs[i] = entry
     return tokens, logprobs
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.kvpool import PoolSizes
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import Event, Request, expand
+from dsv4c.runtime.sampler import SamplerState, sample
 from dsv4c.runtime.scheduler import Limits
 from tests.runtime.standin import INPUTS, VOCAB, StandIn, direct_greedy, direct_logits, kv_groups, make_engine
 
@@ -78,6 +80,20 @@ def test_greedy_equals_direct_computation(length: int) -> None:
     assert tokens_of(events) == direct_greedy(prompt, 40)
     assert events[-1].end and events[-1].end.reason == "length"
     assert (events[-1].end.prompt_tokens, events[-1].end.generated_tokens) == (length, 40)
+
+
+def test_sampling_equals_direct_computation() -> None:
+    params = sampled(
+        60, seed=9, presence_penalty=0.8, repetition_penalty=1.2, logit_bias={4: 1.5}, top_k=30, min_p=0.01
+    )
+    prompt = prompt_of(150)
+    tokens, state = list(prompt), SamplerState(params, np.array(prompt))
+    for _ in range(60):
+        token = sample(torch.from_numpy(direct_logits(tokens))[None], [state])[0][0]
+        assert token is not None
+        tokens.append(token)
+        state.accept(token)
+    assert alone(prompt, params) == tokens[150:]
 
 
 @pytest.mark.parametrize("step_tokens", [1, 3, 64, 100, 1000])
@@ -247,6 +263,26 @@ def test_a_failing_step_fails_its_requests_and_no_other(failure: Exception) -> N
     for i in (2, 3):
         assert tokens_of(events[f"r{i}"]) == direct_greedy(prompt_of(20, i), 10)
     assert engine.stats().ended == {"stop": 0, "length": 2, "cancelled": 0, "failed": 2}
+
+
+def test_a_row_of_nan_fails_its_request_alone() -> None:
+    engine, standin = make_engine()
+    step = standin.step
+
+    def poisoned(inputs: Any) -> torch.Tensor:
+        logits = step(inputs)
+        if standin.steps == 3:
+            logits[1] = torch.nan
+        return logits
+
+    standin.step = poisoned  # type: ignore[method-assign]
+    for i in range(3):
+        engine.submit(Request(f"r{i}", prompt_of(20, i), greedy(6)))
+    events = drain(engine)
+    assert [reason_of(events[f"r{i}"]) for i in range(3)] == ["length", "failed", "length"]
+    end = events["r1"][-1].end
+    assert end and end.error and "after 22 tokens hold NaN" in end.error.message
+    assert tokens_of(events["r2"]) == direct_greedy(prompt_of(20, 2), 6)
 
 
 def test_logits_of_a_wrong_shape_fail_the_step() -> None:
