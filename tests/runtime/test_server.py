@@ -87,8 +87,10 @@ def test_streamed_completion_is_the_whole_one(client: openai.OpenAI, live: Live,
             continue
         for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
             joined = [item for c in mine for item in getattr(c.logprobs, name)]
-            assert joined == pytest.approx(getattr(choice.logprobs, name), abs=1e-4) if name == "token_logprobs" else (
-                len(joined) == len(getattr(choice.logprobs, name))
+            assert (
+                joined == pytest.approx(getattr(choice.logprobs, name), abs=1e-4)
+                if name == "token_logprobs"
+                else (len(joined) == len(getattr(choice.logprobs, name)))
             )
 
 
@@ -112,7 +114,9 @@ def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI, live: Live,
         assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
         assert all(value <= 0 for value in scores.token_logprobs[1:])
         assert all(1 <= len(top) <= 2 for top in scores.top_logprobs[1:])
-        assert all(max(t.values()) >= v for t, v in zip(scores.top_logprobs[1:], scores.token_logprobs[1:], strict=True))
+        assert all(
+            max(t.values()) >= v for t, v in zip(scores.top_logprobs[1:], scores.token_logprobs[1:], strict=True)
+        )
         for token, start, end in zip(scores.tokens, scores.text_offset, scores.text_offset[1:], strict=False):
             assert token.startswith("bytes:") or choice.text[start:end] == token
         if max_tokens:  # greedy: the generated token is the most likely one
