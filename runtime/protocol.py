@@ -21,10 +21,23 @@ from dsv4c.runtime.params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
 MAX_SEQUENCES = 256  # prompts times n in one HTTP request: a batch of an evaluation harness fits, a typo does not
 MAX_STOPS = 16
+_MANY = 2**31  # beyond any context; keeps absurd numbers out of messages
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI documents it
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _KNOBS = ("temperature", "top_p", "top_k", "min_p", "min_tokens", *_PENALTIES)
 _SCALARS = (str, int, float, bool)
+_REASONS = {  # pydantic's error types in our words
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "float_type": "must be a number",
+    "greater_than_equal": "must be at least {ge}",
+    "int_type": "must be an integer",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "string_type": "must be a string",
+    "too_short": "is empty",
+}
 
 # Fields of the official client that carry no meaning for one model on one machine.
 _INERT = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", "verbosity"))
@@ -45,15 +58,15 @@ class _Body(BaseModel):
     stop: Any = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: int | None = Field(None, lt=_MANY)
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64 - MAX_CHOICES)
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: int | None = Field(None, lt=_MANY)
+    min_tokens: int | None = Field(None, lt=_MANY)
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
 
@@ -181,7 +194,7 @@ class ChatBody(_Body):
     """Body of /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, lt=_MANY)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     reasoning_effort: str | None = None
@@ -314,7 +327,8 @@ def parse_json(raw: bytes) -> Mapping[str, Any]:
     except UnicodeError:
         refuse("the request body is not UTF-8", None, code="invalid_json")
     except ValueError as error:
-        refuse(f"the request body is not JSON: {error}"[:200], None, code="invalid_json")
+        reason = str(error).split(";")[0]  # what follows is advice to Python programmers
+        refuse(f"the request body is not JSON: {reason}"[:200], None, code="invalid_json")
     if not isinstance(value, dict):
         refuse("the request body must be a JSON object", None, code="invalid_json")
     return value
@@ -331,8 +345,11 @@ def parse_body(kind: type[BodyT], data: Mapping[str, Any]) -> BodyT:
         refuse(f"`{param}` is missing", param, code="missing_required_parameter")
     given = first["input"]
     shown = f", not {json.dumps(given)[:60]}" if isinstance(given, _SCALARS) or given is None else ""
-    reason = first["msg"].replace("Input should be ", "must be ").replace("a valid", "a")
-    refuse(f"`{param}` {reason[0].lower()}{reason[1:]}{shown}", param)
+    reason = _REASONS.get(first["type"], "").format(**first.get("ctx", {}))
+    if not reason:
+        reason = first["msg"].replace("Input should be ", "must be ")
+        reason = reason[0].lower() + reason[1:]
+    refuse(f"`{param}` {reason}{shown}", param)
 
 
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -360,5 +377,5 @@ def _token_ids(value: list[Any], param: str, vocab_size: int) -> list[int]:
         refuse(f"`{param}` is empty", param)
     for token in value:
         if type(token) is not int or not 0 <= token < vocab_size:
-            refuse(f"`{param}` holds {str(token)[:40]!r}, which is not a token id below {vocab_size}", param)
+            refuse(f"`{param}` holds {str(token)[:40]}, which is not a token id below {vocab_size}", param)
     return value
