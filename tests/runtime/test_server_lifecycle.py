@@ -71,9 +71,9 @@ def test_a_client_that_leaves_is_cancelled(slow: tuple[Live, Paced], options: di
 
 def test_a_client_that_leaves_the_queue_never_runs(slow: tuple[Live, Paced]) -> None:
     live, executor = slow
-    executor.gate.clear()
     running = [connect(live, LONG) for _ in range(2)]
     wait_for(lambda: live.engine.stats().running == 2)
+    executor.gate.clear()
     queued = connect(live, {**LONG, "stream": True})
     wait_for(lambda: len(live.server.server_state.connections) == 3)
     for sock in (queued, *running):
