@@ -22,7 +22,7 @@ MODEL    := examples/nano
 ARTIFACT := build/nano-cpu
 # An artifact is stale when the model or anything on the compile side changed.
 SOURCES  := $(wildcard $(MODEL)/*.safetensors $(MODEL)/*.json) \
-            $(shell find dsv4c passes schedules -type f ! -name '*.pyc' ! -path 'dsv4c/chat/*' ! -name cli.py)
+            $(shell find dsv4c passes schedules -type f ! -name '*.pyc' ! -path 'dsv4c/chat/*' ! -path dsv4c/cli.py ! -path dsv4c/launch.py ! -path dsv4c/describe.py)
 
 help:
 	@echo 'make run                 compile the bundled nano model for this CPU and serve it on $(HOST):$(PORT)'
@@ -69,7 +69,7 @@ else
 	@echo "  curl -s --retry 60 --retry-delay 1 --retry-connrefused http://$(HOST):$(PORT)/v1/completions \\" >&2
 	@echo "    -H 'Content-Type: application/json' -d '{\"model\": \"nano\", \"prompt\": \"The package provides\", \"max_tokens\": 48}'" >&2
 	@echo >&2
-	@exec $(BIN)/dsv4c run $(ARTIFACT) --host $(HOST) --port $(PORT)
+	@exec $(BIN)/dsv4c run $(ARTIFACT) --model-name nano --host $(HOST) --port $(PORT)
 endif
 
 # --- test, check, bench ----------------------------------------------------------------------------------------
