@@ -15,6 +15,7 @@ from dsv4c import __version__
 from dsv4c.errors import ConfigError, Dsv4cError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
     from dsv4c.config import ModelConfig
@@ -93,8 +94,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from dsv4c.checkpoint.reader import Checkpoint
     from dsv4c.compile import Options, compile_artifact, lower, plan_artifact
     from dsv4c.config import PRESETS, Target
@@ -118,7 +117,7 @@ def _compile(args: argparse.Namespace) -> int:
     if args.dry_run:
         program = lower(config, options, table.watch)
         made = plan_artifact(program, target, options)
-        console = Console()
+        console = _console()
         console.print(table.table(), plan_table(made))
         console.print(f"{table.seconds:.1f} s from start to plan")
         return 0
@@ -181,13 +180,18 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from dsv4c.artifact import load_manifest
     from dsv4c.describe import manifest_tables
 
-    Console().print(manifest_tables(load_manifest(args.artifact)))
+    _console().print(manifest_tables(load_manifest(args.artifact)))
     return 0
+
+
+def _console() -> Console:
+    """stdout; as wide as the tables need where it is no terminal."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=180)
 
 
 def _progress() -> Progress:

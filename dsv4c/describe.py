@@ -134,5 +134,7 @@ def _entry_bytes(group: KVGroup | StateGroup) -> int:
 def _table(*columns: str, text: tuple[int, ...]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i in text else "right", overflow="fold", no_wrap=i == 0)
+        table.add_column(
+            column, justify="left" if i in text else "right", overflow="fold", no_wrap=i < len(columns) - 1
+        )
     return table
