@@ -45,13 +45,13 @@ $(BIN)/python:
 # What serving needs.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo 'installing dsv4c (torch is large: minutes on a slow line)' >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable .
 	@touch $@
 
 # What tests, checks and benchmarks need besides.
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo 'installing dsv4c with its development tools (torch is large: minutes on a slow line)' >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
 
 # --- run -------------------------------------------------------------------------------------------------------
