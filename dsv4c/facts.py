@@ -94,6 +94,17 @@ def _fused(second: str, index: int, first: str, output: int | None) -> Checker:
     return check
 
 
+def norm_rope_write(write: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The norm and the rotation that only this `page_write` reads, or None."""
+    rope = reads(write, 2, "rope")
+    norm = reads(rope, 0, "rms_norm") if rope is not None else None
+    return (norm, rope) if rope is not None and norm is not None and only_use(rope) and only_use(norm) else None
+
+
+def _no_norm_rope_write(program: Program) -> list[fx.Node]:
+    return [n for n in calls(program) if is_op(n, "page_write") and norm_rope_write(n)]
+
+
 def linear_group(node: fx.Node) -> tuple[object, bool]:
     """What linear maps must share to become one: their input, and whether they widen it."""
     x = node.args[0]
@@ -128,7 +139,7 @@ CHECKERS: dict[str, Checker] = {
     "hc-post-pre-fused": _fused("hc_pre_norm", 0, "hc_post", None),
     "hc-head-norm-fused": _fused("rms_norm", 0, "hc_head", None),
     "head-rope-fused": _fused("rope", 0, "head_norm", None),
-    "norm-rope-write-fused": _fused("rope", 0, "rms_norm", None),
+    "norm-rope-write-fused": _no_norm_rope_write,
     "linears-fused": _no_shared_input,
     "quantised": _quantised,
     "lowered": _lowered,

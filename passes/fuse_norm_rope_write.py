@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from dsv4c.facts import only_use, reads
+from dsv4c.facts import norm_rope_write
 from dsv4c.passes._rewriting import call_before, erase
 from dsv4c.pipeline import Pass
 from dsv4c.program import is_op
@@ -29,10 +29,10 @@ class FuseNormRopeWrite(Pass):
     def run(self, graph: fx.Graph) -> int:
         count = 0
         for write in [n for n in graph.nodes if is_op(n, "page_write")]:
-            rope = reads(write, 2, "rope")
-            norm = reads(rope, 0, "rms_norm") if rope is not None else None
-            if rope is None or norm is None or not only_use(rope) or not only_use(norm):
+            found = norm_rope_write(write)
+            if found is None:
                 continue
+            norm, rope = found
             args = (write.args[0], write.args[1], norm.args[0], norm.args[1], rope.args[1])
             fused = call_before(write, "norm_rope_write", args, {"eps": norm.kwargs["eps"]}, write.meta["type"])
             write.replace_all_uses_with(fused)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from dsv4c.capture import capture
 from dsv4c.errors import ConfigError, PassError
 from dsv4c.interpret import run
 from dsv4c.model import Transformer, init_state, make_step
@@ -131,3 +132,11 @@ def test_a_need_that_nothing_gives_is_an_error() -> None:
 def test_an_unknown_pass_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean `fuse-hc-norm`"):
         default_pipeline({}).without("fuse-hc-nrom")
+
+
+def test_fake_quantisation_lowers_too_and_stays_between_rotation_and_write() -> None:
+    captured = capture(SMALL, LAYOUT, fake_quant=True)
+    lowered = default_pipeline(stored_formats(SMALL)).run(captured)
+    writes = lowered.find("dsv4.page_write")
+    assert writes and not lowered.find("dsv4.norm_rope_write")
+    assert {w.args[2].target.name for w in writes} == {"quantise_kv", "quantise_index"}
