@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,7 +136,8 @@ def _generate(node: OpNode) -> str:
         "force_pointwise_cat": True,  # else a concatenation is made apart and then copied into the output
         "cpp.vec_isa_ok": True,  # asked of torch, not probed by compiling
     }
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*treespec, LeafSpec", FutureWarning)  # torch copying its own tree specs
         options["aot_inductor.output_path"] = str(Path(scratch) / "kernel")
         try:
             exported = torch.export.export(_Stores(node), examples, dynamic_shapes=(dynamic,), strict=False)
