@@ -13,7 +13,6 @@ import json
 import os
 import tempfile
 import warnings
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
