@@ -67,15 +67,16 @@ def heldout(work: Path) -> list[str]:
 
 @torch.no_grad()
 def bits_per_byte(model: Transformer, tokenizer: Tokenizer, texts: list[str], length: int, plain: bool) -> Facts:
-    """Every text cut into pieces of `length` tokens, each seen from position 0, BOS before the first.
+    """The first `length` tokens of every text, seen from position 0 after BOS.
 
     `plain`: through the model itself, token rows gathered; else through its equal for whole sequences (whole.py).
     """
-    bytes_ = sum(len(text.encode()) for text in texts)
+    bytes_ = 0
     pieces = []
     for text in texts:
-        ids = [model.config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False).ids]
-        pieces += [torch.tensor(ids[i : i + length + 1]) for i in range(0, len(ids) - 1, length)]
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[:length]
+        bytes_ += len(tokenizer.decode(ids).encode())
+        pieces.append(torch.tensor([model.config.bos_token_id, *ids]))
     run = Whole(model.config, length, "cpu", lambda function: function)
     params = {**dict(model.named_parameters()), **{k: v for k, v in model.named_buffers() if "tid2eid" in k}}
     nats = torch.zeros(length)
@@ -106,6 +107,7 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, texts: list[str], le
         "draft_agreement": round(same / drafts, 4),
         "nats_by_position": by_position,
         "tokens": int(seen.sum()),
+        "bytes": bytes_,
     }
 
 
@@ -145,26 +147,26 @@ def generate(
     return kept, hits / max(total, 1)
 
 
-def measure(out: Path, work: Path, weights: Path | None) -> Facts:
+def measure(out: Path, work: Path, weights: Path | None, documents: int) -> Facts:
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     config = ModelConfig.from_file(out / "config.json")
     stored = load_model_state(Checkpoint(out))
     texts = heldout(work)
     rng = random.Random(0)
     rng.shuffle(texts)
-    few = texts[:12]
-    facts: Facts = {"heldout_documents": len(texts), "heldout_bytes": sum(len(t.encode()) for t in texts)}
+    most, few = texts[:documents], texts[:8]
+    facts: Facts = {"heldout_documents": len(most)}
     models = {"stored": load(config, stored)}
     if weights is not None:
         models = {"float32": load(config, trained(weights)), **models}
     models["stored_kv_quantised"] = load(config, stored, fake_quant=True)
     for name, model in models.items():
         if name != "stored_kv_quantised":
-            facts[name] = bits_per_byte(model, tokenizer, texts, 2048, plain=False)
+            facts[name] = bits_per_byte(model, tokenizer, most, 2048, plain=False)
             print(name, facts[name], flush=True)
     for name, model in models.items():
-        facts.setdefault(name, {})["on 12 documents, plain model"] = bits_per_byte(
-            model, tokenizer, few, 1024, plain=True
+        facts.setdefault(name, {})["on 8 documents, plain model"] = bits_per_byte(
+            model, tokenizer, few, 512, plain=True
         )
         print(name, facts[name], flush=True)
     prompts = []
@@ -224,12 +226,13 @@ def main() -> None:
     for name in ("out", "work"):
         measuring.add_argument(name, type=Path)
     measuring.add_argument("--weights", type=Path)
+    measuring.add_argument("--documents", type=int, default=120)
     measuring.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.command == "write":
         write(args.weights, args.work, args.out)
         return
-    facts = measure(args.out, args.work, args.weights)
+    facts = measure(args.out, args.work, args.weights, args.documents)
     print(json.dumps(facts, indent=1, ensure_ascii=False))
     if args.json:
         args.json.write_text(json.dumps(facts, indent=1, ensure_ascii=False))
