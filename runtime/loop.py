@@ -122,13 +122,14 @@ class EngineLoop:
         with self._condition:
             submitted, cancelled = list(self._submitted), list(self._cancelled)
             self._live.update((request.id, (request, sink)) for request, sink in submitted)
-            self._submitted.clear()
             self._cancelled.clear()
         for request, _ in submitted:
             try:
                 self._engine.submit(request)
             except RequestError as error:
                 self._deliver(Event(request.id, end=request.ended("failed", error=error)))
+            with self._condition:
+                self._submitted.popleft()  # only now: it counts as waiting until the engine counts it
         for request_id in cancelled:
             event = self._engine.cancel(request_id)
             if event is not None:
