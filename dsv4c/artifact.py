@@ -19,7 +19,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -144,22 +144,76 @@ class Program:
     arena_bytes: int
 
 
+Expr = int | str
+"""An integer: a number, or an expression over the sizes of a call's arguments (see runtime/gpu.py)."""
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """How the copy engine sees an argument: its sizes and element strides, outermost first, and the tile it moves."""
+
+    dtype: str
+    sizes: tuple[Expr, ...]
+    strides: tuple[Expr, ...]
+    box: tuple[int, ...]
+    swizzle: int
+    """Bytes: 0, 32, 64 or 128."""
+    fill: Literal["zero", "nan"] = "zero"
+    promotion: int = 128
+    """Bytes fetched into L2 at once: 0, 64, 128 or 256."""
+
+
+@dataclass(frozen=True)
+class LaunchArg:
+    """One parameter of a GPU kernel, in order.
+
+    `ptr` is the address of the call's argument `arg`, `map` a tensor map over it, `i32`, `i64` and `f32` a `value`,
+    `null` a null pointer (a compiler's unused scratch).
+    """
+
+    kind: Literal["ptr", "map", "i32", "i64", "f32", "null"]
+    arg: int | None = None
+    value: int | float | str | None = None
+    multiple: int = 1
+    """The kernel assumes that this divides the value."""
+    map: TensorMap | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One GPU kernel: where its code is, what it is given, and how many threads run it. Sizes in bytes."""
+
+    file: str
+    sha256: str
+    symbol: str
+    args: tuple[LaunchArg, ...]
+    grid: tuple[Expr, ...]
+    threads: int
+    shared: int
+    registers: int = 0
+    cluster: tuple[int, ...] = (1, 1, 1)
+    pdl: bool = False
+    """Programmatic dependent launch: it may begin while the kernel before it drains."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One compiled or vendor kernel, why it was chosen, and what it promises."""
 
     name: str
-    kind: Literal["aoti", "cpp", "aten"]
+    kind: Literal["aoti", "cpp", "aten", "gpu"]
     op: str
     schedule: str
     reason: str
     tolerance: float
     """Largest error relative to the float32 reference, elementwise against the largest magnitude; 0 is exact."""
     symbol: str
-    """Exported function (cpp), model name (aoti) or vendor call (aten)."""
+    """Exported function (cpp), model name (aoti), vendor call (aten) or empty (gpu)."""
     file: str | None = None
     sha256: str | None = None
     attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    launches: tuple[Launch, ...] = ()
+    """Of a `gpu` kernel: run one after another on the call's arguments."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +272,11 @@ class Manifest:
     embedded_weights: bool
 
 
+def decode(kind: Any, value: Any) -> Any:
+    """A JSON value as this annotated type, strictly. Raises ArtifactError naming the place that does not fit."""
+    return _decode(kind, value, "")
+
+
 def _shape_error(path: str, expected: str, value: Any) -> ArtifactError:
     return ArtifactError(
         f"manifest: `{path or 'top level'}` should be {expected}, not {json.dumps(value)[:60]}",
@@ -248,6 +307,8 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         for option in args:
             if option is type(None) and value is None:
                 return None
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                return _decode(option, value, path)
             if isinstance(option, type) and type(value) is option:
                 return value
         raise _shape_error(path, " or ".join(getattr(a, "__name__", str(a)) for a in args), value)
@@ -338,16 +399,24 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"manifest: `model` hashes to {found[:12]}, `model_sha256` says {manifest.model_sha256[:12]}",
             hint="the manifest was edited; compile the artifact again",
         )
-    for kernel in manifest.kernels.values():
-        if kernel.file is None:
-            continue
-        file = directory / kernel.file
+    for name, expected in kernel_files(manifest.kernels.values()).items():
+        file = directory / name
         if not file.is_file():
-            raise ArtifactError(f"kernel file `{kernel.file}` is absent", hint="compile the artifact again")
+            raise ArtifactError(f"kernel file `{name}` is absent", hint="compile the artifact again")
         found = sha256_of(file)
-        if found != kernel.sha256:
+        if found != expected:
             raise ArtifactError(
-                f"kernel file `{kernel.file}` hashes to {found[:12]}, the manifest says {str(kernel.sha256)[:12]}",
+                f"kernel file `{name}` hashes to {found[:12]}, the manifest says {expected[:12]}",
                 hint="the file is corrupted; compile the artifact again",
             )
     return manifest
+
+
+def kernel_files(kernels: Iterable[Kernel]) -> dict[str, str]:
+    """File -> SHA-256 of all compiled code that these kernels name."""
+    out = {}
+    for kernel in kernels:
+        if kernel.file is not None:
+            out[kernel.file] = str(kernel.sha256)
+        out.update({launch.file: launch.sha256 for launch in kernel.launches})
+    return out

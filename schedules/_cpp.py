@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from dsv4c.ops import OPS, TensorType
-from dsv4c.schedules._schedule import OpNode, Value, Work, dense_rows
+from dsv4c.schedules._schedule import Config, OpNode, Value, Work, dense_rows
 
 LANES = 16  # floats of one vector in schedules/cpp/dsv4c.h; channel counts must be multiples
 CPU = frozenset({"cpu"})
@@ -31,10 +31,10 @@ def moved(values: Sequence[Value | None], symbols: Mapping[str, int]) -> float:
     return float(sum(v.bytes(symbols) for v in values if v is not None and v.role != "pool"))
 
 
-def cost(efficiency: float) -> Callable[[OpNode, Mapping[str, int]], Work]:
+def cost(efficiency: float) -> Callable[[OpNode, Mapping[str, int], Config], Work]:
     """Cost of a kernel that moves inputs and outputs once and reaches this share of the peak arithmetic."""
 
-    def work(node: OpNode, symbols: Mapping[str, int]) -> Work:
+    def work(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
         return Work(moved((*node.inputs, *node.outputs), symbols), flops(node, symbols), "cpp", efficiency)
 
     return work

@@ -26,14 +26,17 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dsv4c.artifact import Shape
 from dsv4c.ops import DTYPE_BYTES
+from dsv4c.schedules._launch import TileLaunch, TritonLaunch
 
 Transforms = tuple[tuple[Any, ...], ...]
 Role = Literal["activation", "weight", "pool", "input"]
+Config = Mapping[str, Any]
+"""One point of a schedule's tuning space: names and JSON values (tile sizes, warps, splits)."""
 Progress = Callable[[int, int, str], None]
 """(kernels done, kernels in all, name of the one just built)."""
 
@@ -79,8 +82,12 @@ class Work:
 
     bytes_moved: float = 0.0
     flops: float = 0.0
-    launch: Literal["cpp", "aten"] = "cpp"
+    launch: Literal["cpp", "aten", "gpu"] = "cpp"
     efficiency: float = 1.0
+    """Of the flops; bytes always count at the copy bandwidth."""
+    unit: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Which arithmetic does the flops: the vector units, or the matrix units at that operand width."""
+    launches: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,14 @@ class Build:
 
     `cpp`: `source` is a file of schedules/cpp, `defines` the constants baked into it. `inductor`: the op's reference
     is given to Inductor for the shapes in `signature`, and its C++ joins the library. `aten`: `source` is a name in
-    the runtime's vendor table.
+    the runtime's vendor table. `gpu`: `launches` run one after another on the call's arguments.
     """
 
-    kind: Literal["cpp", "inductor", "aten"]
-    source: str
+    kind: Literal["cpp", "inductor", "aten", "gpu"]
+    source: str = ""
     defines: Mapping[str, int | float] = field(default_factory=dict)
     signature: tuple[Any, ...] = ()
+    launches: tuple[TritonLaunch | TileLaunch, ...] = ()
 
 
 def _accept(node: OpNode) -> str | None:
@@ -106,16 +114,22 @@ def _no_layouts(node: OpNode) -> dict[int, Transforms]:
     return {}
 
 
-def _no_workspace(node: OpNode) -> tuple[Value, ...]:
+def _no_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     return ()
+
+
+def _one_config(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+    return ({},)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """One way to run one op. Frozen data and pure functions of the node.
 
-    `accepts` returns None or the reason for refusing, from shapes, dtypes and attributes alone. `tolerance` is the
-    largest error against the float32 reference, relative to the largest magnitude of the result; 0 is exact.
+    `accepts` returns None or the reason for refusing, from shapes, dtypes and attributes alone. `space` lists the
+    configs worth measuring for a node at these symbol values, best guess first; without a tuned row the cost model
+    picks among them. `layouts` must not depend on the config: all programs share one copy of a weight. `tolerance` is
+    the largest error against the float32 reference, relative to the largest magnitude of the result; 0 is exact.
     """
 
     name: str
@@ -123,11 +137,12 @@ class Schedule:
     op: str
     """Logical op, or `*` for any."""
     targets: frozenset[str]
-    build: Callable[[OpNode], Build]
-    cost: Callable[[OpNode, Mapping[str, int]], Work]
+    build: Callable[[OpNode, Config], Build]
+    cost: Callable[[OpNode, Mapping[str, int], Config], Work]
     accepts: Callable[[OpNode], str | None] = _accept
     layouts: Callable[[OpNode], dict[int, Transforms]] = _no_layouts
-    workspace: Callable[[OpNode], tuple[Value, ...]] = _no_workspace
+    workspace: Callable[[OpNode, Config], tuple[Value, ...]] = _no_workspace
+    space: Callable[[OpNode, Mapping[str, int]], tuple[Config, ...]] = _one_config
     tolerance: float = 1e-5
     capturable: bool = True
 
@@ -147,13 +162,15 @@ class Choice:
     build: Build
     tolerance: float
     capturable: bool
+    config: Config = field(default_factory=dict)
 
     @property
     def kernel(self) -> str:
         """`<op>_<hash>`: equal for nodes that one kernel serves."""
         build = self.build
         text = json.dumps(
-            [self.schedule, build.kind, build.source, dict(build.defines), build.signature], sort_keys=True
+            [self.schedule, build.kind, build.source, dict(build.defines), build.signature, *map(asdict, build.launches)],
+            sort_keys=True,
         )
         return f"{self.node.op}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 

@@ -8,7 +8,7 @@ pool rows themselves. 4 C operations a key, head and token: a decode token of na
 from __future__ import annotations
 
 from dsv4c.schedules._cpp import CPU, LANES, cost, float_rows
-from dsv4c.schedules._schedule import Build, OpNode, Schedule
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule
 
 _KINDS = {"attend_window": 0, "attend_csa": 1, "attend_hca": 2}
 
@@ -18,7 +18,7 @@ def _accepts(node: OpNode) -> str | None:
     return float_rows(0, 1)(node) if pool is not None else "no pool"
 
 
-def _build(node: OpNode) -> Build:
+def _build(node: OpNode, config: Config) -> Build:
     q, attrs = node.inputs[0], node.attrs
     assert q is not None
     heads, dim = int(q.shape[1]), int(q.shape[2])
@@ -29,7 +29,7 @@ def _build(node: OpNode) -> Build:
     return Build("cpp", "attend.cc", defines)
 
 
-def _index(node: OpNode) -> Build:
+def _index(node: OpNode, config: Config) -> Build:
     attrs = node.attrs
     return Build(
         "cpp", "index.cc", {"RATIO": attrs["ratio"], "ENTRIES": attrs["entries_per_page"], "TOPK": attrs["topk"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.schedules._cpp import CPU, LANES, cost, float_rows
-from dsv4c.schedules._schedule import Build, OpNode, Schedule
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule
 
 
 def _accepts(node: OpNode) -> str | None:
@@ -14,7 +14,7 @@ def _accepts(node: OpNode) -> str | None:
     return float_rows(0, 1, 2, 3, 4)(node)
 
 
-def _build(node: OpNode) -> Build:
+def _build(node: OpNode, config: Config) -> Build:
     return Build("cpp", "compress.cc", {"RATIO": node.attrs["ratio"], "OVERLAP": int(node.attrs["overlap"])})
 
 

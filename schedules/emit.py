@@ -1,4 +1,5 @@
-"""Builds the kernels of a plan: C++ texts are compiled in parallel and linked into one library, whose file is shared.
+"""Builds the kernels of a plan: C++ texts are compiled in parallel and linked into one library, whose file is shared;
+GPU kernels become one cubin each, with the launcher beside them.
 
 Everything is keyed by content: the text with its constants, the headers, the compiler and its flags. An object built
 once is taken from the cache afterwards; the same plan gives the same bytes (no paths, no dates, no debug records).
@@ -12,15 +13,16 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tvm_ffi.libinfo
 
 from dsv4c.artifact import Kernel, sha256_of
 from dsv4c.errors import ScheduleError
-from dsv4c.schedules import inductor
+from dsv4c.schedules import _gpu, inductor
 from dsv4c.schedules._schedule import Choice, Progress
 
 SOURCES = Path(__file__).parent / "cpp"
@@ -72,32 +74,88 @@ def emit(
     cache_dir: Path,
     progress: Progress | None = None,
     *,
+    arch: str = "cpu",
     toolchain: Toolchain | None = None,
 ) -> dict[str, Kernel]:
     """Builds every kernel of `choices` into `out_dir`/kernels. Raises ScheduleError naming the op that failed."""
     tools = toolchain or Toolchain.of_host()
     cache_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "kernels").mkdir(parents=True, exist_ok=True)
-    compiled = {key: c for key, c in sorted(choices.items()) if c.build.kind != "aten"}
+    compiled = {key: c for key, c in sorted(choices.items()) if c.build.kind in ("cpp", "inductor")}
     units = [_unit(key, choice, tools, cache_dir) for key, choice in compiled.items()]
     file = _build_library(units, tools, out_dir, cache_dir, progress) if units else None
     digest = sha256_of(out_dir / file) if file else None
-    return {
+    out = {
         key: _kernel(key, choice, file if key in compiled else None, digest if key in compiled else None)
         for key, choice in sorted(choices.items())
     }
+    return {**out, **_emit_gpu(choices, out, arch, tools, out_dir, cache_dir, progress)}
+
+
+def _emit_gpu(
+    choices: Mapping[str, Choice],
+    kernels: Mapping[str, Kernel],
+    arch: str,
+    tools: Toolchain,
+    out_dir: Path,
+    cache_dir: Path,
+    progress: Progress | None,
+) -> dict[str, Kernel]:
+    """The records of the GPU kernels, their cubins and the launcher written."""
+    on_gpu = {key: choice for key, choice in sorted(choices.items()) if choice.build.kind == "gpu"}
+    if not on_gpu:
+        return {}
+    requests = [
+        _gpu.Request(choice.node.describe(), launch, (*choice.inputs, *choice.workspace, *choice.node.outputs), arch)
+        for choice in on_gpu.values()
+        for launch in choice.build.launches
+    ]
+    workers = min(os.cpu_count() or 1, len(requests) // 4 + 1)  # a worker takes seconds to import the compilers
+    compiled = iter(_gpu.compile_all(requests, cache_dir, progress, workers))
+    launcher = _build_launcher(tools, out_dir, cache_dir)
+    digest = sha256_of(out_dir / launcher)
+    out = {}
+    for key, choice in on_gpu.items():
+        launches = []
+        for _ in choice.build.launches:
+            made = next(compiled)
+            file = f"kernels/{made.record.sha256}.cubin"
+            (out_dir / file).write_bytes(made.image)
+            launches.append(_gpu.named(made, file))
+        out[key] = replace(kernels[key], file=launcher, sha256=digest, launches=tuple(launches))
+    return out
+
+
+def _build_launcher(tools: Toolchain, out_dir: Path, cache_dir: Path) -> str:
+    """The launcher's file. It needs CUDA's header, which Triton carries, and no CUDA library."""
+    import triton
+
+    header = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    flags = ("-O2", "-fPIC", "-fvisibility=hidden", "-std=c++17", "-Wall", f"-I{header}")
+    unit = _compile(_Unit("launcher", '#include "launcher.cc"\n', flags), replace(tools, isa="default"), cache_dir)
+    target = out_dir / "kernels" / "launcher.part"
+    library = Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent
+    command = [
+        tools.compiler, "-shared", "-s", "-Wl,--build-id=none", "-o", str(target), str(unit), f"-L{library}",
+        "-ltvm_ffi", "-ldl", "-Wl,--no-undefined",
+    ]  # fmt: skip
+    _run(command, "the launcher")
+    name = f"kernels/{sha256_of(target)}.so"
+    target.replace(out_dir / name)
+    return name
 
 
 def _kernel(key: str, choice: Choice, file: str | None, digest: str | None) -> Kernel:
     vendor = choice.build.kind == "aten"
+    kinds: dict[str, Literal["cpp", "aten", "gpu"]] = {"aten": "aten", "gpu": "gpu"}
     return Kernel(
         name=key,
-        kind="aten" if vendor else "cpp",
+        kind=kinds.get(choice.build.kind, "cpp"),
         op=choice.node.op,
         schedule=choice.schedule,
         reason=choice.reason,
         tolerance=choice.tolerance,
-        symbol=choice.build.source if vendor else key,
+        symbol={"aten": choice.build.source, "gpu": ""}.get(choice.build.kind, key),
         file=file,
         sha256=digest,
         attrs=dict(choice.build.defines) if vendor else {},

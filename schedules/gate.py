@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dsv4c.schedules._cpp import CPU, cost
-from dsv4c.schedules._schedule import Build, OpNode, Schedule
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule
 
 
-def _build(node: OpNode) -> Build:
+def _build(node: OpNode, config: Config) -> Build:
     return Build("cpp", "gate.cc", {"HASH": int(node.op == "gate_hash"), "SCALING": node.attrs["scaling"]})
 
 

@@ -7,7 +7,7 @@ projection is 2 x 24 x 4 D operations a token, 4 tokens x 6 rows in registers, a
 from __future__ import annotations
 
 from dsv4c.schedules._cpp import CPU, LANES, cost
-from dsv4c.schedules._schedule import Build, OpNode, Schedule
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule
 
 _OPS = {  # op: post, pre, head, norm
     "hc_pre": (0, 1, 0, 0),
@@ -34,7 +34,7 @@ def _accepts(node: OpNode) -> str | None:
     return None if n <= 4 else f"{n} streams do not fit the registers"
 
 
-def _build(node: OpNode) -> Build:
+def _build(node: OpNode, config: Config) -> Build:
     post, pre, head, norm = _OPS[node.op]
     attrs = node.attrs
     defines = {

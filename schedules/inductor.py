@@ -22,7 +22,7 @@ import torch
 from dsv4c.errors import ScheduleError
 from dsv4c.ops import OPS
 from dsv4c.schedules._cpp import CPU, moved
-from dsv4c.schedules._schedule import Build, OpNode, Schedule, Value, Work
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work
 
 _OWN_KERNELS = {
     "attend_window": "it would materialise every key of every token",
@@ -48,7 +48,7 @@ def _signature(value: Value | None) -> Any:
     return None if value is None else [list(value.shape), value.dtype, list(value.strides or ())]
 
 
-def _build(node: OpNode) -> Build:
+def _build(node: OpNode, config: Config) -> Build:
     tensors = [[_signature(v) for v in node.inputs], [_signature(v) for v in node.outputs]]
     return Build("inductor", node.op, {}, (json.dumps(dict(node.attrs), sort_keys=True), json.dumps(tensors)))
 
@@ -58,7 +58,7 @@ def _build(node: OpNode) -> Build:
 _PASSES = {"rope": 7.0, "head_norm_rope": 7.0, "split_heads_rope": 7.0}
 
 
-def _cost(node: OpNode, symbols: Mapping[str, int]) -> Work:
+def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     return Work(_PASSES.get(node.op, 1.2) * moved((*node.inputs, *node.outputs), symbols))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsv4c.schedules._cpp import CPU, LANES, flops, moved
-from dsv4c.schedules._schedule import Build, OpNode, Schedule, Transforms, Value, Work, apply_layout, dense_rows
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Transforms, Value, Work, apply_layout, dense_rows
 
 
 def panel(channels: int) -> int:
@@ -54,7 +54,7 @@ def _accepts_packed(node: OpNode) -> str | None:
     return None
 
 
-def _build_packed(node: OpNode) -> Build:
+def _build_packed(node: OpNode, config: Config) -> Build:
     weight, x = _weight(node), node.inputs[0]
     assert x is not None
     dense = node.op == "linear" and len(x.shape) > 2
@@ -67,13 +67,13 @@ def _build_packed(node: OpNode) -> Build:
     return Build("cpp", "linear.cc", defines)
 
 
-def _packed_cost(node: OpNode, symbols: Mapping[str, int]) -> Work:
+def _packed_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     weight = _weight(node)
     laid = apply_layout(weight, packed(weight, int(weight.shape[0]) // _groups(node)))
     return Work(moved((*node.inputs[:-1], laid, *node.outputs), symbols), flops(node, symbols), "cpp", 0.85)
 
 
-def _aten_cost(node: OpNode, symbols: Mapping[str, int]) -> Work:
+def _aten_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     return Work(moved((*node.inputs, *node.outputs), symbols), flops(node, symbols), "aten", 0.5)
 
 
@@ -94,7 +94,7 @@ def _packed_schedule(op: str) -> Schedule:
 
 def _aten_schedule(op: str) -> Schedule:
     return Schedule(
-        f"{op}.aten", op, CPU, lambda node: Build("aten", f"aten.{op}", {"groups": _groups(node)}), _aten_cost,
+        f"{op}.aten", op, CPU, lambda node, config: Build("aten", f"aten.{op}", {"groups": _groups(node)}), _aten_cost,
         _accepts_aten, tolerance=5e-6,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsv4c.schedules._cpp import CPU, LANES, float_rows, flops, moved
-from dsv4c.schedules._schedule import Build, OpNode, Schedule, Transforms, Value, Work
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Transforms, Value, Work
 from dsv4c.schedules.linear import packed, panel
 
 
@@ -37,7 +37,7 @@ def _accepts(node: OpNode) -> str | None:
     return float_rows(0, 6)(node)
 
 
-def _workspace(node: OpNode) -> tuple[Value, ...]:
+def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     x, chosen = node.inputs[0], node.inputs[1]
     w1, _, w2 = _weights(node)
     assert x is not None and chosen is not None
@@ -45,13 +45,13 @@ def _workspace(node: OpNode) -> tuple[Value, ...]:
     return Value((tokens, k, w1.shape[1]), "float32"), Value((tokens, k, w2.shape[1]), "float32")
 
 
-def _build(node: OpNode) -> Build:
+def _build(node: OpNode, config: Config) -> Build:
     narrow = int(_weights(node)[0].exact == "bfloat16")
     return Build("cpp", "experts.cc", {"BF16": narrow, "PANEL": _panel(node), "LIMIT": node.attrs["limit"]})
 
 
-def _cost(node: OpNode, symbols: Mapping[str, int]) -> Work:
-    rows = (node.inputs[0], node.inputs[6], *_workspace(node), *node.outputs)
+def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    rows = (node.inputs[0], node.inputs[6], *_workspace(node, config), *node.outputs)
     chosen, w1 = node.inputs[1], _weights(node)[0]
     assert chosen is not None
     pairs = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.schedules._cpp import CPU, LANES, cost
-from dsv4c.schedules._schedule import Build, OpNode, Schedule, dense_rows
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, dense_rows
 
 _OPS = {  # op: norm (1 with weight, 2 without), whether it rotates, whether it writes
     "rms_norm": (1, False, False),
@@ -16,7 +16,7 @@ _OPS = {  # op: norm (1 with weight, 2 without), whether it rotates, whether it 
 }
 
 
-def _build(node: OpNode) -> Build:
+def _build(node: OpNode, config: Config) -> Build:
     norm, rotates, writes = _OPS[node.op]
     x = node.inputs[2 if writes else 0]
     assert x is not None

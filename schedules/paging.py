@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from dsv4c.schedules._cpp import CPU, cost, float_rows
-from dsv4c.schedules._schedule import Build, OpNode, Schedule, Transforms
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Transforms
 
 
-def _slots(node: OpNode) -> Build:
+def _slots(node: OpNode, config: Config) -> Build:
     ends = node.op == "entry_slots"
     defines = {"ENDS": int(ends), "RATIO": int(node.attrs.get("ratio", 1)), "ENTRIES": node.attrs["entries_per_page"]}
     return Build("cpp", "slots.cc", defines)
 
 
-def _tables(node: OpNode) -> Build:
+def _tables(node: OpNode, config: Config) -> Build:
     ends = node.op == "entry_rope_table"
     return Build("cpp", "rope_table.cc", {"ENDS": int(ends), "RATIO": int(node.attrs.get("ratio", 1))})
 
 
-def _take(node: OpNode) -> Build:
+def _take(node: OpNode, config: Config) -> Build:
     return Build("cpp", "rows.cc", {"BF16": 0, "COPIES": 1, "INDEX_FIRST": 0})
 
 
-def _embed(node: OpNode) -> Build:
+def _embed(node: OpNode, config: Config) -> Build:
     weight = node.inputs[1]
     assert weight is not None
     narrow = int(weight.exact == "bfloat16")

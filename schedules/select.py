@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dsv4c.errors import ScheduleError
 from dsv4c.schedules import attention, compress, gate, hyper, inductor, linear, moe, norm, paging
 from dsv4c.schedules._roofline import seconds
-from dsv4c.schedules._schedule import Choice, OpNode, Schedule, apply_layout
+from dsv4c.schedules._schedule import Choice, Config, OpNode, Schedule, apply_layout
+from dsv4c.schedules._tuned import Tuned
 
 SCHEDULES: tuple[Schedule, ...] = (
     *linear.SCHEDULES,
@@ -31,38 +32,72 @@ def candidates(node: OpNode, target: str) -> list[tuple[Schedule, str | None]]:
     return [(schedule, schedule.accepts(node)) for schedule in known]
 
 
-def choose(schedule: Schedule, node: OpNode, target: str, symbols: Mapping[str, int], reason: str) -> Choice:
-    """The choice of this schedule for this node, whatever the others cost."""
+def choose(
+    schedule: Schedule,
+    node: OpNode,
+    target: str,
+    symbols: Mapping[str, int],
+    reason: str,
+    config: Config | None = None,
+) -> Choice:
+    """The choice of this schedule for this node, whatever the others cost; by default with its first config."""
+    config = schedule.space(node, symbols)[0] if config is None else config
     layouts = schedule.layouts(node)
     inputs = tuple(v if v is None else apply_layout(v, layouts.get(i, ())) for i, v in enumerate(node.inputs))
     return Choice(
         node=node,
         schedule=schedule.name,
         reason=reason,
-        seconds=seconds(schedule.cost(node, symbols), target),
+        seconds=seconds(schedule.cost(node, symbols, config), target),
         layouts=layouts,
         inputs=inputs,
-        workspace=schedule.workspace(node),
-        build=schedule.build(node),
+        workspace=schedule.workspace(node, config),
+        build=schedule.build(node, config),
         tolerance=schedule.tolerance,
         capturable=schedule.capturable,
+        config=config,
     )
 
 
-def select(node: OpNode, target: str, symbols: Mapping[str, int]) -> Choice:
-    """The cheapest schedule at these symbol values; ScheduleError naming op, shapes and refusals if none accepts."""
+def accepting(node: OpNode, target: str) -> list[Schedule]:
+    """The schedules that accept this node; ScheduleError naming op, shapes and every refusal if there is none."""
     tried = candidates(node, target)
-    accepting = [schedule for schedule, refusal in tried if refusal is None]
-    if not accepting:
+    found = [schedule for schedule, refusal in tried if refusal is None]
+    if not found:
         refusals = "; ".join(f"`{schedule.name}`: {refusal}" for schedule, refusal in tried) or "none is registered"
         raise ScheduleError(
             f"no schedule for `{node.describe()}` on `{target}`", hint=f"schedules that refuse it: {refusals}"
         )
-    if len(accepting) == 1:
-        return choose(accepting[0], node, target, symbols, "only one accepts")
-    timed = sorted(
-        ((seconds(s.cost(node, symbols), target), i) for i, s in enumerate(accepting)),
-    )
-    (best, first), (second, other) = timed[:2]
-    reason = f"model {best * 1e6:.1f} us, `{accepting[other].name}` {second * 1e6:.1f} us"
-    return choose(accepting[first], node, target, symbols, reason)
+    return found
+
+
+def ranked(node: OpNode, target: str, symbols: Mapping[str, int]) -> list[tuple[float, Schedule, Config]]:
+    """Every config of every accepting schedule by its modelled seconds; the order of the registry breaks ties."""
+    out = [
+        (seconds(schedule.cost(node, symbols, config), target), schedule, config)
+        for schedule in accepting(node, target)
+        for config in schedule.space(node, symbols)
+    ]
+    return sorted(out, key=lambda row: row[0])
+
+
+def select(
+    node: OpNode, target: str, symbols: Mapping[str, int], tuned: Tuned | None = None
+) -> Choice:
+    """The fastest schedule at these symbol values by `tuned`'s measurements, else the cheapest by the cost model.
+
+    Raises ScheduleError naming op, shapes and refusals if none accepts.
+    """
+    row = tuned.best(node, target, symbols) if tuned else None
+    if row is not None:
+        schedule = next((s for s in accepting(node, target) if s.name == row.schedule), None)
+        if schedule is not None:
+            return choose(schedule, node, target, symbols, row.reason(), row.config)
+    order = ranked(node, target, symbols)
+    best, schedule, config = order[0]
+    rivals = [(cost, other) for cost, other, _ in order[1:] if other is not schedule]
+    if rivals:
+        reason = f"model {best * 1e6:.1f} us, `{rivals[0][1].name}` {rivals[0][0] * 1e6:.1f} us"
+    else:
+        reason = "only one accepts"
+    return choose(schedule, node, target, symbols, reason, config)

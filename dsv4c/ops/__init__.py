@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsv4c.model import attention, compressor, hyper, indexer, linear, moe, mtp, norm, paging, quant, rope, transformer
-from dsv4c.ops import fused
+from dsv4c.model import attention as plain_attention
+from dsv4c.model import compressor, indexer, linear, moe, mtp, norm, paging, quant, rope, transformer
+from dsv4c.model import hyper as plain_hyper
+from dsv4c.ops import attention, compress, experts, fused, hyper, index, linears, rows, sampling
 from dsv4c.ops._op import DTYPE_BYTES, Op, TensorType
 
 __all__ = ["DTYPE_BYTES", "LEAVES", "OPS", "VIEWS", "Op", "TensorType"]
@@ -60,9 +62,9 @@ _ALL = (
     Op("entry_rope_table", rope.entry_rope_table),
     Op("token_slots", paging.token_slots),
     Op("entry_slots", paging.entry_slots),
-    Op("hc_pre", hyper.hc_pre, outputs=3, flops=_hc_flops),
-    Op("hc_post", hyper.hc_post, flops=_hc_flops),
-    Op("hc_head", hyper.hc_head, flops=_hc_flops),
+    Op("hc_pre", plain_hyper.hc_pre, outputs=3, flops=_hc_flops),
+    Op("hc_post", plain_hyper.hc_post, flops=_hc_flops),
+    Op("hc_head", plain_hyper.hc_head, flops=_hc_flops),
     Op("rms_norm", norm.rms_norm),
     Op("head_norm", norm.head_norm),
     Op("rope", rope.rope),
@@ -74,9 +76,9 @@ _ALL = (
     Op("compress", compressor.compress, outputs=3, in_place={1: "ring_k", 2: "ring_z"}),
     Op("split_heads", fused.split_heads),
     Op("index_topk", indexer.index_topk, flops=_index_flops),
-    Op("attend_window", attention.attend_window, flops=_attention_flops),
-    Op("attend_csa", attention.attend_csa, flops=_attention_flops),
-    Op("attend_hca", attention.attend_hca, flops=_attention_flops),
+    Op("attend_window", plain_attention.attend_window, flops=_attention_flops),
+    Op("attend_csa", plain_attention.attend_csa, flops=_attention_flops),
+    Op("attend_hca", plain_attention.attend_hca, flops=_attention_flops),
     Op("gate_bias", moe.gate_bias, outputs=2),
     Op("gate_hash", moe.gate_hash, outputs=2),
     Op("swiglu", moe.swiglu),
@@ -91,6 +93,15 @@ _ALL = (
     Op("norm_rope_write", fused.norm_rope_write, in_place={0: "pool"}),
     Op("swiglu_pair", fused.swiglu_pair),
     Op("columns", fused.columns),
+    # of stored formats
+    *hyper.OPS,
+    *rows.OPS,
+    *compress.OPS,
+    *index.OPS,
+    *attention.OPS,
+    *experts.OPS,
+    *linears.OPS,
+    *sampling.OPS,
 )
 
 OPS: Mapping[str, Op] = {op.name: op for op in _ALL}
@@ -107,9 +118,9 @@ LEAVES: Mapping[str, str] = {
         (rope.EntryRopeTable, "entry_rope_table"),
         (paging.TokenSlots, "token_slots"),
         (paging.EntrySlots, "entry_slots"),
-        (hyper.HyperPre, "hc_pre"),
-        (hyper.HyperPost, "hc_post"),
-        (hyper.HyperHead, "hc_head"),
+        (plain_hyper.HyperPre, "hc_pre"),
+        (plain_hyper.HyperPost, "hc_post"),
+        (plain_hyper.HyperHead, "hc_head"),
         (norm.RMSNorm, "rms_norm"),
         (norm.HeadNorm, "head_norm"),
         (rope.Rope, "rope"),
@@ -122,9 +133,9 @@ LEAVES: Mapping[str, str] = {
         (compressor.Compress, "compress"),
         (indexer.SplitHeads, "split_heads"),
         (indexer.IndexTopk, "index_topk"),
-        (attention.AttendWindow, "attend_window"),
-        (attention.AttendCsa, "attend_csa"),
-        (attention.AttendHca, "attend_hca"),
+        (plain_attention.AttendWindow, "attend_window"),
+        (plain_attention.AttendCsa, "attend_csa"),
+        (plain_attention.AttendHca, "attend_hca"),
         (moe.GateBias, "gate_bias"),
         (moe.GateHash, "gate_hash"),
         (moe.Swiglu, "swiglu"),

@@ -77,9 +77,9 @@ def test_roofline_takes_the_slower_side() -> None:
     machine = MACHINES["cpu"]
     launch = machine.launch_s["cpp"]
     assert seconds(Work(machine.bytes_per_s, 1.0), "cpu") == pytest.approx(1 + launch)
-    assert seconds(Work(1.0, machine.flops_per_s, "cpp", 0.5), "cpu") == pytest.approx(2 + launch)
+    assert seconds(Work(1.0, machine.flops_per_s["fp32"], "cpp", 0.5), "cpu") == pytest.approx(2 + launch)
 
 
 def test_schedules_say_what_they_promise() -> None:
     for schedule in SCHEDULES:
-        assert "." in schedule.name and 0 <= schedule.tolerance <= 1e-5 and "cpu" in schedule.targets
+        assert "." in schedule.name and 0 <= schedule.tolerance <= (1e-5 if "cpu" in schedule.targets else 0.1)

@@ -1,0 +1,40 @@
+"""Layouts of weights: pure functions of one tensor, named in the manifest and applied when a weight is loaded.
+
+A layout permutes or views stored values and never changes one. `LAYOUTS` maps a transform's name to its function;
+`dsv4c.schedules` names them, the loader and the tuner apply them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def reshape(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The same values, in order, as `sizes`."""
+    if math.prod(sizes) != tensor.numel():
+        raise ValueError(f"{list(tensor.shape)} cannot be laid out as {list(sizes)}")
+    return tensor.reshape(list(sizes))
+
+
+def transpose(tensor: Tensor) -> Tensor:
+    """The last two dimensions exchanged."""
+    return tensor.transpose(-1, -2)
+
+
+def permute(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    """The dimensions in this order."""
+    return tensor.permute(*dims)
+
+
+LAYOUTS: Mapping[str, Callable[..., Tensor]] = {"reshape": reshape, "transpose": transpose, "permute": permute}
+
+
+def apply(tensor: Tensor, transforms: Sequence[Sequence[Any]]) -> Tensor:
+    """The tensor after these transforms, left to right, dense. Raises ValueError where one does not fit."""
+    for name, *args in transforms:
+        tensor = LAYOUTS[name](tensor, *args)
+    return tensor.contiguous()

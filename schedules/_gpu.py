@@ -1,0 +1,292 @@
+"""Launches -> machine code and launch records, without a GPU: Triton and Gluon here, TileLang in `_tilelang.py`.
+
+Everything is keyed by content: the kernel's text with all it calls, its types and constants, the tools. The same
+sources give the same bytes (no paths, no line numbers in the code). Nothing here touches a driver.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import multiprocessing
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4c import artifact
+from dsv4c.errors import ScheduleError
+from dsv4c.schedules._launch import Desc, LaunchArg, Ptr, Scalar, TileLaunch, TritonLaunch
+from dsv4c.schedules._schedule import Progress, Value
+
+ARCHS: Mapping[str, int] = {"sm_90a": 90, "sm_100a": 100, "sm_103a": 103}
+SHARED_LIMIT = 227 * 1024  # of one block, on Hopper and Blackwell
+CUDA_RELEASE = "13.0"  # what a driver of the 580 series runs; ptxas of that release is used where it is installed
+
+_TRITON_TYPES = {
+    "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8e4nv", "float8_e8m0fnu": "u8",
+    "int64": "i64", "int32": "i32", "uint8": "u8", "int8": "i8", "bool": "i1",
+}  # fmt: skip
+_SWIZZLE_BYTES = (0, 32, 64, 128)  # by the driver's code
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Machine code, and how to launch it; `file` and `sha256` of the record are those of the image."""
+
+    image: bytes
+    record: artifact.Launch
+    spills: int = 0
+    """Bytes a thread keeps in local memory."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One launch to compile. `what` names the op and its shapes, for messages."""
+
+    what: str
+    launch: TritonLaunch | TileLaunch
+    values: tuple[Value | None, ...]
+    arch: str
+
+
+def compile_all(
+    requests: Sequence[Request], cache_dir: Path, progress: Progress | None = None, workers: int = 1
+) -> list[Compiled]:
+    """Every launch compiled, in order. Raises ScheduleError naming the op whose kernel does not compile."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    out: dict[int, Compiled] = {}
+    if workers <= 1:
+        for i, request in enumerate(requests):
+            out[i] = compile_launch(request, cache_dir)
+            if progress:
+                progress(i + 1, len(requests), request.what)
+        return [out[i] for i in range(len(requests))]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+        waiting = {pool.submit(compile_launch, r, cache_dir): i for i, r in enumerate(requests)}
+        for done, future in enumerate(as_completed(waiting), 1):
+            out[waiting[future]] = future.result()
+            if progress:
+                progress(done, len(requests), requests[waiting[future]].what)
+    return [out[i] for i in range(len(requests))]
+
+
+def compile_launch(request: Request, cache_dir: Path) -> Compiled:
+    """One launch, from the cache if its content is known."""
+    if isinstance(request.launch, TileLaunch):
+        from dsv4c.schedules._tilelang import compile_tile  # tilelang is imported only where it is used
+
+        compiled: Compiled = compile_tile(request.launch, request.values, request.arch, cache_dir)
+    else:
+        compiled = _compile_triton(request, request.launch, cache_dir)
+    if compiled.record.shared > SHARED_LIMIT:
+        raise ScheduleError(
+            f"the kernel of `{request.what}` needs {compiled.record.shared} bytes of shared memory, "
+            f"`{request.arch}` has {SHARED_LIMIT} a block",
+            hint=f"{request.launch.kernel} with {dict(request.launch.constants)}",
+        )
+    return compiled
+
+
+def _compile_triton(request: Request, launch: TritonLaunch, cache_dir: Path) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    module, _, name = launch.kernel.partition(":")
+    fn = getattr(importlib.import_module(module), name)
+    gluon = isinstance(fn, GluonJITFunction)
+    signature, constants, attrs = _signature(request, launch, list(fn.arg_names), gluon)
+    options = {
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "num_ctas": launch.num_ctas,
+        "maxnreg": launch.maxnreg, "launch_pdl": launch.pdl, "enable_fp_fusion": True,
+    }  # fmt: skip
+    ptxas = _ptxas()
+    key = json.dumps(
+        [fn.cache_key, launch.kernel, signature, repr(sorted(constants.items())), repr(attrs), options, request.arch,
+         triton.__version__, ptxas[1], _record_version()],
+        sort_keys=True, default=str,
+    )  # fmt: skip
+    stem = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
+    image, metadata, usage = _cached(stem)
+    if image is None:
+        source = (GluonASTSource if gluon else ASTSource)(
+            fn=fn, signature=signature, constexprs=constants, attrs=attrs
+        )
+        with triton.knobs.cache.scope(), triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+            triton.knobs.cache.dir = str(cache_dir / "triton")
+            triton.knobs.compilation.disable_line_info = True
+            if ptxas[0]:
+                triton.knobs.nvidia.ptxas = ptxas[0]
+                triton.knobs.nvidia.ptxas_blackwell = ptxas[0]
+            try:
+                target = GPUTarget("cuda", ARCHS[request.arch], 32)
+                kernel = triton.compile(source, target=target, options={k: v for k, v in options.items() if v is not None})
+            except Exception as error:  # noqa: BLE001 - the compiler raises its own kinds, some of them bare
+                text = " ".join(str(error).split()) or type(error).__name__
+                raise ScheduleError(
+                    f"the kernel of `{request.what}` does not compile: {text[:300]}",
+                    hint=f"{launch.kernel} with {dict(launch.constants)}",
+                ) from error
+        image = kernel.asm["cubin"]
+        found = kernel.metadata._asdict()
+        metadata = {n: found[n] for n in ("name", "shared", "num_warps", "num_ctas", "global_scratch_size")}
+        metadata["descriptors"] = [dict(d) for d in (found.get("tensordesc_meta") or ())]
+        usage = resource_usage(image, stem)
+        _store(stem, image, metadata, usage)
+    if metadata["global_scratch_size"]:
+        raise ScheduleError(
+            f"the kernel of `{request.what}` wants {metadata['global_scratch_size']} bytes of scratch memory",
+            hint="make tensor descriptors on the host: `Desc` arguments instead of `make_tensor_descriptor`",
+        )
+    grid = (_times(launch.grid[0], metadata["num_ctas"]), launch.grid[1], launch.grid[2])
+    record = artifact.Launch(
+        file="",
+        sha256=hashlib.sha256(image).hexdigest(),
+        symbol=metadata["name"],
+        args=_record_args(request, launch, list(fn.arg_names), metadata["descriptors"]),
+        grid=grid,
+        threads=32 * metadata["num_warps"],
+        shared=metadata["shared"],
+        registers=usage["registers"],
+        cluster=(metadata["num_ctas"], 1, 1),
+        pdl=launch.pdl,
+    )
+    return Compiled(image, record, usage["spills"])
+
+
+def _record_version() -> int:
+    """Raise it when what is stored beside an image changes."""
+    return 1
+
+
+def _times(size: artifact.Expr, factor: int) -> artifact.Expr:
+    if factor == 1:
+        return size
+    return size * factor if isinstance(size, int) else f"({size}) * {factor}"
+
+
+def _cached(stem: Path) -> tuple[bytes | None, dict[str, Any], dict[str, int]]:
+    record, image = stem.with_suffix(".json"), stem.with_suffix(".cubin")
+    if not record.exists() or not image.exists():
+        return None, {}, {}
+    data = json.loads(record.read_text(encoding="utf-8"))
+    return image.read_bytes(), data["metadata"], data["usage"]
+
+
+def _store(stem: Path, image: bytes, metadata: Mapping[str, Any], usage: Mapping[str, int]) -> None:
+    stem.with_suffix(".cubin").write_bytes(image)
+    part = stem.with_suffix(".part")
+    part.write_text(json.dumps({"metadata": metadata, "usage": usage}, default=_plain), encoding="utf-8")
+    part.replace(stem.with_suffix(".json"))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) else str(value)
+
+
+def _ptxas() -> tuple[str, str]:
+    """(path or empty, version): the ptxas on PATH if it is of CUDA_RELEASE, else the one Triton carries."""
+    found = shutil.which("ptxas")
+    if found:
+        text = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
+        release = re.search(r"release (\d+\.\d+)", text)
+        if release and release.group(1) == CUDA_RELEASE:
+            return found, release.group(1)
+    return "", "triton"
+
+
+def resource_usage(image: bytes, stem: Path) -> dict[str, int]:
+    """Registers and bytes of local memory of a thread, as the image says."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file = stem.with_suffix(".probe")
+    file.write_bytes(image)
+    result = subprocess.run([str(tool), "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True)
+    file.unlink()
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", result.stdout))
+    return {"registers": int(found.get("REG", 0)), "spills": int(found.get("STACK", 0)) + int(found.get("LOCAL", 0))}
+
+
+def _signature(
+    request: Request, launch: TritonLaunch, names: list[str], gluon: bool
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """Types of all parameters, values of the constant ones, and what may be assumed of the others."""
+    unknown = sorted((set(launch.args) | set(launch.constants)) - set(names))
+    missing = [n for n in names if n not in launch.args and n not in launch.constants]
+    if unknown or missing:
+        raise ScheduleError(
+            f"the launch of `{launch.kernel}` for `{request.what}` "
+            + (f"gives unknown parameters {unknown}" if unknown else f"lacks parameters {missing}"),
+            hint=f"it takes {names}",
+        )
+    signature, attrs = {}, {}
+    for i, name in enumerate(names):
+        if name in launch.constants:
+            signature[name] = "constexpr"
+            continue
+        arg = launch.args[name]
+        signature[name] = _type(request, arg, gluon)
+        if isinstance(arg, Ptr) or (isinstance(arg, Scalar) and arg.multiple % 16 == 0):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    return signature, dict(launch.constants), attrs
+
+
+def _type(request: Request, arg: LaunchArg, gluon: bool) -> str:
+    if isinstance(arg, Scalar):
+        return {"i32": "i32", "i64": "i64", "f32": "fp32"}[arg.kind]
+    dtype = _TRITON_TYPES[_dtype(request, arg)]
+    if isinstance(arg, Ptr):
+        return f"*{dtype}"
+    if not gluon:
+        return f"tensordesc<{dtype}{list(arg.block)}>"
+    from triton.experimental.gluon import language as gl
+
+    element = {"fp32": gl.float32, "bf16": gl.bfloat16, "u8": gl.uint8, "fp8e4nv": gl.float8e4nv}[dtype]
+    return f"tensordesc<{dtype}{list(arg.block)},{gl.NVMMASharedLayout.get_default_for(list(arg.block), element)!r}>"
+
+
+def _dtype(request: Request, arg: Ptr | Desc) -> str:
+    value = request.values[arg.arg] if arg.arg < len(request.values) else None
+    if value is None:
+        raise ScheduleError(f"a launch of `{request.what}` refers to argument {arg.arg}, which is absent")
+    return arg.dtype or value.dtype
+
+
+def _record_args(
+    request: Request, launch: TritonLaunch, names: list[str], descriptors: list[dict[str, Any]]
+) -> tuple[artifact.LaunchArg, ...]:
+    """Parameters as the machine code takes them; Triton appends two scratch pointers, here null."""
+    out: list[artifact.LaunchArg] = []
+    left = iter(descriptors)
+    for name in names:
+        if name in launch.constants:
+            continue
+        arg = launch.args[name]
+        if isinstance(arg, Ptr):
+            out.append(artifact.LaunchArg("ptr", arg.arg))
+        elif isinstance(arg, Scalar):
+            out.append(artifact.LaunchArg(arg.kind, None, arg.value, arg.multiple))  # type: ignore[arg-type]
+        else:
+            meta = next(left)
+            swizzle, box = _SWIZZLE_BYTES[int(meta["swizzle"])], tuple(int(b) for b in meta["block_size"])
+            fill: Any = arg.padding
+            tile = artifact.TensorMap(_dtype(request, arg), arg.sizes, arg.strides, box, swizzle, fill)
+            out.append(artifact.LaunchArg("map", arg.arg, map=tile))
+            out += [artifact.LaunchArg("i32", None, size) for size in arg.sizes]
+            out += [artifact.LaunchArg("i64", None, stride) for stride in arg.strides]
+    return (*out, artifact.LaunchArg("null"), artifact.LaunchArg("null"))
+
+
+def named(compiled: Compiled, file: str) -> artifact.Launch:
+    """The record with the file its image was written to."""
+    return dataclasses.replace(compiled.record, file=file)
