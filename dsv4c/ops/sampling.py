@@ -1,7 +1,151 @@
-"""Logical ops of the sampling family for targets that store 8 and 4 bits."""
+"""References of sampling on the device: edits of the logits, penalties, filters, and one reproducible draw a row.
+
+The same function as runtime/sampler.py computes on the host, with what an engine keeps on the device: a table of how
+often each seat's request generated each token, a 64-bit noise key and a counter a row. Order of operations:
+
+    edit_logits (bias, masks) -> repetition, frequency, presence penalties -> greedy: the most likely, lowest id first
+    | / temperature -> min_p -> top_k -> top_p -> draw by one uniform number, looked up over the token ids in order
+
+The draw depends on (key, counter) and on the row's own logits and parameters, never on other rows. float64 inside.
+
+Legend: S rows, V vocabulary, Z seats, M edits.
+"""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from dsv4c.ops._op import Op
 
-OPS: tuple[Op, ...] = ()
+GREEDY_BELOW = 1e-5
+"""Smaller temperatures overflow float32 before they differ from greedy."""
+IN_PROMPT = 1 << 14
+"""Added to a token's count if the prompt holds it; lower bits count generated tokens, up to 16,383."""
+_MOST = IN_PROMPT - 1
+
+
+def edit_logits(logits_SV: Tensor, starts: Tensor, tokens_M: Tensor, values_M: Tensor) -> Tensor:
+    """The logits with values[m] added to token tokens[m] of row s, for starts[s] <= m < starts[s + 1].
+
+    Tokens of a row are distinct; -inf masks one. starts: int64 [S + 1]; tokens: int64.
+    """
+    rows = torch.repeat_interleave(torch.arange(len(starts) - 1, device=starts.device), starts.diff())
+    edited, live = logits_SV.clone(), slice(int(starts[0]), int(starts[-1]))
+    edited[rows, tokens_M[live]] += values_M[live]
+    return edited
+
+
+def penalise(
+    logits_SV: Tensor, counts_SV: Tensor, repetition_S: Tensor, frequency_S: Tensor, presence_S: Tensor
+) -> Tensor:
+    """The logits less what the tokens of a request cost; counts as in `sample_penalised`, a row each."""
+    generated = (counts_SV & _MOST).to(logits_SV.dtype)
+    repetition = repetition_S.unsqueeze(1)
+    repeated = torch.where(logits_SV > 0, logits_SV / repetition, logits_SV * repetition)
+    logits_SV = torch.where(counts_SV != 0, repeated, logits_SV)
+    return logits_SV - frequency_S.unsqueeze(1) * generated - presence_S.unsqueeze(1) * (generated > 0)
+
+
+def uniform(keys_S: Tensor, counters_S: Tensor) -> Tensor:
+    """float64 uniform numbers in [0, 1) with 53 bits: number `counters` of the SplitMix64 streams `keys`."""
+    z = keys_S + (counters_S + 1) * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return _shifted(z ^ _shifted(z, 31), 11).double() * 2.0**-53
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shift to the right that fills with zeros, of int64."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def kept(
+    logits_SV: Tensor, temperature_S: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor
+) -> tuple[Tensor, Tensor]:
+    """float64 weights [S, V] of the tokens that a row may draw (0 for the others), and which rows are sound.
+
+    top_k: the k most likely and all that tie with the last of them, 0 keeps all; top_p: of these, the fewest most
+    likely whose weight reaches top_p of the first k's, with ties; min_p: relative to the most likely. A row whose
+    logits hold NaN, or whose best is not finite, is not sound.
+    """
+    x_SV = logits_SV.double()
+    best_S1 = x_SV.amax(-1, keepdim=True)
+    sound_S = torch.isfinite(best_S1[:, 0]) & ~x_SV.isnan().any(-1)
+    x_SV = torch.where(sound_S.unsqueeze(1), x_SV, 0.0)
+    best_S1 = x_SV.amax(-1, keepdim=True)
+    first = torch.zeros_like(x_SV).scatter(1, (x_SV == best_S1).long().argmax(-1, keepdim=True), 1.0)
+    p_SV = torch.exp((x_SV - best_S1) / temperature_S.double().clamp(min=GREEDY_BELOW).unsqueeze(1))
+    p_SV = p_SV.masked_fill(p_SV < min_p_S.double().unsqueeze(1), 0.0)
+    vocab = p_SV.shape[1]
+    ordered_SV = p_SV.sort(-1, descending=True).values
+    mass_SV = ordered_SV.cumsum(-1)
+    last_S1 = torch.where((top_k_S > 0) & (top_k_S < vocab), top_k_S, vocab).long().unsqueeze(1) - 1
+    wanted_S1 = top_p_S.double().unsqueeze(1) * mass_SV.gather(1, last_S1)
+    reached_S1 = torch.where(top_p_S.unsqueeze(1) < 1, torch.searchsorted(mass_SV, wanted_S1), vocab)
+    p_SV = p_SV.masked_fill(p_SV < ordered_SV.gather(1, torch.minimum(last_S1, reached_S1)), 0.0)
+    return torch.where((temperature_S < GREEDY_BELOW).unsqueeze(1), first, p_SV), sound_S
+
+
+def sample(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    min_p_S: Tensor,
+    keys_S: Tensor,
+    counters_S: Tensor,
+) -> Tensor:
+    """int64 [S]: the token drawn for each row, -1 where the row is not sound (see `kept`).
+
+    logits float32; temperature, top_p, min_p float32; top_k int32; keys, counters int64.
+    """
+    p_SV, sound_S = kept(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S)
+    cdf_SV = p_SV.cumsum(-1)
+    total_S = cdf_SV[:, -1]
+    target_S = uniform(keys_S, counters_S) * total_S
+    # the product may round up to the total, where no token is left
+    target_S = torch.minimum(target_S, torch.nextafter(total_S, torch.zeros_like(total_S)))
+    return torch.where(sound_S, torch.searchsorted(cdf_SV, target_S.unsqueeze(1), right=True)[:, 0], -1)
+
+
+def sample_penalised(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    min_p_S: Tensor,
+    keys_S: Tensor,
+    counters_S: Tensor,
+    slots_S: Tensor,
+    counts_ZV: Tensor,
+    repetition_S: Tensor,
+    frequency_S: Tensor,
+    presence_S: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`sample` of the penalised logits, and the counts with each drawn token counted (in place on a device).
+
+    counts: int16 [Z, V], row `slots[s]` for row s: how often the request generated the token, plus IN_PROMPT if its
+    prompt holds it. Seat 0 is nobody's: rows on it are neither penalised nor counted. Penalties float32, slots int64;
+    no two rows share another seat.
+    """
+    nobody_S1 = (slots_S == 0).unsqueeze(1)
+    penalised_SV = penalise(logits_SV, counts_ZV[slots_S], repetition_S, frequency_S, presence_S)
+    penalised_SV = torch.where(nobody_S1, logits_SV, penalised_SV)
+    tokens_S = sample(penalised_SV, temperature_S, top_k_S, top_p_S, min_p_S, keys_S, counters_S)
+    counts_ZV = counts_ZV.clone()
+    live = (slots_S != 0) & (tokens_S >= 0)
+    old = counts_ZV[slots_S[live], tokens_S[live]]
+    counts_ZV[slots_S[live], tokens_S[live]] = torch.where((old & _MOST) < _MOST, old + 1, old)
+    return tokens_S, counts_ZV
+
+
+OPS = (
+    Op("edit_logits", edit_logits, in_place={0: "logits_SV"}),
+    Op("sample", sample),
+    Op("sample_penalised", sample_penalised, outputs=2, in_place={1: "counts_ZV"}),
+)
