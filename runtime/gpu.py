@@ -91,7 +91,9 @@ class GpuKernels:
         if arg.kind in ("i32", "i64"):
             number = sizes.value(arg.value)  # type: ignore[arg-type]
             if number % arg.multiple:
-                raise EngineError(f"`{sizes.name}` needs `{arg.value}` to be a multiple of {arg.multiple}, not {number}")
+                raise EngineError(
+                    f"`{sizes.name}` needs `{arg.value}` to be a multiple of {arg.multiple}, not {number}"
+                )
             return number
         assert arg.arg is not None
         tensor = args[arg.arg]

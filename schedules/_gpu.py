@@ -118,9 +118,7 @@ def _compile_triton(request: Request, launch: TritonLaunch, cache_dir: Path) -> 
     stem = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     image, metadata, usage = _cached(stem)
     if image is None:
-        source = (GluonASTSource if gluon else ASTSource)(
-            fn=fn, signature=signature, constexprs=constants, attrs=attrs
-        )
+        source = (GluonASTSource if gluon else ASTSource)(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
         with triton.knobs.cache.scope(), triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
             triton.knobs.cache.dir = str(cache_dir / "triton")
             triton.knobs.compilation.disable_line_info = True
@@ -129,8 +127,10 @@ def _compile_triton(request: Request, launch: TritonLaunch, cache_dir: Path) -> 
                 triton.knobs.nvidia.ptxas_blackwell = ptxas[0]
             try:
                 target = GPUTarget("cuda", ARCHS[request.arch], 32)
-                kernel = triton.compile(source, target=target, options={k: v for k, v in options.items() if v is not None})
-            except Exception as error:  # noqa: BLE001 - the compiler raises its own kinds, some of them bare
+                kernel = triton.compile(
+                    source, target=target, options={k: v for k, v in options.items() if v is not None}
+                )
+            except Exception as error:  # the compiler raises kinds of its own, some of them bare
                 text = " ".join(str(error).split()) or type(error).__name__
                 raise ScheduleError(
                     f"the kernel of `{request.what}` does not compile: {text[:300]}",
@@ -229,7 +229,8 @@ def _signature(
             + (f"gives unknown parameters {unknown}" if unknown else f"lacks parameters {missing}"),
             hint=f"it takes {names}",
         )
-    signature, attrs = {}, {}
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(names):
         if name in launch.constants:
             signature[name] = "constexpr"

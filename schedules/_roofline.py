@@ -40,4 +40,6 @@ def seconds(work: Work, target: str) -> float:
     """Roofline time of one call on `target`."""
     machine = MACHINES[target]
     rate = machine.flops_per_s[work.unit] * work.efficiency
-    return max(work.bytes_moved / machine.bytes_per_s, work.flops / rate) + work.launches * machine.launch_s[work.launch]
+    return (
+        max(work.bytes_moved / machine.bytes_per_s, work.flops / rate) + work.launches * machine.launch_s[work.launch]
+    )

@@ -169,7 +169,14 @@ class Choice:
         """`<op>_<hash>`: equal for nodes that one kernel serves."""
         build = self.build
         text = json.dumps(
-            [self.schedule, build.kind, build.source, dict(build.defines), build.signature, *map(asdict, build.launches)],
+            [
+                self.schedule,
+                build.kind,
+                build.source,
+                dict(build.defines),
+                build.signature,
+                *map(asdict, build.launches),
+            ],
             sort_keys=True,
         )
         return f"{self.node.op}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"

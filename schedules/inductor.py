@@ -77,7 +77,8 @@ def symbols_of(nodes: Iterable[Value | None]) -> list[str]:
 
 def generate(node: OpNode, cache: Path) -> str:
     """C++ text of the op's kernel, without includes of ours; from `cache` if it was generated before."""
-    key = [torch.__version__, torch.backends.cpu.get_cpu_capability(), _own_text(), node.op, *_build(node).signature]
+    signature = _build(node, {}).signature
+    key = [torch.__version__, torch.backends.cpu.get_cpu_capability(), _own_text(), node.op, *signature]
     file = cache / f"inductor-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.cc"
     if not file.exists():
         text = _cut(_generate(node), node)

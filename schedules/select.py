@@ -81,9 +81,7 @@ def ranked(node: OpNode, target: str, symbols: Mapping[str, int]) -> list[tuple[
     return sorted(out, key=lambda row: row[0])
 
 
-def select(
-    node: OpNode, target: str, symbols: Mapping[str, int], tuned: Tuned | None = None
-) -> Choice:
+def select(node: OpNode, target: str, symbols: Mapping[str, int], tuned: Tuned | None = None) -> Choice:
     """The fastest schedule at these symbol values by `tuned`'s measurements, else the cheapest by the cost model.
 
     Raises ScheduleError naming op, shapes and refusals if none accepts.

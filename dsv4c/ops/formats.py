@@ -39,13 +39,15 @@ def quantise_rows(x: Tensor, *, group: int) -> tuple[Tensor, Tensor]:
 def dequantise_rows(data: Tensor, scale: Tensor) -> Tensor:
     """float32 values of `quantise_rows`."""
     wide = data.float().unflatten(-1, (scale.shape[-1], -1))
-    return (wide * scale.unsqueeze(-1)).flatten(-2)
+    out: Tensor = (wide * scale.unsqueeze(-1)).flatten(-2)
+    return out
 
 
 def dequantise_blocks(data: Tensor, scale: Tensor) -> Tensor:
     """float32 weight [..., N, K] of E4M3 data and float32 scales [..., ceil(N / 128), ceil(K / 128)]."""
     wide = scale.repeat_interleave(128, -2)[..., : data.shape[-2], :]
-    return data.float() * wide.repeat_interleave(128, -1)[..., : data.shape[-1]]
+    out: Tensor = data.float() * wide.repeat_interleave(128, -1)[..., : data.shape[-1]]
+    return out
 
 
 def pack_e2m1(x: Tensor) -> Tensor:
@@ -54,7 +56,8 @@ def pack_e2m1(x: Tensor) -> Tensor:
     code = torch.bucketize(size, torch.tensor(_E2M1, device=x.device))
     code = code + 8 * torch.signbit(x).long()
     low, high = code.unflatten(-1, (-1, 2)).unbind(-1)
-    return (low + 16 * high).to(torch.uint8)
+    packed: Tensor = (low + 16 * high).to(torch.uint8)
+    return packed
 
 
 def unpack_e2m1(data: Tensor) -> Tensor:
@@ -67,7 +70,8 @@ def unpack_e2m1(data: Tensor) -> Tensor:
 def dequantise_fp4(data: Tensor, scale: Tensor) -> Tensor:
     """float32 [..., C] of packed E2M1 [..., C / 2] and E8M0 bytes (uint8) [..., C / group]."""
     wide = unpack_e2m1(data).unflatten(-1, (scale.shape[-1], -1))
-    return (wide * from_e8m0(scale).unsqueeze(-1)).flatten(-2)
+    out: Tensor = (wide * from_e8m0(scale).unsqueeze(-1)).flatten(-2)
+    return out
 
 
 def to_e8m0(scale: Tensor) -> Tensor:
@@ -138,7 +142,10 @@ def write_entries(pool: Tensor, slots: Tensor, data: Tensor, scales: Tensor, *, 
     """The packed pool [N, B] with these entries in rows `slots`."""
     pages = pool.clone().view(-1, entries_per_page * pool.shape[1])
     page, entry = slots // entries_per_page, slots % entries_per_page
-    for part, at in ((data, entry * data.shape[1]), (scales, entries_per_page * data.shape[1] + entry * scales.shape[1])):
+    for part, at in (
+        (data, entry * data.shape[1]),
+        (scales, entries_per_page * data.shape[1] + entry * scales.shape[1]),
+    ):
         columns = at.unsqueeze(1) + torch.arange(part.shape[1], device=pool.device)
         pages[page.unsqueeze(1), columns] = part
     return pages.view(pool.shape)
