@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check bench format clean
+.PHONY: help run test check bench bench-gpu format clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -30,6 +30,7 @@ help:
 	@echo 'make test                run the test suite (TESTS=tests/runtime for a part)'
 	@echo 'make check               format, lint, types, import direction'
 	@echo 'make bench               nano artifact beside transformers on the same weights, on this CPU'
+	@echo 'make bench-gpu           every op on this GPU beside its limit, eager and compiled PyTorch (FAMILY=hyper for one)'
 	@echo 'make format              let ruff rewrite the tree'
 	@echo 'make clean               remove $(VENV), build/, dist/ and caches'
 
@@ -86,6 +87,9 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev $(ARTIFACT)/manifest.json
 	@$(BIN)/python benchmarks/cpu.py
+
+bench-gpu: $(VENV)/.installed-dev
+	@$(BIN)/python benchmarks/gpu.py $(if $(FAMILY),--family $(FAMILY)) --rows benchmarks/gpu.jsonl
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --quiet .

@@ -175,11 +175,43 @@ class Trial:
         run = bind(calls)
         return time_graph(lambda: run(torch.cuda.current_stream().cuda_stream)) / count
 
-    def baselines(self) -> None:
-        """Times the other implementations that the workload names."""
-        for name, make in self.workload.baselines.items():
-            us = time_graph(make(self.args))
-            print(f"     {self.workload.label} | baseline {name}: {us:.1f} us", flush=True)
+    def baselines(self) -> dict[str, float]:
+        """Microseconds of the reference as it is, compiled by torch, and of what the workload names besides.
+
+        One that does not run here (memory, an op its compiler lacks, a missing package) is printed and left out.
+        """
+        reference, attrs = self.workload.reference or self.op.reference, self.workload.node.attrs
+        known: dict[str, Callable[[Args], Callable[[], object]]] = {
+            "eager": lambda args: lambda: reference(*args, **attrs),
+            "compile": lambda args: _compiled(reference, attrs, args),
+            **self.workload.baselines,
+        }
+        out = {}
+        for name, make in known.items():
+            try:
+                call = make(self.args)
+                out[name] = round(min(time_calls(call), _graphed(call)), 2)
+            except (RuntimeError, ImportError) as error:
+                print(
+                    f"     {self.workload.label} | {name} does not run: {str(error).splitlines()[0][:120]}", flush=True
+                )
+            torch.cuda.empty_cache()
+        return out
+
+
+def _compiled(reference: Callable[..., Any], attrs: Mapping[str, Any], args: Args) -> Callable[[], object]:
+    torch.compiler.reset()
+    function = torch.compile(lambda *tensors: reference(*tensors, **attrs), dynamic=False)
+    return lambda: function(*args)
+
+
+def _graphed(call: Callable[[], object]) -> float:
+    """The time inside a CUDA graph; infinity for a call that cannot be captured."""
+    try:
+        return time_graph(call)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return math.inf
 
 
 class WrongResult(Exception):

@@ -11,6 +11,7 @@ a copy and matrix products in the same run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import sys
@@ -25,10 +26,10 @@ from dsv4c import artifact
 from dsv4c.errors import Dsv4cError, ScheduleError
 from dsv4c.runtime.gpu import GpuKernels
 from dsv4c.schedules._schedule import Choice, Schedule
-from dsv4c.schedules._tuned import Row, write_rows
+from dsv4c.schedules._tuned import Row, Tuned, write_rows
 from dsv4c.schedules._workload import Workload
 from dsv4c.schedules.emit import emit
-from dsv4c.schedules.select import choose
+from dsv4c.schedules.select import choose, select
 from dsv4c.trial import Trial, measure_ceilings
 
 FAMILIES = ("hyper", "rows", "compress", "index", "attention", "experts", "linear", "gate", "sampling")
@@ -77,14 +78,18 @@ def build(
     keep: Callable[[Workload], bool] = lambda workload: True,
     keep_schedule: Callable[[Schedule], bool] = lambda schedule: True,
     most: int = 12,
+    tuned: Tuned | None = None,
 ) -> int:
-    """Builds all candidates into the folder `out`; returns their number."""
+    """Builds all candidates into the folder `out`; returns their number. With `tuned`, only what selection takes."""
     entries: list[Entry] = []
     choices: dict[str, Choice] = {}
     for family in families:
         schedules = [s for s in schedules_of((family, *extra)) if keep_schedule(s)]
         for workload in filter(keep, workloads_of(family)):
-            for choice in choices_of(workload, schedules, arch, most):
+            found = choices_of(workload, schedules, arch, most)
+            if tuned is not None and found:
+                found = [select(workload.node, arch, workload.symbols, tuned)]
+            for choice in found:
                 choices[choice.kernel] = choice
                 entries.append(
                     Entry(family, workload.label, workload.op, choice.schedule, dict(choice.config), choice.kernel)
@@ -127,13 +132,16 @@ def measure(
         workload = next(w for w in workloads_of(family) if (w.op, w.label) == (op, label))
         schedules = {s.name: s for s in schedules_of((family, *data["extra"]))}
         trial = Trial(workload, ceilings)
+        first = len(rows)
         for entry in group:
             choice = choose(schedules[entry.schedule], workload.node, data["arch"], workload.symbols, "", entry.config)
             row = trial.run(choice, kernels[entry.kernel], native, checking=checking)
             if row is not None:
                 rows.append(row)
         if baselines and timing:
-            trial.baselines()
+            others = trial.baselines()
+            print("     " + ", ".join(f"{name} {us:.1f} us" for name, us in others.items()), flush=True)
+            rows[first:] = [dataclasses.replace(row, baselines=others) for row in rows[first:]]
         if out is not None:
             write_rows(out, rows)
         torch.cuda.empty_cache()
