@@ -87,6 +87,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
     run.set_defaults(run=_run)
 
+    tune = commands.add_parser("tune", help="measure schedules on this machine's GPU and record the rows")
+    tune.add_argument("--target", required=True, help="what to tune for: sm_90a")
+    tune.add_argument("--family", action="append", help="only these families of ops (hyper, rows, experts, ...)")
+    tune.add_argument("--op", help="only this op")
+    tune.add_argument("--label", default="", help="only workloads whose label contains this (flash, decode, ...)")
+    tune.add_argument("--max-configs", type=_positive, default=12, help="of each schedule (default 12)")
+    tune.add_argument("--baselines", action="store_true", help="also time the reference, plain and compiled by torch")
+    tune.add_argument(
+        "--build-only", type=Path, metavar="DIR", help="compile the candidates, on a machine without a GPU"
+    )
+    tune.add_argument("--bundle", type=Path, metavar="DIR", help="measure what `--build-only` compiled")
+    tune.add_argument("--rows", type=Path, help="where rows go (default: the tuned rows that selection reads)")
+    tune.add_argument("--cache", type=Path, default=Path("build/.tune-cache"), help="folder for built kernels")
+    tune.set_defaults(run=_tune)
+
     inspect = commands.add_parser("inspect", help="an artifact in words")
     inspect.add_argument("artifact", metavar="DIR", type=Path, help="the artifact's folder")
     inspect.set_defaults(run=_inspect)
@@ -176,6 +191,25 @@ def _run(args: argparse.Namespace) -> int:
     for text in answer(launched, args.prompt, args.max_new_tokens, args.temperature, args.seed):
         print(text, end="", flush=True)
     print()
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from dsv4c.config import Target
+    from dsv4c.tune import tune
+
+    with _progress() as progress:
+        task = progress.add_task("kernels", total=None, detail="")
+
+        def built(done: int, total: int, name: str) -> None:
+            progress.update(task, completed=done, total=total, detail=name)
+
+        count = tune(
+            Target(args.target).arch, families=args.family, op=args.op, label=args.label, most=args.max_configs,
+            baselines=args.baselines, build_only=args.build_only, bundle=args.bundle, rows=args.rows, cache=args.cache,
+            progress=built,
+        )  # fmt: skip
+    print(f"{count} candidates built" if args.build_only else f"{count} rows recorded", file=sys.stderr)
     return 0
 
 

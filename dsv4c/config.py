@@ -225,7 +225,7 @@ def preset(name: str) -> ModelConfig:
     raise ConfigError(f"unknown preset `{name}`", hint=hint)
 
 
-ARCHS = ("cpu",)
+ARCHS = ("cpu", "sm_90a")
 
 
 @dataclass(frozen=True)

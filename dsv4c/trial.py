@@ -263,12 +263,16 @@ def time_calls(call: Callable[[], object]) -> float:
     return statistics.median(times[3:])
 
 
-def measure_ceilings() -> Ceilings:
-    """The copy bandwidth and matrix rates of this card, on random data."""
+def _copy_rate() -> float:
+    """Bytes read plus written a second by a device-to-device copy of 2 GiB."""
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
-    bytes_per_s = 2 * source.nbytes / (time_calls(lambda: target.copy_(source)) / 1e6)
-    del source, target
+    return 2 * source.nbytes / (time_calls(lambda: target.copy_(source)) / 1e6)
+
+
+def measure_ceilings() -> Ceilings:
+    """The copy bandwidth and matrix rates of this card, on random data."""
+    bytes_per_s = _copy_rate()
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)

@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +24,10 @@ from typing import Any
 import torch
 
 from dsv4c import artifact
-from dsv4c.errors import Dsv4cError, ScheduleError
+from dsv4c.errors import ConfigError, Dsv4cError, ScheduleError
 from dsv4c.runtime.gpu import GpuKernels
-from dsv4c.schedules._schedule import Choice, Schedule
-from dsv4c.schedules._tuned import Row, Tuned, write_rows
+from dsv4c.schedules._schedule import Choice, Progress, Schedule
+from dsv4c.schedules._tuned import FOLDER, Row, Tuned, read_rows, write_rows
 from dsv4c.schedules._workload import Workload
 from dsv4c.schedules.emit import emit
 from dsv4c.schedules.select import choose, select
@@ -79,6 +80,7 @@ def build(
     keep_schedule: Callable[[Schedule], bool] = lambda schedule: True,
     most: int = 12,
     tuned: Tuned | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Builds all candidates into the folder `out`; returns their number. With `tuned`, only what selection takes."""
     entries: list[Entry] = []
@@ -97,7 +99,7 @@ def build(
     if not entries:
         raise ScheduleError(f"no workload of {', '.join(families)} has a schedule for `{arch}`")
     out.mkdir(parents=True, exist_ok=True)
-    kernels = emit(choices, out, cache, _progress, arch=arch)
+    kernels = emit(choices, out, cache, progress, arch=arch)
     bundle = {
         "arch": arch,
         "extra": list(extra),
@@ -148,6 +150,54 @@ def measure(
     return rows
 
 
+def tune(
+    arch: str,
+    *,
+    families: Sequence[str] | None = None,
+    op: str | None = None,
+    label: str = "",
+    most: int = 12,
+    baselines: bool = False,
+    build_only: Path | None = None,
+    bundle: Path | None = None,
+    rows: Path | None = None,
+    cache: Path = Path("build/.tune-cache"),
+    progress: Progress | None = None,
+) -> int:
+    """Builds and measures; rows of the same workloads and schedules replace older ones in `rows`.
+
+    `build_only` stops after building into that folder and returns the number of candidates; `bundle` measures such a
+    folder. Otherwise both happen here, and the number of rows is returned. Raises ConfigError for an unknown family,
+    ScheduleError if a kernel does not build, ArtifactError without a fitting card.
+    """
+    for family in families or ():
+        if family not in FAMILIES:
+            raise ConfigError(f"unknown family `{family}`", hint=f"families are {', '.join(FAMILIES)}")
+    target = rows or FOLDER / f"{arch}.jsonl"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = bundle or build_only or Path(scratch)
+        if bundle is None:
+            count = build(
+                families or FAMILIES, folder, cache, arch, extra=("tile",), most=most, progress=progress,
+                keep=lambda w: (op is None or w.op == op) and label in w.label,
+            )  # fmt: skip
+            if build_only is not None:
+                return count
+        found = measure(folder, None, baselines=baselines)
+    merge_rows(target, found)
+    return len(found)
+
+
+def merge_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Adds rows to the file; a row of the same op, workload, schedule and config replaces the older one."""
+    kept = {_identity(row): row for row in (*(read_rows(path) if path.exists() else ()), *rows)}
+    write_rows(path, kept.values())
+
+
+def _identity(row: Row) -> tuple[str, ...]:
+    return row.op, row.label, row.schedule, json.dumps(dict(row.config), sort_keys=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dsv4c.tune", description="Build and measure schedules.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -173,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             count = build(
                 args.family, args.out, args.cache, args.arch, extra=args.extra, most=args.max_configs,
                 keep=lambda w: (not args.op or w.op == args.op) and (not args.label or args.label in w.label),
-                keep_schedule=lambda s: not args.schedule or args.schedule in s.name,
+                keep_schedule=lambda s: not args.schedule or args.schedule in s.name, progress=_progress,
             )  # fmt: skip
             print(f"{count} candidates in {args.out}")
         else:
