@@ -38,9 +38,24 @@ def _grouped(groups: int) -> Vendor:
     return run
 
 
+def _linear_fp8(
+    data: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, by_column: Tensor, y: Tensor
+) -> None:
+    """cuBLASLt with a scale for each 1 x 128 of x and 128 x 128 of the weight; x's scales must be column-major."""
+    by_column.copy_(scale.t())
+    torch._scaled_mm(data, weight.t(), by_column.t(), weight_scale.t(), out_dtype=y.dtype, out=y)
+
+
+def _linear_mixed(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    """bfloat16 products, summed and kept in float32."""
+    torch.ops.aten.mm.dtype_out(x, weight.t(), y.dtype, out=y)
+
+
 VENDOR_CALLS: Mapping[str, Callable[[Mapping[str, Any]], Vendor]] = {
     "aten.linear": lambda attrs: _linear,
     "aten.grouped_linear": lambda attrs: _grouped(int(attrs["groups"])),
+    "aten.linear_fp8": lambda attrs: _linear_fp8,
+    "aten.linear_mixed": lambda attrs: _linear_mixed,
 }
 
 
