@@ -1,0 +1,203 @@
+"""Hyper-connections on Hopper: which kernels run an op, over which tiles.
+
+A token of flash moves 80 KB through the fused op (streams in and out, the sublayer's result, the next input) and needs
+all of fn, 1.5 MB: 19 us of copying a thousand tokens against 1.6 GFLOP of products. Two designs:
+
+    triton_split   project (post and partial products of a tile, channels split over programs), then finish (Sinkhorn,
+                   weighted sum, norm), which reads the streams again: cheap while they are in L2
+    triton_tiles   hc_post alone, elementwise
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dsv4c.schedules._launch import TritonLaunch, i32, ptr
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work, dense_rows
+
+_HOPPER = frozenset({"sm_90a"})
+_MODULE = "dsv4c.schedules.triton.hyper"
+_SMS = 132  # of an H100 or H200 SXM
+_PART = 32  # floats of partial sums a token and split
+_GROUP = 128  # channels that share a scale
+_POST = frozenset({"hc_post", "hc_post_pre_norm", "hc_post_pre_norm_quantise"})
+_HEAD = frozenset({"hc_head", "hc_head_norm"})
+_PRE = frozenset({"hc_pre", "hc_pre_norm", "hc_pre_norm_quantise"})
+
+
+def _streams(node: OpNode) -> Value:
+    value = node.inputs[1 if node.op in _POST else 0]
+    assert value is not None
+    return value
+
+
+def _dim(node: OpNode) -> int:
+    return int(_streams(node).shape[2])
+
+
+def _accepts(node: OpNode) -> str | None:
+    streams = _streams(node)
+    first = node.inputs[0]
+    if streams.dtype != "bfloat16" or first is None or first.dtype != "bfloat16":
+        return "activations that are not bfloat16"
+    if streams.shape[1] != 4:
+        return f"{streams.shape[1]} streams, written for 4"
+    if _dim(node) % 64:
+        return f"{_dim(node)} channels are no multiple of 64"
+    if any(value is not None and not dense_rows(value) for value in node.inputs) or any(
+        value is not None and value.strides is not None for value in node.inputs
+    ):
+        return "a strided input"
+    floats = node.inputs[2:] if node.op in _POST else node.inputs[1:]
+    if any(value is None or value.dtype != "float32" for value in floats):
+        return "coefficients or weights that are not float32"
+    if node.attrs.get("group", _GROUP) != _GROUP:
+        return f"groups of {node.attrs['group']} channels, written for {_GROUP}"
+    return None
+
+
+def _pow2(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def _splits(dim: int) -> list[int]:
+    """Numbers of parts, ascending, into which the channels split evenly by multiples of 64."""
+    return [s for s in range(1, dim // 64 + 1) if (dim // 64) % s == 0]
+
+
+def _split_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+    """Tiles of 16 tokens while that leaves multiprocessors idle; splits that give each of them 1 to 4 programs."""
+    tokens, dim = max(1, symbols["T"]), _dim(node)
+    shapes = [(16, 4, 32), (16, 8, 64)] if tokens <= 128 else [(32, 4, 32), (64, 4, 32), (64, 8, 32)]
+    out: list[Config] = []
+    for tile, warps, width in shapes:
+        tiles = math.ceil(tokens / tile)
+        for programs in (2, 4):
+            fits = [s for s in _splits(dim) if s * tiles <= programs * _SMS * 1.1] or [1]
+            for stages in (2, 3):
+                config = {
+                    "tile": tile, "width": width, "splits": fits[-1], "warps": warps, "stages": stages,
+                    "finish_warps": 8 if tokens <= _SMS else 4,
+                }  # fmt: skip
+                if config not in out:
+                    out.append(config)
+    return tuple(out)
+
+
+def _split_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
+    return (Value((config["splits"], "T", _PART), "float32"),)
+
+
+def _attr(node: OpNode, name: str) -> Any:
+    return node.attrs.get(name, 0)
+
+
+def _split_build(node: OpNode, config: Config) -> Build:
+    dim, fused, head = _dim(node), node.op in _POST, node.op in _HEAD
+    splits, inputs = int(config["splits"]), len(node.inputs)
+    part, out = inputs, inputs + 1  # arguments: inputs, the workspace, outputs
+    weights = 4 if fused else 1
+    streams = out if fused else 0
+    x = out + 1 if fused else out
+    norm, quantise = "norm" in node.op, node.op.endswith("_quantise")
+    project = TritonLaunch(
+        f"{_MODULE}:project",
+        args={
+            "y": ptr(0), "x": ptr(1 if fused else 0), "post_in": ptr(2 if fused else part),
+            "comb_in": ptr(3 if fused else part), "fn": ptr(weights), "streams": ptr(streams), "part": ptr(part),
+            "tokens": i32("a0_0"),
+        },
+        constants={
+            "D": dim, "ROWS": 4 if head else 24, "POST": fused, "BT": config["tile"], "BD": config["width"],
+            "DS": dim // splits, "STAGES": config["stages"],
+        },
+        grid=(f"cdiv(a0_0, {config['tile']})", splits, 1),
+        num_warps=config["warps"],
+        num_stages=config["stages"],
+    )  # fmt: skip
+    batch = _sinkhorn_batch(splits)
+    finish = TritonLaunch(
+        f"{_MODULE}:finish",
+        args={
+            "streams": ptr(streams), "part": ptr(part), "base": ptr(weights + 1), "scale": ptr(weights + 2),
+            "norm_weight": ptr(weights + 3 if norm else part), "x": ptr(x), "post_out": ptr(part if head else x + 1),
+            "comb_out": ptr(part if head else x + 2), "data": ptr(x + 3) if quantise else ptr(part, "float8_e4m3fn"),
+            "data_scale": ptr(x + 4 if quantise else part), "tokens": i32("a0_0"),
+        },
+        constants={
+            "D": dim, "BD": _pow2(dim), "S": splits, "SP": _pow2(splits), "BS": batch, "HEAD": head, "NORM": norm,
+            "QUANTISE": quantise, "ITERS": _attr(node, "iters"), "NORM_EPS": _attr(node, "norm_eps"),
+            "EPS": _attr(node, "eps"), "OUT_EPS": _attr(node, "out_eps"),
+        },
+        grid=("a0_0" if head else f"a0_0 + cdiv(a0_0, {batch})", 1, 1),
+        num_warps=config["finish_warps"],
+    )  # fmt: skip
+    return Build("gpu", launches=(project, finish))
+
+
+def _sinkhorn_batch(splits: int) -> int:
+    """Tokens of a program that runs Sinkhorn: a warp's lanes if there are few partial sums to add, else fewer."""
+    return max(1, 32 // max(1, _pow2(splits) // 4))
+
+
+def _split_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    dim, tokens = _dim(node), symbols["T"]
+    tiles, splits = math.ceil(tokens / int(config["tile"])), int(config["splits"])
+    moved = _bytes(node, tokens) + 2 * splits * tokens * _PART * 4
+    moved += 0.3 * tokens * 8 * dim  # the streams again, mostly from L2
+    moved += 0.5 * tiles * 24 * 4 * dim * 4  # fn for every tile, from L2
+    flops = 2.0 * 2 * _PART * 4 * dim * tiles * int(config["tile"])
+    busy = min(1.0, tiles * splits / _SMS)
+    return Work(moved / busy if busy else moved, flops, "gpu", 0.3 * busy if busy else 1.0, "bf16", launches=2)
+
+
+def _bytes(node: OpNode, tokens: int) -> float:
+    values = [v for v in (*node.inputs, *node.outputs) if v is not None]
+    return float(sum(v.bytes({"T": tokens}) for v in values))
+
+
+def _post_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+    tokens, dim = max(1, symbols["T"]), _dim(node)
+    wide = [{"tile": t, "width": w, "warps": 4} for t, w in ((1, 2048), (1, 1024), (2, 1024), (4, 512), (1, 512))]
+    fits = [c for c in wide if dim % c["width"] == 0 and tokens * dim >= c["tile"] * c["width"] * _SMS]
+    return tuple(fits) or (
+        {"tile": 1, "width": min(512, _pow2(dim)), "warps": 4},
+        {"tile": 1, "width": 256, "warps": 1},
+    )
+
+
+def _post_build(node: OpNode, config: Config) -> Build:
+    dim = _dim(node)
+    launch = TritonLaunch(
+        f"{_MODULE}:post",
+        args={"y": ptr(0), "x": ptr(1), "post_in": ptr(2), "comb_in": ptr(3), "out": ptr(4), "tokens": i32("a0_0")},
+        constants={"D": dim, "BT": config["tile"], "BD": config["width"]},
+        grid=(f"cdiv(a0_0, {config['tile']})", math.ceil(dim / int(config["width"])), 1),
+        num_warps=config["warps"],
+    )
+    return Build("gpu", launches=(launch,))
+
+
+def _post_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    return Work(_bytes(node, symbols["T"]), 0.0, "gpu")
+
+
+# Coefficients carry the products' error, 2**-17 of their terms, and Sinkhorn's 40 roundings; the workloads' error
+# allows bfloat16 results one rounding more.
+_TOLERANCE = 1e-4
+
+SCHEDULES: tuple[Schedule, ...] = (
+    *(
+        Schedule(
+            f"{op}.triton_split", op, _HOPPER, _split_build, _split_cost, _accepts,
+            workspace=_split_workspace, space=_split_space, tolerance=_TOLERANCE,
+        )
+        for op in sorted(_PRE | _HEAD | (_POST - {"hc_post"}))
+    ),
+    Schedule(
+        "hc_post.triton_tiles", "hc_post", _HOPPER, _post_build, _post_cost, _accepts, space=_post_space,
+        tolerance=_TOLERANCE,
+    ),
+)  # fmt: skip
