@@ -130,7 +130,7 @@ def _compile(args: argparse.Namespace) -> int:
     )
     table = PassTable()
     if args.dry_run:
-        program = lower(config, options, table.watch)
+        program = lower(config, options, table.watch, target.arch)
         made = plan_artifact(program, target, options)
         console = _console()
         console.print(table.table(), plan_table(made))

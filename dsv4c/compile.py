@@ -41,10 +41,12 @@ class Options:
     fake_quant: bool = False
 
 
-def lower(config: ModelConfig, options: Options, watch: Callable[[Step], None] | None = None) -> Program:
+def lower(
+    config: ModelConfig, options: Options, watch: Callable[[Step], None] | None = None, arch: str = "cpu"
+) -> Program:
     """The lowered program of a model: capture, then every pass of the default pipeline."""
     program = capture(config, StateLayout(), fake_quant=options.fake_quant)
-    for step in default_pipeline(stored_formats(config)).steps(program):
+    for step in default_pipeline(stored_formats(config), arch).steps(program):
         program = step.after
         if watch:
             watch(step)
@@ -132,7 +134,7 @@ def compile_artifact(
     for options out of range, ArtifactError if `output` holds something else than an artifact.
     """
     _check_options(config, options, output)
-    program = lower(config, options, watch)
+    program = lower(config, options, watch, target.arch)
     made = plan_artifact(program, target, options)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:

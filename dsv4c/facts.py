@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from torch import fx
 
-from dsv4c.ops import LEAVES, OPS, Op
+from dsv4c.ops import LEAVES, OPS, Op, TensorType
 from dsv4c.program import Program, is_op, types_of
 
 Checker = Callable[[Program], list[fx.Node]]
@@ -122,6 +122,65 @@ def _no_shared_input(program: Program) -> list[fx.Node]:
     return out
 
 
+BLOCK = 128  # rows and columns of an FP8 weight that share a scale
+
+
+def stored_linear_groups(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Linear maps of one input and one stored format that could be one: two or more each, in the graph's order.
+
+    An FP8 weight whose rows do not fill its last block ends a group: the blocks behind it would be cut elsewhere.
+    """
+    groups: list[list[fx.Node]] = []
+    open_groups: dict[tuple[object, str], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if not is_op(node, "linear"):
+            continue
+        weight = node.args[1]
+        key = (node.args[0], weight.meta["stored"])
+        found = open_groups.get(key)
+        if found is None:
+            found = open_groups[key] = []
+            groups.append(found)
+        found.append(node)
+        if weight.meta["stored"] == "fp8" and int(types_of(weight)[0].shape[0]) % BLOCK:
+            del open_groups[key]
+    return [group for group in groups if len(group) > 1]
+
+
+def _no_stored_groups(program: Program) -> list[fx.Node]:
+    return [group[0] for graph in program.graphs.values() for group in stored_linear_groups(graph)]
+
+
+def _one_kind_of_linear(program: Program) -> list[fx.Node]:
+    """Linear maps widened to float32, if others compute on stored formats."""
+    stored = any(is_op(n, "linear_fp8") or is_op(n, "linear_mixed") for n in calls(program))
+    return [n for n in calls(program) if is_op(n, "linear") and stored]
+
+
+def _none_of(*names: str) -> Checker:
+    def check(program: Program) -> list[fx.Node]:
+        return [n for n in calls(program) if isinstance(n.target, Op) and n.target.name in names]
+
+    return check
+
+
+QUANTISED_OUTPUT = {"hc_pre_norm": 0, "hc_post_pre_norm": 1, "rms_norm": None, "swiglu_pair": None}
+"""Ops with a form that also quantises: the output quantised (None: the only one, if nothing else reads it)."""
+
+
+def quantise_source(node: fx.Node) -> fx.Node | None:
+    """The op whose result this `quantise_rows` reads and which could quantise it itself, or None."""
+    for name, output in QUANTISED_OUTPUT.items():
+        source = reads(node, 0, name, output)
+        if source is not None and (output is not None or only_use(source)):
+            return source
+    return None
+
+
+def _no_quantise_after(program: Program) -> list[fx.Node]:
+    return [n for n in calls(program) if is_op(n, "quantise_rows") and quantise_source(n)]
+
+
 def _lowered(program: Program) -> list[fx.Node]:
     return [n for n in calls(program) if not isinstance(n.target, Op) or n.target.name not in OPS]
 
@@ -129,6 +188,43 @@ def _lowered(program: Program) -> list[fx.Node]:
 def _quantised(program: Program) -> list[fx.Node]:
     weights = (n for n in program.nodes() if n.op == "placeholder" and n.meta["value"].kind == "weight")
     return [n for n in weights if "stored" not in n.meta]
+
+
+_SAME = "same as the first argument"
+_HC = ("bfloat16", "float32", "float32")
+NARROW: dict[str, tuple[str, ...]] = {
+    "embed": ("bfloat16",), "embed_streams": ("bfloat16",), "add_embedding": ("bfloat16",),
+    "hc_pre": _HC, "hc_pre_norm": _HC, "hc_pre_norm_quantise": (*_HC, "float8_e4m3fn", "float32"),
+    "hc_post": ("bfloat16",), "hc_post_pre_norm": ("bfloat16", *_HC),
+    "hc_post_pre_norm_quantise": ("bfloat16", *_HC, "float8_e4m3fn", "float32"),
+    "hc_head": ("bfloat16",), "hc_head_norm": ("bfloat16",), "rms_norm": ("bfloat16",), "head_norm": ("bfloat16",),
+    "head_norm_rope": ("bfloat16",), "rope": ("bfloat16",), "linear_fp8": ("bfloat16",),
+    "grouped_linear_fp8": ("bfloat16",), "swiglu_pair": ("bfloat16",), "experts_fp4": ("bfloat16",),
+    "attend_window_packed": ("bfloat16",), "attend_csa_packed": ("bfloat16",), "attend_hca_packed": ("bfloat16",),
+    "columns": (_SAME,), "split_heads": (_SAME,), "take_rows": (_SAME,),
+}  # fmt: skip
+"""Dtypes of results where activations are bfloat16: streams and rows are, mixing coefficients and sums are not."""
+
+
+def narrow_types(node: fx.Node) -> tuple[TensorType, ...] | None:
+    """The types of a node where activations are bfloat16; None for one that this does not concern."""
+    if node.target is operator.getitem:
+        source, index = node.args[0], int(str(node.args[1]))
+        assert isinstance(source, fx.Node)
+        found = narrow_types(source)
+        return (found[index],) if found else None
+    if node.op == "placeholder" and node.meta["value"].kind == "streams":
+        return (TensorType(types_of(node)[0].shape, "bfloat16"),)
+    if not isinstance(node.target, Op) or node.target.name not in NARROW:
+        return None
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    kinds = (types_of(first)[0].dtype if kind == _SAME else kind for kind in NARROW[node.target.name])
+    return tuple(TensorType(t.shape, kind) for t, kind in zip(types_of(node), kinds, strict=True))
+
+
+def _wide_activations(program: Program) -> list[fx.Node]:
+    return [n for n in program.nodes() if (found := narrow_types(n)) is not None and found != types_of(n)]
 
 
 CHECKERS: dict[str, Checker] = {
@@ -142,5 +238,15 @@ CHECKERS: dict[str, Checker] = {
     "norm-rope-write-fused": _no_norm_rope_write,
     "linears-fused": _no_shared_input,
     "quantised": _quantised,
+    "formats-chosen": _one_kind_of_linear,
+    "stored-linears-fused": _no_stored_groups,
+    "state-packed": _none_of(
+        "norm_rope_write", "page_write", "compress", "index_topk", "attend_window", "attend_csa", "attend_hca"
+    ),
+    "linears-stored": _none_of("linear", "grouped_linear"),
+    "experts-stored": _none_of("experts"),
+    "gate-fused": _none_of("gate_bias", "gate_hash"),
+    "quantise-fused": _no_quantise_after,
+    "activations-narrow": _wide_activations,
     "lowered": _lowered,
 }

@@ -63,6 +63,14 @@ class Symbol:
     high: int
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A program weight that is one part of another as the checkpoint stores it: its data or its scales."""
+
+    of: str
+    part: Literal["data", "scale"]
+
+
 @dataclass
 class Program:
     """Graphs, the recipe that joins them, symbols, the facts that hold, and the passes that ran."""
@@ -78,6 +86,8 @@ class Program:
     history: tuple[PassRecord, ...] = ()
     weight_sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Weights made by passes: name -> the weights it concatenates along dim 0."""
+    stored: dict[str, Stored] = field(default_factory=dict)
+    """Weights that kernels read as they are stored: name -> whose data or scales they are."""
 
     def clone(self) -> Program:
         """An independent copy: passes rewrite in place."""
@@ -94,7 +104,7 @@ class Program:
             graphs[name] = new
         return Program(
             self.config, self.layout, graphs, dict(self.recipes), dict(self.symbols), dict(self.constants),
-            dict(self.weight_types), self.facts, self.history, dict(self.weight_sources),
+            dict(self.weight_types), self.facts, self.history, dict(self.weight_sources), dict(self.stored),
         )  # fmt: skip
 
     def nodes(self) -> Iterator[fx.Node]:
@@ -137,6 +147,12 @@ def types_of(node: fx.Node) -> tuple[TensorType, ...]:
     """The types of a node's outputs."""
     kind = node.meta["type"]
     return (kind,) if isinstance(kind, TensorType) else tuple(kind)
+
+
+def op_name(node: fx.Node) -> str:
+    """The name of the op that this node calls."""
+    assert isinstance(node.target, Op)
+    return node.target.name
 
 
 def is_op(node: Any, name: str | None = None) -> bool:

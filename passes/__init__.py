@@ -12,6 +12,10 @@ from dsv4c.passes.fuse_hc_post_pre import FuseHcPostPre
 from dsv4c.passes.fuse_head_rope import FuseHeadRope
 from dsv4c.passes.fuse_linears import FuseLinears
 from dsv4c.passes.fuse_norm_rope_write import FuseNormRopeWrite
+from dsv4c.passes.fuse_quantise import FuseQuantise
+from dsv4c.passes.fuse_stored_linears import FuseStoredLinears
+from dsv4c.passes.narrow_activations import NarrowActivations
+from dsv4c.passes.pack_state import PackState
 from dsv4c.passes.quantise import Quantise
 from dsv4c.passes.raise_attention import RaiseAttention
 from dsv4c.passes.raise_compressor import RaiseCompressor
@@ -26,6 +30,8 @@ from dsv4c.passes.raise_paging import RaisePaging
 from dsv4c.passes.raise_quant import RaiseQuant
 from dsv4c.passes.raise_rope import RaiseRope
 from dsv4c.passes.stitch import Stitch
+from dsv4c.passes.store_experts import StoreExperts
+from dsv4c.passes.store_linears import StoreLinears
 from dsv4c.pipeline import Pass, Pipeline
 
 RAISE: tuple[Pass, ...] = (
@@ -50,13 +56,23 @@ FUSE: tuple[Pass, ...] = (
     FuseHcHeadNorm(),
     FuseHeadRope(),
     FuseNormRopeWrite(),
-    FuseLinears(),
 )
+WIDEN: tuple[Pass, ...] = (FuseLinears(),)
+"""For targets that widen weights and state to float32 (CPUs)."""
+STORE: tuple[Pass, ...] = (
+    FuseStoredLinears(),
+    PackState(),
+    StoreLinears(),
+    StoreExperts(),
+    FuseQuantise(),
+    NarrowActivations(),
+)
+"""For targets that compute on what the checkpoint stores (GPUs)."""
 
 
-def default_pipeline(formats: Mapping[str, str]) -> Pipeline:
+def default_pipeline(formats: Mapping[str, str], arch: str = "cpu") -> Pipeline:
     """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight."""
-    return Pipeline((*RAISE, *FUSE, Quantise(formats=formats), CheckLowered()))
+    return Pipeline((*RAISE, *FUSE, *(WIDEN if arch == "cpu" else STORE), Quantise(formats=formats), CheckLowered()))
 
 
 def reference_pipeline(formats: Mapping[str, str]) -> Pipeline:

@@ -13,7 +13,7 @@ from dsv4c.pipeline import Pass
 @dataclass(frozen=True)
 class CheckLowered(Pass):
     name: ClassVar[str] = "check-lowered"
-    needs: ClassVar[frozenset[str]] = frozenset({"stitched", "linears-fused", "quantised", "hc-post-pre-fused"})
+    needs: ClassVar[frozenset[str]] = frozenset({"stitched", "formats-chosen", "quantised", "hc-post-pre-fused"})
     gives: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def run(self, graph: fx.Graph) -> int:

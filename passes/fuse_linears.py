@@ -24,7 +24,7 @@ from dsv4c.program import Program, Value, is_op
 class FuseLinears(Pass):
     name: ClassVar[str] = "fuse-linears"
     needs: ClassVar[frozenset[str]] = frozenset({"stitched"})
-    gives: ClassVar[frozenset[str]] = frozenset({"linears-fused"})
+    gives: ClassVar[frozenset[str]] = frozenset({"linears-fused", "formats-chosen"})
     exact: ClassVar[bool] = False
     why: ClassVar[str] = "a library may block a wider matrix product differently: 1e-6 relative in float32"
 
@@ -38,13 +38,14 @@ class FuseLinears(Pass):
                 groups.setdefault(linear_group(node), []).append(node)
         fused = [nodes for nodes in groups.values() if len(nodes) > 1]
         for nodes in fused:
-            _concatenate(graph, program, nodes)
+            concatenate(graph, program, nodes)
         for node in [n for n in graph.nodes if is_op(n, "swiglu")]:
-            _pair(node)
+            pair_swiglu(node)
         return len(fused)
 
 
-def _concatenate(graph: fx.Graph, program: Program, nodes: list[fx.Node]) -> None:
+def concatenate(graph: fx.Graph, program: Program, nodes: list[fx.Node]) -> None:
+    """One linear map with the rows of all these maps' weights, and a view of its columns for each."""
     weights: list[fx.Node] = [n.args[1] for n in nodes]  # type: ignore[misc]
     names = [w.meta["value"].name for w in weights]
     name = "+".join([names[0], *(n.removeprefix(_shared(names)) for n in names[1:])])
@@ -79,17 +80,19 @@ def _shared(names: list[str]) -> str:
     return ".".join(parts[0][:keep]) + "." if keep else ""
 
 
-def _pair(node: fx.Node) -> None:
+def pair_swiglu(node: fx.Node) -> bool:
+    """Makes a `swiglu` of neighbouring columns a `swiglu_pair` of both; whether it did."""
     gate, up = node.args
     if not (is_op(gate, "columns") and is_op(up, "columns")):
-        return
+        return False
     assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
     size = int(str(gate.kwargs["length"]))
     start = int(str(gate.kwargs["start"]))
     if up.args[0] is not gate.args[0] or up.kwargs["start"] != start + size:
-        return
+        return False
     kind = gate.meta["type"]
     wide = TensorType((*kind.shape[:-1], 2 * size), kind.dtype)
     both = call_before(node, "columns", (gate.args[0],), {"start": start, "length": 2 * size}, wide)
     node.replace_all_uses_with(call_before(node, "swiglu_pair", (both,), dict(node.kwargs), node.meta["type"]))
     erase(node, *(n for n in (gate, up) if not n.users or set(n.users) == {node}))
+    return True

@@ -15,13 +15,13 @@ from dsv4c.capture import capture
 from dsv4c.errors import ConfigError, PassError
 from dsv4c.interpret import run
 from dsv4c.model import Transformer, init_state, make_step
-from dsv4c.passes import FUSE, RAISE, CheckLowered, Quantise, default_pipeline
+from dsv4c.passes import FUSE, RAISE, WIDEN, CheckLowered, Quantise, default_pipeline
 from dsv4c.pipeline import Pass, Pipeline, order
 from dsv4c.program import Program
 from dsv4c.weights import stored_formats
 from tests.passes.conftest import LAYOUT, SMALL
 
-ALL = (*RAISE, *FUSE, Quantise(), CheckLowered())
+ALL = (*RAISE, *FUSE, *WIDEN, Quantise(), CheckLowered())
 TOKENS = 60
 
 
@@ -84,14 +84,14 @@ def test_the_same_program_prints_the_same_text(captured: Program) -> None:
 
 def test_passes_change_nothing_when_run_again(captured: Program) -> None:
     lowered = default_pipeline(stored_formats(SMALL)).run(captured)
-    for one in FUSE:
+    for one in (*FUSE, *WIDEN):
         again = lowered.clone()
         assert one.apply(again) == 0, one.name
         assert again.dump() == lowered.dump()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)
-@given(st.permutations(FUSE))
+@given(st.permutations((*FUSE, *WIDEN)))
 def test_without_some_fusions_the_rest_still_runs(captured: Program, fusions: list[Pass]) -> None:
     kept = [p for p in fusions[:2] if p.needs <= {"stitched"}]
     assert Pipeline((*RAISE, *kept)).run(captured).history
