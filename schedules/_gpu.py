@@ -31,7 +31,7 @@ CUDA_RELEASE = "13.0"  # what a driver of the 580 series runs; ptxas of that rel
 
 _TRITON_TYPES = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8e4nv", "float8_e8m0fnu": "u8",
-    "int64": "i64", "int32": "i32", "uint8": "u8", "int8": "i8", "bool": "i1",
+    "int64": "i64", "int32": "i32", "int16": "i16", "uint8": "u8", "int8": "i8", "bool": "i1",
 }  # fmt: skip
 _SWIZZLE_BYTES = (0, 32, 64, 128)  # by the driver's code
 

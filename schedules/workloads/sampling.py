@@ -1,0 +1,236 @@
+"""Sampling workloads: rows of logits with every kind of parameters, alone and mixed, and rows that cannot be sampled.
+
+A draw is right if the uniform number of its row falls into the token's interval of the float64 distribution over what
+the filters keep; the error is how far outside it falls, as a share of the whole.
+
+Legend: S rows, V vocabulary, Z seats, M edits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4c.config import preset
+from dsv4c.ops.sampling import IN_PROMPT, kept, penalise, uniform
+from dsv4c.schedules._schedule import OpNode, Value
+from dsv4c.schedules._workload import Args, Workload
+
+SEATS = 257  # of the penalties' table: 256 requests, and nobody's
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Parameters of a batch; a tuple is chosen from at random, row by row."""
+
+    name: str
+    temperature: tuple[float, ...] = (1.0,)
+    top_k: tuple[int, ...] = (0,)
+    top_p: tuple[float, ...] = (1.0,)
+    min_p: tuple[float, ...] = (0.0,)
+    hard: bool = False
+    """With rows of equal logits, infinities and NaN."""
+
+
+_KINDS = (
+    Kind("greedy", temperature=(0.0,)),
+    Kind("temperature"),
+    Kind("top_k", top_k=(50,)),
+    Kind("top_p", top_p=(0.95,)),
+    Kind("both", top_k=(50,), top_p=(0.95,)),
+    Kind(
+        "mixed", (0.0, 1e-6, 0.3, 1.0, 2.0), (0, 0, -1, 1, 2, 50, 1000, 10**6), (1.0, 1.0, 0.9, 0.5, 1e-6),
+        (0.0, 0.0, 0.05, 1.0), hard=True,
+    ),
+)  # fmt: skip
+
+
+def _pick(values: Sequence[float], rows: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    at = torch.randint(0, len(values), (rows,), generator=generator, device=generator.device)
+    return torch.tensor(values, dtype=dtype, device=generator.device)[at]
+
+
+def _logits(kind: Kind, rows: int, vocab: int, generator: torch.Generator) -> Tensor:
+    device = generator.device
+    logits = 3 * torch.randn(rows, vocab, generator=generator, device=device)
+    if not kind.hard:
+        return logits
+    for row in range(1, rows):
+        x, which = logits[row], row % 9
+        if which == 1:
+            x.fill_(-7.25)
+        elif which == 2:
+            x.round_()
+        elif which == 3:
+            x[vocab // 3 :] = -math.inf
+        elif which == 4:
+            x[vocab - 1] = math.inf if row % 2 else math.nan
+        elif which == 5:
+            x.mul_(20)
+        elif which == 6:
+            x.mul_(1e-3)
+    if rows > 9:
+        logits[9].fill_(-math.inf)
+    return logits
+
+
+def make(kind: Kind, rows: int, vocab: int, penalised: bool, generator: torch.Generator) -> Args:
+    """Fresh inputs of `sample` or `sample_penalised`."""
+    device = generator.device
+
+    def pick(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return _pick(values, rows, dtype, generator)
+
+    args: Args = [
+        _logits(kind, rows, vocab, generator),
+        pick(kind.temperature),
+        pick(kind.top_k, torch.int32),
+        pick(kind.top_p),
+        pick(kind.min_p),
+        torch.randint(-(2**62), 2**62, (rows,), generator=generator, device=device) * 2 + 1,
+        torch.randint(0, 100_000, (rows,), generator=generator, device=device),
+    ]
+    if not penalised:
+        return args
+    slots = torch.randperm(SEATS - 1, generator=generator, device=device)[:rows] + 1
+    slots = torch.where(torch.rand(rows, generator=generator, device=device) < 0.2, 0, slots)
+    many = torch.randint(0, 4, (SEATS, vocab), generator=generator, device=device)
+    rare = torch.rand(SEATS, vocab, generator=generator, device=device)
+    counts = torch.where(rare < 0.02, many, 0) + torch.where(rare > 0.98, IN_PROMPT, 0)
+    counts[:, 0] = IN_PROMPT - 1  # the most a count can hold
+    return [
+        *args, slots, counts.to(torch.int16), pick((1.0, 1.3, 0.8)), pick((0.0, 0.4, -0.5)), pick((0.0, 1.5, -1.0)),
+    ]  # fmt: skip
+
+
+def _reference(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What a draw is judged by: kept weights, uniform numbers, sound rows; and the seats and counts, if there are."""
+    logits, temperature, top_k, top_p, min_p, keys, counters, *rest = tensors
+    if rest:
+        slots, counts, *penalties = rest
+        penalised = penalise(logits, counts[slots], *penalties)
+        logits = torch.where((slots == 0).unsqueeze(1), logits, penalised)
+    p, sound = kept(logits, temperature, top_k, top_p, min_p)
+    return p, uniform(keys, counters), sound, *rest[:2]
+
+
+def _error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    tokens, (p, number, sound, *rest) = outputs[0], expected
+    if not tokens.numel():
+        return 0.0
+    if not torch.equal(tokens >= 0, sound) or tokens.min() < -1 or tokens.max() >= p.shape[1]:
+        return math.inf
+    if rest:
+        slots, counts = rest
+        live = sound & (slots != 0)
+        old = counts[slots[live], tokens[live]]
+        counts = counts.clone()
+        counts[slots[live], tokens[live]] = torch.where((old & (IN_PROMPT - 1)) < IN_PROMPT - 1, old + 1, old)
+        if not torch.equal(outputs[1], counts):
+            return math.inf
+    cdf = p.cumsum(-1)
+    end = cdf.gather(1, tokens.clamp(min=0).unsqueeze(1))[:, 0]
+    begin = end - p.gather(1, tokens.clamp(min=0).unsqueeze(1))[:, 0]
+    target = number * cdf[:, -1]
+    apart = torch.maximum(begin - target, target - end).clamp(min=0) / cdf[:, -1]
+    return float(apart[sound].max()) if bool(sound.any()) else 0.0
+
+
+def _node(vocab: int, penalised: bool) -> OpNode:
+    row = {n: Value(("S",), n, "input") for n in ("float32", "int32", "int64")}
+    inputs = [
+        Value(("S", vocab), "float32"), row["float32"], row["int32"], row["float32"], row["float32"], row["int64"],
+        row["int64"],
+    ]  # fmt: skip
+    out = (Value(("S",), "int64"),)
+    if not penalised:
+        return OpNode("sample", {}, tuple(inputs), out)
+    counts = Value((SEATS, vocab), "int16", "pool")
+    return OpNode(
+        "sample_penalised", {}, (*inputs, row["int64"], counts, *3 * (row["float32"],)), out, mutates=(8,)
+    )  # fmt: skip
+
+
+def _baselines(kind: Kind) -> dict[str, Callable[[Args], Callable[[], object]]]:
+    def torch_eager(args: Args) -> Callable[[], object]:
+        """What an engine would do with torch's own operators: sort, cut, draw."""
+        logits, temperature, top_k, top_p = args[:4]
+        assert logits is not None and temperature is not None and top_k is not None and top_p is not None
+
+        def run() -> Tensor:
+            if kind.temperature == (0.0,):
+                return logits.argmax(-1)
+            x = logits / temperature.clamp(min=1e-5).unsqueeze(1)
+            if kind.top_k == (0,) and kind.top_p == (1.0,):
+                p = x.softmax(-1)
+            else:
+                x, ids = x.sort(-1, descending=True)
+                last = x.gather(1, (top_k.clamp(min=1, max=x.shape[1]).long() - 1).unsqueeze(1))
+                p = x.masked_fill(x < last, -math.inf).softmax(-1)
+                p = p.masked_fill(p.cumsum(-1) - p > top_p.unsqueeze(1), 0.0).scatter(1, ids, p)
+            return (p / torch.empty_like(p).exponential_()).argmax(-1)
+
+        return run
+
+    return {"torch eager": torch_eager}
+
+
+def workload(model: str, kind: Kind, rows: int, penalised: bool = False, *, bench: bool = True) -> Workload:
+    """The workload of a batch of rows with parameters of one kind."""
+    vocab = preset(model).vocab_size
+    return Workload(
+        label=f"{model} {kind.name} {rows}",
+        node=_node(vocab, penalised),
+        symbols={"S": rows},
+        make=lambda generator: make(kind, rows, vocab, penalised, generator),
+        bytes_moved=rows * (vocab * (6.0 if penalised else 4.0) + 56),
+        unit="fp32",
+        reference=_reference,
+        error=_error,
+        baselines=_baselines(kind),
+        purpose=frozenset({"check", "bench"}) if bench else frozenset({"check"}),
+    )
+
+
+def _edits(model: str, rows: int) -> Workload:
+    """Edits of some rows: none, one, or up to 300 tokens a row."""
+    vocab = preset(model).vocab_size
+
+    def make_edits(generator: torch.Generator) -> Args:
+        device = generator.device
+        numbers = torch.tensor([(0, 1, 300, 128, 5)[i % 5] for i in range(rows)], dtype=torch.int64)
+        starts = torch.cat((torch.zeros(1, dtype=torch.int64), numbers.cumsum(0))).to(device)
+        tokens = [torch.randperm(vocab, generator=generator, device=device)[:n] for n in numbers.tolist()]
+        values = torch.randn(int(numbers.sum()), generator=generator, device=device) * 10
+        values[::7] = -math.inf
+        logits = torch.randn(rows, vocab, generator=generator, device=device)
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        return [logits, starts, torch.cat([empty, *tokens]), values]
+
+    total = sum((0, 1, 300, 128, 5)[i % 5] for i in range(rows))
+    inputs = (
+        Value(("S", vocab), "float32"), Value(("S + 1",), "int64", "input"), Value(("M",), "int64", "input"),
+        Value(("M",), "float32", "input"),
+    )  # fmt: skip
+    return Workload(
+        label=f"{model} edits {rows}",
+        node=OpNode("edit_logits", {}, inputs, (), mutates=(0,)),
+        symbols={"S": rows, "S + 1": rows + 1, "M": total},
+        make=make_edits,
+        bytes_moved=20.0 * total,
+        unit="fp32",
+    )
+
+
+def workloads() -> tuple[Workload, ...]:
+    plain, mixed = _KINDS[1], _KINDS[-1]
+    out = [workload("nano", mixed, rows, penalised, bench=False) for rows in (0, 1, 64) for penalised in (False, True)]
+    out += [_edits("nano", 64), _edits("flash", 64)]
+    out += [workload("flash", kind, rows) for kind in _KINDS for rows in (1, 64)]
+    out += [workload("flash", kind, 256) for kind in (plain, mixed)]
+    out += [workload("flash", kind, rows, True) for kind in (plain, mixed) for rows in (1, 64)]
+    return tuple(out)
