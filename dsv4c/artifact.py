@@ -221,9 +221,9 @@ class Weight:
     """One runtime weight: checkpoint tensors and the transforms that lay them out (data, never code).
 
     `transforms` run left to right over the list of source tensors; each is a name and its arguments:
-    ("dequantise",) every source with its `.scale` to float32; ("stack",) along a new dim 0; ("concat", dim);
-    ("cast", dtype); ("narrow", dtype), a cast that must lose no bit; ("reshape", [sizes]); ("transpose",) of the last
-    two dims; ("values", [floats]), a constant that has no source.
+    ("dequantise",) every source with its `.scale` to float32, or ("stored",) its bytes as they are; ("stack",) along a
+    new dim 0; ("concat", dim); ("cast", dtype); ("narrow", dtype), a cast that must lose no bit; ("view", dtype), the
+    same bytes; the layouts of runtime/layouts.py; ("values", [floats]), a constant that has no source.
     """
 
     name: str

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv4c.artifact import Weight
-from dsv4c.checkpoint.names import inventory, parameter_sources
+from dsv4c.checkpoint.names import inventory, parameter_sources, scale_name
 from dsv4c.config import ModelConfig
 from dsv4c.ops import TensorType
 from dsv4c.program import Program
@@ -37,18 +37,34 @@ def weight(
 
     `sources` is `parameter_sources(program.config)`.
     """
-    parts = program.weight_sources.get(value, (value,))
-    kind: TensorType = program.weight_types[value]
-    if len(parts) > 1:
-        tensors = tuple(tensor for part in parts for tensor in sources[part])
-        transforms: Transforms = (("dequantise",), ("concat", 0))
-    elif kind.dtype == "int64":
-        tensors, transforms = sources[value], ()
-    elif len(sources[value]) > 1:
-        tensors, transforms = sources[value], (("dequantise",), ("stack",))
-    else:
-        tensors, transforms = sources[value], (("dequantise",),)
+    stored = program.stored.get(value)
+    whole = stored.of if stored is not None else value
+    parts = program.weight_sources.get(whole, (whole,))
+    tensors = tuple(tensor for part in parts for tensor in sources[part])
+    if stored is not None and stored.part == "scale":
+        tensors = tuple(scale_name(tensor) for tensor in tensors)
+    transforms = (*_reading(program, value), *_joining(parts, tensors), *_typing(program, value))
     return Weight(name, shape, dtype, tensors, (*transforms, *layout))
+
+
+def _reading(program: Program, value: str) -> Transforms:
+    if value in program.stored:
+        return (("stored",),)
+    return () if program.weight_types[value].dtype == "int64" else (("dequantise",),)
+
+
+def _joining(parts: tuple[str, ...], tensors: tuple[str, ...]) -> Transforms:
+    if len(parts) > 1:
+        return (("concat", 0),)
+    return (("stack",),) if len(tensors) > 1 else ()
+
+
+def _typing(program: Program, value: str) -> Transforms:
+    """What makes the bytes of a checkpoint the dtype that the program says; no value changes."""
+    kind = program.weight_types[value].dtype
+    if value in program.stored:
+        return (("cast", "float32"),) if kind == "float32" else (("view", kind),)
+    return (("narrow", kind),) if kind == "bfloat16" else ()
 
 
 def constant(program: Program, value: str, layout: Transforms) -> Weight:

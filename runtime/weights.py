@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsv4c.artifact import Weight
 from dsv4c.errors import ArtifactError, CheckpointError
+from dsv4c.runtime import layouts
 
 Progress = Callable[[int, int, str], None]
 """(weights done, weights in all, name of the last)."""
@@ -50,9 +51,10 @@ def load_weight(weight: Weight, source: WeightSource) -> Tensor:
     dtype = _dtype(weight)
     exact = any(name == "narrow" for name, _ in transforms)
     whole: Tensor | None = None
-    parts = _parts(weight, source, dtype, exact)
+    stored = any(name == "stored" for name, _ in transforms)
+    parts = _stored_parts(weight, source, dtype) if stored else _parts(weight, source, dtype, exact)
     for name, args in transforms:
-        if name in ("dequantise", "cast", "narrow"):
+        if name in ("dequantise", "stored", "cast", "narrow", "view"):
             continue  # done for each source
         if name == "values":
             whole = torch.tensor(args[0], dtype=dtype)
@@ -90,6 +92,19 @@ def _parts(weight: Weight, source: WeightSource, dtype: torch.dtype, exact: bool
         yield part
 
 
+def _stored_parts(weight: Weight, source: WeightSource, dtype: torch.dtype) -> Iterable[Tensor]:
+    """The sources one by one as they are stored: their bytes seen as the final dtype, or scales widened to it."""
+    view = any(transform[0] == "view" for transform in weight.transforms)
+    for name in weight.sources:
+        raw = source.raw(name)
+        if view and raw.element_size() != dtype.itemsize:
+            raise CheckpointError(
+                f"`{name}` is stored as {raw.dtype}, the artifact reads it as {weight.dtype}",
+                hint="this artifact was compiled for a checkpoint that stores it in as many bits",
+            )
+        yield raw.view(dtype) if view else raw.to(dtype)
+
+
 def _join(weight: Weight, parts: Iterable[Tensor], dtype: torch.dtype, dim: int, *, stack: bool) -> Tensor:
     """All parts along a new dim 0, or along `dim`, with one allocation for the whole."""
     if not stack and dim:
@@ -115,19 +130,18 @@ def _join(weight: Weight, parts: Iterable[Tensor], dtype: torch.dtype, dim: int,
 
 
 def _lay_out(weight: Weight, tensor: Tensor, name: str, args: Sequence[Any]) -> Tensor:
-    if name == "reshape":
-        sizes = [int(size) for size in args[0]]
-        if math.prod(sizes) != tensor.numel():
-            raise CheckpointError(
-                f"weight `{weight.name}` is {list(tensor.shape)}, the artifact lays it out as {sizes}",
-                hint="serve the checkpoint that the artifact was compiled for",
-            )
-        return tensor.reshape(sizes)
-    if name == "transpose":
-        return tensor.transpose(-1, -2)
-    raise ArtifactError(
-        f"weight `{weight.name}` has the unknown transform `{name}`", hint="compile it again with this version"
-    )
+    layout = layouts.LAYOUTS.get(name)
+    if layout is None:
+        raise ArtifactError(
+            f"weight `{weight.name}` has the unknown transform `{name}`", hint="compile it again with this version"
+        )
+    try:
+        return layout(tensor, *args)
+    except ValueError as error:
+        raise CheckpointError(
+            f"weight `{weight.name}` does not fit its layout: {error}",
+            hint="serve the checkpoint that the artifact was compiled for",
+        ) from error
 
 
 def _single(weight: Weight, parts: Iterable[Tensor]) -> Tensor:

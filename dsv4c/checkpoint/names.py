@@ -26,6 +26,11 @@ _PLAIN_DTYPES: dict[str, Kind] = {"BF16": "bf16", "F32": "f32"}
 _KIND_DTYPES: dict[Kind, str] = {"fp8": "F8_E4M3", "fp4": "I8", "bf16": "BF16", "f32": "F32", "i64": "I64"}
 
 
+def scale_name(name: str) -> str:
+    """Name of the companion tensor of a quantised tensor."""
+    return name.removesuffix(".weight") + ".scale"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One logical tensor: its name, its shape after dequantisation, its usual storage and its role.
@@ -41,7 +46,7 @@ class TensorSpec:
     @property
     def scale_name(self) -> str:
         """Name of the companion tensor if this one is quantised."""
-        return self.name.removesuffix(".weight") + ".scale"
+        return scale_name(self.name)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_transforms(made: Weight, expected: Tensor) -> None:
     ("made", "error", "message"),
     [
         (weight((3, 3), "float32", ("a",), ("dequantise",)), CheckpointError, r"\[2, 3\], the artifact expects"),
-        (weight((5, 3), "float32", ("a",), ("reshape", [5, 3])), CheckpointError, "lays it out as"),
+        (weight((5, 3), "float32", ("a",), ("reshape", [5, 3])), CheckpointError, "cannot be laid out as"),
         (weight((2, 2, 3), "float32", ("a", "c"), ("stack",)), CheckpointError, "do not fit together"),
         (weight((2, 3), "bfloat16", ("odd",), ("narrow", "bfloat16")), CheckpointError, "`odd` holds values"),
         (weight((2, 3), "float32", ("a", "b"), ("dequantise",)), ArtifactError, "joins 2 sources"),
@@ -85,3 +85,26 @@ def test_all_weights_are_loaded_in_order_with_progress() -> None:
     got = load_weights(made, source, lambda done, total, name: seen.append((done, total, name)))
     assert list(got) == ["b", "a"] == source.asked
     assert seen == [(1, 2, "b"), (2, 2, "a")]
+
+
+def test_stored_bytes_come_through_unchanged_and_scales_widened() -> None:
+    data = torch.randn(4, 6).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[0.5, 2.0]]).to(torch.float8_e8m0fnu)
+    packed = torch.randint(-128, 128, (3, 5), dtype=torch.int8)
+    source = Source(data=data, scale=scale, packed=packed)
+    got = load_weight(
+        weight((8, 6), "float8_e4m3fn", ("data", "data"), ("stored",), ("concat", 0), ("view", "float8_e4m3fn")), source
+    )
+    assert torch.equal(got.view(torch.uint8), torch.cat((data, data)).view(torch.uint8))
+    got = load_weight(weight((1, 2), "float32", ("scale",), ("stored",), ("cast", "float32")), source)
+    assert torch.equal(got, torch.tensor([[0.5, 2.0]]))
+    got = load_weight(
+        weight((2, 3, 5), "uint8", ("packed", "packed"), ("stored",), ("stack",), ("view", "uint8")), source
+    )
+    assert torch.equal(got, torch.stack((packed, packed)).view(torch.uint8))
+
+
+def test_a_tensor_stored_in_other_bits_is_refused() -> None:
+    made = weight((2, 3), "uint8", ("a",), ("stored",), ("view", "uint8"))
+    with pytest.raises(CheckpointError, match=r"`a` is stored as torch\.float32, the artifact reads it as uint8"):
+        load_weight(made, Source(a=A))
