@@ -21,6 +21,7 @@ from dsv4c.capture import capture, step_inputs
 from dsv4c.config import ModelConfig, StateLayout, Target
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.model.state import group_ratios, min_columns, page_tokens, state_tensors
+from dsv4c.ops import TensorType
 from dsv4c.passes import default_pipeline
 from dsv4c.pipeline import Step
 from dsv4c.plan import Plan, plan
@@ -87,17 +88,23 @@ def artifact_inputs(config: ModelConfig, layout: StateLayout) -> tuple[artifact.
 
 
 def kv_groups(
-    config: ModelConfig, layout: StateLayout, names: set[str]
+    program: Program, names: set[str]
 ) -> tuple[tuple[artifact.KVGroup, ...], tuple[artifact.StateGroup, ...]]:
-    """The pools that the program reads, by group, and its per-request state."""
-    tensors = [t for t in state_tensors(config, layout) if t.name in names]
+    """The pools that the program reads, by group, and its per-request state, as its passes store them."""
+    config, layout = program.config, program.layout
+    types = {n.meta["value"].name: n.meta["type"] for n in program.nodes() if n.op == "placeholder"}
+    tensors = [(t.group, _pool(t.name, types[t.name])) for t in state_tensors(config, layout) if t.name in names]
     groups = []
     for group, ratio in group_ratios(config).items():
-        pools = tuple(artifact.Pool(t.name, t.entry_shape, "float32") for t in tensors if t.group == group)
+        pools = tuple(pool for of, pool in tensors if of == group)
         horizon = config.sliding_window if ratio == 0 else None
         groups.append(artifact.KVGroup(group, max(ratio, 1), page_tokens(layout, ratio), horizon, pools))
-    rings = tuple(artifact.Pool(t.name, t.entry_shape, "float32") for t in tensors if t.group is None)
+    rings = tuple(pool for of, pool in tensors if of is None)
     return tuple(groups), (artifact.StateGroup("compressor", rings),) if rings else ()
+
+
+def _pool(name: str, kind: TensorType) -> artifact.Pool:
+    return artifact.Pool(name, tuple(int(s) for s in kind.shape[1:]), kind.dtype)
 
 
 def plan_artifact(program: Program, target: Target, options: Options) -> Plan:
@@ -113,7 +120,8 @@ def numerics(program: Program, options: Options) -> tuple[str, ...]:
     out = [f"pass {r.name}: {r.why}" for r in program.history if not r.exact and r.rewrites]
     if options.fake_quant:
         out.append("KV entries and index vectors are fake-quantised (FP8 groups of 64, FP4 groups of 32)")
-    out.append("activations and state are float32; FP8 and FP4 weights are widened exactly when loaded")
+    if "state-packed" not in program.facts:
+        out.append("activations and state are float32; FP8 and FP4 weights are widened exactly when loaded")
     return tuple(out)
 
 
@@ -140,7 +148,7 @@ def compile_artifact(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         directory = Path(scratch) / "artifact"
         (directory / "kernels").mkdir(parents=True)
-        kernels = emit(made.choices, directory, cache or output.parent / ".dsv4c-cache", progress)
+        kernels = emit(made.choices, directory, cache or output.parent / ".dsv4c-cache", progress, arch=target.arch)
         manifest = _manifest(program, made, kernels, target, options, embedded=checkpoint is not None)
         (directory / "ir").mkdir()
         (directory / "ir" / "step.txt").write_text(program.dump() + "\n", encoding="utf-8")
@@ -176,15 +184,15 @@ def _manifest(
     *,
     embedded: bool,
 ) -> artifact.Manifest:
-    groups, states = kv_groups(program.config, program.layout, made.states)
+    groups, states = kv_groups(program, made.states)
     model = program.config.to_dict()
     return artifact.Manifest(
         format_version=artifact.FORMAT_VERSION,
         model=model,
         model_sha256=artifact.config_sha256(model),
         target=target.arch,
-        isa=torch.backends.cpu.get_cpu_capability().lower(),
-        compute_dtype="float32",
+        isa=torch.backends.cpu.get_cpu_capability().lower() if target.arch == "cpu" else target.arch,
+        compute_dtype="float32" if target.arch == "cpu" else "bfloat16",
         max_context=options.max_context,
         vocab_size=program.config.vocab_size,
         tools={"dsv4c": __version__, "python": platform.python_version(), "torch": torch.__version__},

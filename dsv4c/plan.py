@@ -20,10 +20,13 @@ from dsv4c.errors import CompileError
 from dsv4c.ops import DTYPE_BYTES, VIEWS, Op, TensorType
 from dsv4c.program import Program, results_of, types_of
 from dsv4c.schedules._schedule import Choice, OpNode, Value
+from dsv4c.schedules._tuned import Tuned
 from dsv4c.schedules.select import select
 from dsv4c.weights import constant, weight
 
-ALIGNMENT = 64  # one cache line; also the widest vector load
+ALIGNMENT = 64  # one cache line; also the widest vector load of a CPU
+DEVICE_ALIGNMENT = 256  # of a GPU's own allocations; tensor maps need 16
+VECTOR = 16  # bytes that a GPU thread loads at once: every argument starts at a multiple
 
 
 @dataclass
@@ -55,6 +58,7 @@ class _Planner:
     target: str
     symbols: Mapping[str, int]
     sources: Mapping[str, tuple[str, ...]]
+    tuned: Tuned | None = None
     names: dict[fx.Node, str] = field(default_factory=dict)
     buffers: dict[str, _Buffer] = field(default_factory=dict)
     calls: list[artifact.Call] = field(default_factory=list)
@@ -110,7 +114,7 @@ class _Planner:
     def _choose(self, node: OpNode) -> Choice:
         key = repr(node)
         if key not in self.memo:
-            self.memo[key] = select(node, self.target, symbols=self.symbols)
+            self.memo[key] = select(node, self.target, self.symbols, self.tuned)
         return self.memo[key]
 
     def _operand(self, arg: Any) -> Value | None:
@@ -190,6 +194,11 @@ class _Planner:
             offset += int(str(node.kwargs["start"])) * strides[-1]
         else:
             strides = (*strides[:-1], int(kind.shape[-1]) * strides[-1], strides[-1])
+        if self.target != "cpu" and offset * DTYPE_BYTES[kind.dtype] % VECTOR:
+            raise CompileError(
+                f"`{node.format_node()}` is a view at byte {offset * DTYPE_BYTES[kind.dtype]}, kernels of "
+                f"`{self.target}` read from multiples of {VECTOR}"
+            )
         root = base.of or base.name
         name = f"{root}.view{sum(b.of == root for b in self.buffers.values())}"
         self.buffers[name] = _Buffer(name, kind, strides, base.first, base.last, root, offset)
@@ -214,7 +223,8 @@ class _Planner:
 
     def _bytes(self, buffer: _Buffer) -> int:
         size = buffer.type.numel(self.symbols) * DTYPE_BYTES[buffer.type.dtype]
-        return -(-size // ALIGNMENT) * ALIGNMENT
+        align = ALIGNMENT if self.target == "cpu" else DEVICE_ALIGNMENT
+        return -(-size // align) * align
 
 
 def _dense(shape: artifact.Shape) -> tuple[int, ...]:
@@ -237,7 +247,8 @@ def plan(
 
     Raises ScheduleError if no schedule accepts an op.
     """
-    planner = _Planner(program, program.graphs[graph_name], target, symbols, parameter_sources(program.config))
+    tuned = None if target == "cpu" else Tuned.of(target)
+    planner = _Planner(program, program.graphs[graph_name], target, symbols, parameter_sources(program.config), tuned)
     planner.run()
     outputs = {"logits": planner.names[results_of(planner.graph)["logits"]]}
     for name in outputs.values():

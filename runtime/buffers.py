@@ -14,7 +14,8 @@ from torch import Tensor
 from dsv4c.artifact import Buffer, Program, Shape
 from dsv4c.errors import ArtifactError
 
-_ALIGNMENT = 64  # the planner's: offsets are multiples, so the base must be
+_ALIGNMENT = 64  # the planner's on a CPU: offsets are multiples, so the base must be
+_DEVICE_ALIGNMENT = 256  # on a GPU, where allocations are aligned so anyway
 
 
 def sizes_of(shape: Shape, symbols: Mapping[str, int]) -> tuple[int, ...]:
@@ -23,13 +24,14 @@ def sizes_of(shape: Shape, symbols: Mapping[str, int]) -> tuple[int, ...]:
 
 
 class Arena:
-    """`program.arena_bytes` bytes, aligned to a cache line, zeroed so that nothing undefined is ever read."""
+    """`program.arena_bytes` bytes on `device`, aligned, zeroed so that nothing undefined is ever read."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, device: torch.device | None = None) -> None:
         self._buffers = {buffer.name: buffer for buffer in program.buffers}
-        whole = torch.zeros(program.arena_bytes + 2 * _ALIGNMENT, dtype=torch.uint8)
-        start = -whole.data_ptr() % _ALIGNMENT
-        self._bytes = whole[start : start + program.arena_bytes + _ALIGNMENT]
+        align = _ALIGNMENT if device is None or device.type == "cpu" else _DEVICE_ALIGNMENT
+        whole = torch.zeros(program.arena_bytes + 2 * align, dtype=torch.uint8, device=device)
+        start = -whole.data_ptr() % align
+        self._bytes = whole[start : start + program.arena_bytes + align]
         self._flat: dict[torch.dtype, Tensor] = {}
         for buffer in program.buffers:
             self._check(buffer, program.arena_bytes)

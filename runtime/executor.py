@@ -42,13 +42,15 @@ class ArtifactExecutor:
         kernels: Kernels,
         weights: Mapping[str, Tensor],
         states: Mapping[str, Tensor],
+        device: torch.device | None = None,
     ) -> None:
-        """`weights` and `states` by value name; all are used in place."""
+        """`weights` and `states` by value name, on `device` (default: the CPU); all are used in place."""
         self.program = program
+        self._device = device
         self.states = dict(states)
         self._kernels = kernels
         self._weights = dict(weights)
-        self._arena = Arena(program)
+        self._arena = Arena(program, device)
         self._calls = [call for segment in program.segments for call in segment.calls]
         self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
         self._symbols = _input_symbols(program)
@@ -124,7 +126,8 @@ class ArtifactExecutor:
 
     def _bind(self, symbols: dict[str, int]) -> _Binding:
         inputs = {
-            item.name: torch.empty(sizes_of(item.shape, symbols), dtype=torch.int64) for item in self.program.inputs
+            item.name: torch.empty(sizes_of(item.shape, symbols), dtype=torch.int64, device=self._device)
+            for item in self.program.inputs
         }
         values = {**self._arena.views(symbols), **self._weights, **self.states, **inputs}
         calls = [(call.kernel, self._arguments(call, values)) for call in self._calls]

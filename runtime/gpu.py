@@ -42,7 +42,7 @@ class GpuKernels:
     def __init__(self, kernels: Mapping[str, Kernel], directory: Path, arch: str, device: int = 0) -> None:
         self._kernels = {name: kernel for name, kernel in kernels.items() if kernel.kind == "gpu"}
         self._device = device
-        _check_card(arch, device)
+        check_card(arch, device)
         self._launcher = _open(self._kernels, directory)
         self._loaded: dict[tuple[str, str, int], Any] = {}
         for name, kernel in self._kernels.items():
@@ -124,7 +124,7 @@ def _open(kernels: Mapping[str, Kernel], directory: Path) -> Any:
         raise ArtifactError(f"cannot load the launcher `{file}`: {_last_line(error)}") from error
 
 
-def _check_card(arch: str, device: int) -> None:
+def check_card(arch: str, device: int) -> None:
     """Refuses a machine without a card, and a card of another architecture than `arch` (`sm_90a`)."""
     if not torch.cuda.is_available():
         raise ArtifactError(f"the artifact is made for `{arch}`, this machine has no usable CUDA device")

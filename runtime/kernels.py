@@ -2,7 +2,8 @@
 
 A kernel takes `(*inputs, *workspace, *outputs)` and writes its outputs. C++ kernels come from the artifact's library
 through tvm-ffi, whose own tensors cost 0.1 us a call where torch's cost 0.6; the library's `sequence` runs many calls
-as one. Vendor calls are ATen functions, named here and nowhere else.
+as one. GPU kernels go through the launcher (runtime/gpu.py). Vendor calls are ATen functions, named here and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dsv4c.artifact import Kernel
 from dsv4c.errors import ArtifactError
+from dsv4c.runtime.gpu import GpuKernels
 
 Arg = Tensor | int | float | bool | None
 Run = Callable[[], object]
@@ -62,7 +64,8 @@ VENDOR_CALLS: Mapping[str, Callable[[Mapping[str, Any]], Vendor]] = {
 class Kernels:
     """The loaded kernels of one artifact."""
 
-    def __init__(self, kernels: Mapping[str, Kernel], directory: Path) -> None:
+    def __init__(self, kernels: Mapping[str, Kernel], directory: Path, target: str = "cpu") -> None:
+        self._gpu = GpuKernels(kernels, directory, target) if target != "cpu" else None
         self._modules: dict[str, Any] = {}
         self._native: dict[str, Any] = {}
         self._vendor: dict[str, Vendor] = {}
@@ -71,7 +74,7 @@ class Kernels:
                 self._native[name] = self._function(kernel, directory)
             elif kernel.kind == "aten" and kernel.symbol in VENDOR_CALLS:
                 self._vendor[name] = VENDOR_CALLS[kernel.symbol](kernel.attrs)
-            else:
+            elif kernel.kind != "gpu" or self._gpu is None:
                 raise ArtifactError(
                     f"kernel `{name}` needs the {kernel.kind} call `{kernel.symbol}`, which this runtime lacks",
                     hint="compile the artifact again with this version",
@@ -98,6 +101,8 @@ class Kernels:
 
         Tensors are held, not copied. Size and dtype of each must be what the kernel was compiled for.
         """
+        if self._gpu is not None:
+            return self._bind_gpu(calls, self._gpu)
         out: list[Run] = []
         native: list[list[Any]] = []
         for name, args in calls:
@@ -114,6 +119,22 @@ class Kernels:
             out.append(self._sequence(native))
         return out
 
+    def _bind_gpu(self, calls: Sequence[tuple[str, Sequence[Arg]]], gpu: GpuKernels) -> list[Run]:
+        """One function for each run of launches between vendor calls, on the stream that is current when it runs."""
+        out: list[Run] = []
+        launches: list[tuple[str, list[Tensor | None]]] = []
+        for name, args in calls:
+            if name in self._vendor:
+                if launches:
+                    out.append(_launching(gpu.bind(launches), launches))
+                    launches = []
+                out.append(_bound(self._vendor[name], args))
+            else:
+                launches.append((name, [a if isinstance(a, Tensor) else None for a in args]))
+        if launches:
+            out.append(_launching(gpu.bind(launches), launches))
+        return out
+
     def _sequence(self, calls: list[list[Any]]) -> Run:
         module = next(iter(self._modules.values()))
         run: Run = module.get_function("sequence")(calls)
@@ -122,6 +143,16 @@ class Kernels:
 
 def _bound(vendor: Vendor, args: Sequence[Arg]) -> Run:
     return lambda: vendor(*args)
+
+
+def _launching(run: Callable[[int], None], kept: object) -> Run:
+    """Makes bound launches on the current stream; `kept` are their tensors."""
+
+    def launch() -> object:
+        run(torch.cuda.current_stream().cuda_stream)
+        return kept
+
+    return launch
 
 
 def _ffi(arg: Arg) -> Any:

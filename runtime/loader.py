@@ -12,6 +12,7 @@ from torch import Tensor
 from dsv4c.artifact import Manifest, load_manifest
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.runtime.executor import ArtifactExecutor
+from dsv4c.runtime.gpu import check_card
 from dsv4c.runtime.kernels import Kernels
 from dsv4c.runtime.weights import Progress, WeightSource, load_weights
 
@@ -50,19 +51,18 @@ def load(
             f"the artifact has programs {', '.join(sorted(manifest.programs)) or 'none'}, this runtime runs `step`",
             hint="compile it again with this version",
         )
-    kernels = Kernels(manifest.kernels, directory)
-    states = allocate(manifest, rows)
-    weights = load_weights(manifest.weights, source, progress)
-    return ArtifactExecutor(manifest.programs["step"], kernels, weights, states)
+    device = torch.device("cpu" if manifest.target == "cpu" else "cuda:0")
+    kernels = Kernels(manifest.kernels, directory, manifest.target)
+    states = {name: state.to(device) for name, state in allocate(manifest, rows).items()}
+    weights = load_weights(manifest.weights, source, progress, device)
+    return ArtifactExecutor(manifest.programs["step"], kernels, weights, states, device)
 
 
 def check_host(manifest: Manifest) -> None:
     """Raises ArtifactError if this machine cannot run the artifact's kernels."""
     if manifest.target != "cpu":
-        raise ArtifactError(
-            f"the artifact is for target `{manifest.target}`, this runtime runs `cpu`",
-            hint="compile it with `--target cpu`",
-        )
+        check_card(manifest.target, 0)
+        return
     host = torch.backends.cpu.get_cpu_capability().lower()
     runs = _ISAS[: _ISAS.index(host) + 1] if host in _ISAS else (host,)
     if manifest.isa not in runs:

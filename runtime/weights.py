@@ -34,12 +34,15 @@ class WeightSource(Protocol):
 
 
 def load_weights(
-    weights: Sequence[Weight], source: WeightSource, progress: Progress | None = None
+    weights: Sequence[Weight],
+    source: WeightSource,
+    progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """Every weight by name. Raises CheckpointError if the source lacks or misshapes one."""
+    """Every weight by name, on `device`. Raises CheckpointError if the source lacks or misshapes one."""
     out = {}
     for done, weight in enumerate(weights, 1):
-        out[weight.name] = load_weight(weight, source)
+        out[weight.name] = load_weight(weight, source).to(device=device)
         if progress:
             progress(done, len(weights), weight.name)
     return out

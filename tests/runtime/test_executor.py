@@ -237,7 +237,7 @@ def test_pools_have_the_rows_asked_for() -> None:
         ({"isa": "avx512"}, "AVX2", "needs the instruction set `avx512`, this machine has `avx2`"),
         ({"isa": "sve256"}, "AVX512", "needs the instruction set `sve256`, this machine has `avx512`"),
         ({"isa": "avx2"}, "DEFAULT", "needs the instruction set `avx2`, this machine has `default`"),
-        ({"target": "sm_90a"}, "AVX512", "is for target `sm_90a`, this runtime runs `cpu`"),
+        ({"target": "sm_90a"}, "AVX512", "made for `sm_90a`, this machine has no usable CUDA device"),
     ],
 )
 def test_another_machine_is_refused(

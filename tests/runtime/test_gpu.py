@@ -11,7 +11,7 @@ import torch
 from dsv4c.artifact import Kernel
 from dsv4c.errors import ArtifactError
 from dsv4c.runtime import layouts
-from dsv4c.runtime.gpu import GpuKernels, _check_card, _Sizes
+from dsv4c.runtime.gpu import GpuKernels, check_card, _Sizes
 
 ARGS = [torch.zeros(5, 48), None, torch.zeros(7, dtype=torch.int64)]
 
@@ -37,7 +37,7 @@ def test_anything_else_is_refused_with_the_kernel_and_the_text(text: str) -> Non
 def test_a_machine_without_a_card_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ArtifactError, match="made for `sm_90a`, this machine has no usable CUDA device"):
-        _check_card("sm_90a", 0)
+        check_card("sm_90a", 0)
 
 
 def test_another_card_is_refused_with_its_name_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,13 +45,13 @@ def test_another_card_is_refused_with_its_name_and_the_fix(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(ArtifactError) as error:
-        _check_card("sm_90a", 0)
+        check_card("sm_90a", 0)
     assert "A100" in error.value.message and "sm_80" in error.value.message
     assert error.value.hint == "compile it with `--target sm_80a`"
 
 
 def test_kernels_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("dsv4c.runtime.gpu._check_card", lambda arch, device: None)
+    monkeypatch.setattr("dsv4c.runtime.gpu.check_card", lambda arch, device: None)
     kernel = Kernel("k", "gpu", "op", "op.triton", "", 0.0, "")
     with pytest.raises(ArtifactError, match="name no single launcher"):
         GpuKernels({"k": kernel}, tmp_path, "sm_90a")
