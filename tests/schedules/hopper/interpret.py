@@ -1,0 +1,114 @@
+"""Runs candidates of a family in Triton's interpreter, on a CPU, beside the references: `interpret.py FAMILY [LABEL]`.
+
+In a process of its own: Triton reads TRITON_INTERPRET when a kernel is decorated. One line a candidate, `ok` or `FAIL`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from dsv4c.ops import OPS
+from dsv4c.runtime.gpu import _Sizes
+from dsv4c.schedules._launch import Ptr, Scalar, TritonLaunch
+from dsv4c.schedules._schedule import Build, Schedule
+from dsv4c.schedules._workload import Args, Workload
+from dsv4c.trial import largest_error
+
+
+_convert = interpreter._convert_float
+
+
+def _nearest(values: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
+    """Narrowing as the card does it, to nearest even; the interpreter's own cuts bits off."""
+    if source == tl.float32 and target in (tl.bfloat16, tl.float8e4nv):
+        wide = torch.from_numpy(np.ascontiguousarray(values).view(np.float32).copy())
+        if target == tl.bfloat16:
+            return wide.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        return wide.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return _convert(values, source, target, mode)
+
+
+interpreter._convert_float = _nearest
+
+
+def outputs_of(workload: Workload, build: Build, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(what the kernels give, what the reference gives), outputs updated in place included."""
+    op = OPS[workload.op]
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    args = workload.make(generator)
+    expected = (workload.reference or op.reference)(
+        *[a if a is None else a.clone() for a in args], **workload.node.attrs
+    )
+    outputs = []
+    for value in workload.node.outputs:
+        tensor = torch.empty(value.sizes(workload.symbols), dtype=getattr(torch, value.dtype))
+        tensor.view(torch.uint8).fill_(0xFF)
+        outputs.append(tensor)
+    call: Args = [*args, *outputs]
+    for launch in build.launches:
+        assert isinstance(launch, TritonLaunch)
+        run(launch, call)
+    fresh = iter(outputs)
+    results = [
+        args[op.parameters.index(op.in_place[i])] if i in op.in_place else next(fresh) for i in range(op.outputs)
+    ]
+    return results, list(expected) if isinstance(expected, tuple) else [expected]  # type: ignore[return-value]
+
+
+def run(launch: TritonLaunch, call: Args) -> None:
+    """One launch on the call's arguments."""
+    module, _, name = launch.kernel.partition(":")
+    sizes = _Sizes(name, call)
+    values = dict(launch.constants)
+    for key, arg in launch.args.items():
+        if isinstance(arg, Ptr):
+            tensor = call[arg.arg]
+            assert tensor is not None
+            values[key] = (
+                tensor if arg.dtype is None else tensor.flatten().view(torch.uint8)[:0].view(getattr(torch, arg.dtype))
+            )
+        else:
+            assert isinstance(arg, Scalar)
+            values[key] = sizes.value(arg.value)  # type: ignore[arg-type]
+    grid = tuple(sizes.value(size) for size in launch.grid)
+    if 0 not in grid:
+        getattr(importlib.import_module(module), name)[grid](**values)
+
+
+def main(family: str, part: str) -> int:
+    schedules: tuple[Schedule, ...] = importlib.import_module(f"dsv4c.schedules.hopper.{family}").SCHEDULES
+    workloads = importlib.import_module(f"dsv4c.schedules.workloads.{family}").workloads()
+    failed = 0
+    for workload in workloads:
+        if part not in f"{workload.op} {workload.label}":
+            continue
+        for schedule in schedules:
+            if schedule.op != workload.op or schedule.accepts(workload.node) is not None:
+                continue
+            for config in schedule.space(workload.node, workload.symbols)[:2]:
+                results, expected = outputs_of(workload, schedule.build(workload.node, config), seed=17)
+                error = (workload.error or largest_error)(results, expected)
+                good = error <= schedule.tolerance
+                failed += not good
+                print(
+                    f"{'ok  ' if good else 'FAIL'} {workload.op} {workload.label} {dict(config)} {error:.2e}",
+                    flush=True,
+                )
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""))
