@@ -76,8 +76,8 @@ class Trial:
         try:
             if checking:
                 error = self._check(choice, bind, laid)
-        except WrongResult as wrong:
-            print(f"FAIL {name}: {wrong}", flush=True)
+        except (WrongResult, RuntimeError) as wrong:  # a candidate that cannot run here makes no row either
+            print(f"FAIL {name}: {str(wrong).splitlines()[0]}", flush=True)
             return None
         if self.ceilings is None:
             print(f"ok   {name}: error {error:.2e}", flush=True)

@@ -12,7 +12,6 @@ from typing import Any
 from dsv4c.artifact import Weight
 from dsv4c.checkpoint.names import inventory, parameter_sources, scale_name
 from dsv4c.config import ModelConfig
-from dsv4c.ops import TensorType
 from dsv4c.program import Program
 
 Transforms = tuple[tuple[Any, ...], ...]

@@ -127,7 +127,10 @@ def _open(kernels: Mapping[str, Kernel], directory: Path) -> Any:
 def check_card(arch: str, device: int) -> None:
     """Refuses a machine without a card, and a card of another architecture than `arch` (`sm_90a`)."""
     if not torch.cuda.is_available():
-        raise ArtifactError(f"the artifact is made for `{arch}`, this machine has no usable CUDA device")
+        raise ArtifactError(
+            f"the artifact is made for `{arch}`, this machine has no usable CUDA device",
+            hint="serve it where the card is, or compile it with `--target cpu`",
+        )
     major, minor = torch.cuda.get_device_capability(device)
     if arch.rstrip("abcf") != f"sm_{major}{minor}":
         raise ArtifactError(
