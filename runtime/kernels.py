@@ -41,11 +41,31 @@ def _grouped(groups: int) -> Vendor:
 
 
 def _linear_fp8(
-    data: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, by_column: Tensor, y: Tensor
-) -> None:
-    """cuBLASLt with a scale for each 1 x 128 of x and 128 x 128 of the weight; x's scales must be column-major."""
-    by_column.copy_(scale.t())
-    torch._scaled_mm(data, weight.t(), by_column.t(), weight_scale.t(), out_dtype=y.dtype, out=y)
+    data: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
+    padded: Tensor, padded_scale: Tensor, by_column: Tensor, padded_y: Tensor, y: Tensor,
+) -> None:  # fmt: skip
+    """cuBLASLt with a scale for each 1 x 128 of x, column-major, and for each 128 x 128 of the weight.
+
+    It takes multiples of 4 rows: the last 4 are multiplied on their own, fewer than 4 through a padded copy.
+    """
+    count, groups = scale.shape
+
+    def multiply(data: Tensor, columns: Tensor, y: Tensor) -> None:
+        torch._scaled_mm(data, weight.t(), columns.t(), weight_scale.t(), out_dtype=y.dtype, out=y)
+
+    def by_columns(scale: Tensor) -> Tensor:
+        return by_column.view(-1)[: scale.numel()].view(groups, -1).copy_(scale.t())
+
+    if 0 < count < 4:
+        padded[:count].copy_(data)
+        padded_scale[:, :count].copy_(scale.t())
+        multiply(padded, padded_scale, padded_y)  # rows are independent: the padding may hold anything
+        y.copy_(padded_y[:count])
+    elif count:
+        even = count // 4 * 4
+        multiply(data[:even], by_columns(scale[:even]), y[:even])
+        if even < count:
+            multiply(data[-4:], by_columns(scale[-4:]), y[-4:])
 
 
 def _linear_mixed(x: Tensor, weight: Tensor, y: Tensor) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 from dsv4c.schedules._launch import Desc, LaunchArg, TritonLaunch, i32, ptr
@@ -251,8 +250,8 @@ def _vendor_accepts(node: OpNode) -> str | None:
     m = _Map.of(node)
     if m.groups > 1:
         return "the vendor's product has no groups"
-    if m.k % 128 or m.n % 16:
-        return f"{m.n} x {m.k} is no multiple of 16 x 128"
+    if m.fp8 and (m.k % 512 or m.n % 16):
+        return f"{m.n} x {m.k} is no multiple of 16 x 512, which its block scales need"
     return None
 
 
@@ -263,10 +262,16 @@ def _vendor_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Wo
     return Work(_moved(node, symbols) / 0.8, flops, "aten", 0.7, unit, launches=2 if m.fp8 else 1)  # type: ignore[arg-type]
 
 
-def _transposed_scale(node: OpNode, config: Config) -> tuple[Value, ...]:
-    scale = node.inputs[1]
-    assert scale is not None
-    return (Value((prod(int(s) for s in scale.shape[1:]), "T"), "float32"),)
+def _vendor_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
+    """4 padded rows and their scales by column, all scales by column, and 4 results."""
+    m = _Map.of(node)
+    groups = m.k // 128
+    return (
+        Value((4, m.k), "float8_e4m3fn"),
+        Value((groups, 4), "float32"),
+        Value((groups, "T"), "float32"),
+        Value((4, m.n), "bfloat16"),
+    )
 
 
 # bfloat16 results round by up to 2^-9 of themselves, and one rounding may fall the other way: 2^-8; the tensor cores
@@ -293,7 +298,7 @@ SCHEDULES = (
     ),
     Schedule(
         "linear_fp8.aten", "linear_fp8", HOPPER, lambda node, config: Build("aten", "aten.linear_fp8"), _vendor_cost,
-        _vendor_accepts, workspace=_transposed_scale, tolerance=_FP8_TOLERANCE,
+        _vendor_accepts, workspace=_vendor_workspace, tolerance=_FP8_TOLERANCE,
     ),
     Schedule(
         "linear_mixed.aten", "linear_mixed", HOPPER, lambda node, config: Build("aten", "aten.linear_mixed"),

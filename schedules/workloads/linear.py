@@ -132,13 +132,18 @@ def _baselines(shape: Shape) -> dict[str, Callable[[Args], Callable[[], object]]
         return lambda: torch.bmm(x_GTK, weight_GKN)
 
     def fp8(args: Args) -> Callable[[], object]:
-        """cuBLASLt with the same block scales, given activation scales already in the order it wants."""
+        """cuBLASLt with the same block scales, given whole fours of rows and their scales in the order it wants."""
         data, scale, weight, weight_scale = args
         assert data is not None and scale is not None and weight is not None and weight_scale is not None
-        by_column = scale.t().contiguous().t()
+        padding = -data.shape[0] % 4
+        data = torch.cat((data, data[:1].expand(padding, -1)))
+        by_column = torch.cat((scale, scale[:1].expand(padding, -1))).t().contiguous().t()
         return lambda: torch._scaled_mm(data, weight.t(), by_column, weight_scale.t(), out_dtype=torch.bfloat16)
 
-    return {"torch bf16": bf16} if shape.mixed or shape.groups > 1 else {"torch bf16": bf16, "cuBLASLt fp8": fp8}
+    # cuBLASLt wants rows of weight scales at multiples of 16 bytes
+    if shape.mixed or shape.groups > 1 or shape.k % (4 * GROUP):
+        return {"torch bf16": bf16}
+    return {"torch bf16": bf16, "cuBLASLt fp8": fp8}
 
 
 def workload(shape: Shape, tokens: int, *, bench: bool = True) -> Workload:
