@@ -157,7 +157,7 @@ def _compile_triton(request: Request, launch: TritonLaunch, cache_dir: Path) -> 
         threads=32 * metadata["num_warps"],
         shared=metadata["shared"],
         registers=usage["registers"],
-        cluster=(metadata["num_ctas"], 1, 1),
+        cluster=(max(metadata["num_ctas"], launch.cluster), 1, 1),
         pdl=launch.pdl,
     )
     return Compiled(image, record, usage["spills"])

@@ -78,7 +78,8 @@ class TritonLaunch:
     """One Triton or Gluon kernel: `kernel` is `module:function`, `args` its run-time parameters by name.
 
     `constants` are its constexpr parameters (JSON values). `maxnreg` caps registers, `pdl` allows programmatic
-    dependent launch.
+    dependent launch. `cluster` blocks in a row run as a cluster, for a kernel that addresses them itself (`num_ctas` is
+    for one whose tensors span blocks).
     """
 
     kernel: str
@@ -90,6 +91,7 @@ class TritonLaunch:
     num_ctas: int = 1
     maxnreg: int | None = None
     pdl: bool = False
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
