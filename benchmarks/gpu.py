@@ -11,12 +11,15 @@ torch.compile, and by other kernels where the workload names some. Medians over 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from dsv4c.schedules._tuned import Row, Tuned, write_rows
+from dsv4c.trial import Others
 from dsv4c.tune import FAMILIES, build, measure
 
 OTHERS = ("eager", "compile")
@@ -43,6 +46,15 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return out
 
 
+def _others() -> Others:
+    """TileKernels, where it is installed."""
+    if importlib.util.find_spec("tile_kernels") is None:
+        return {}
+    sys.path.insert(0, str(Path(__file__).parent))
+    module = importlib.import_module("tile_kernels_baselines")
+    return {op: {"tile-kernels": make} for op, make in module.BASELINES.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", action="append", choices=FAMILIES)
@@ -61,7 +73,7 @@ def main() -> int:
             )  # fmt: skip
         if args.build_only is not None:
             return 0
-        rows = measure(folder, None, baselines=True)
+        rows = measure(folder, None, baselines=True, others=_others())
     if args.rows is not None:
         write_rows(args.rows, rows)
     print("\n".join(lines(rows)))

@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from dsv4c.runtime.kernels import VENDOR_CALLS
 from dsv4c.schedules._schedule import Choice, Transforms
 from dsv4c.schedules._tuned import Row, node_key
 from dsv4c.schedules._workload import Args, Workload
+
+Others = Mapping[str, Mapping[str, Callable[..., Callable[[], object]]]]
+"""Op -> name -> (inputs, attrs) -> a callable without arguments: implementations that are none of ours."""
 
 ROTATE_BYTES = 256 << 20  # of inputs between two uses of the same one: four times the L2 cache of an H200
 MOST_SETS = 48
@@ -175,8 +179,8 @@ class Trial:
         run = bind(calls)
         return time_graph(lambda: run(torch.cuda.current_stream().cuda_stream)) / count
 
-    def baselines(self) -> dict[str, float]:
-        """Microseconds of the reference as it is, compiled by torch, and of what the workload names besides.
+    def baselines(self, others: Others) -> dict[str, float]:
+        """Microseconds of the reference as it is, compiled by torch, and of what the workload and `others` name.
 
         One that does not run here (memory, an op its compiler lacks, a missing package) is printed and left out.
         """
@@ -185,6 +189,7 @@ class Trial:
             "eager": lambda args: lambda: reference(*args, **attrs),
             "compile": lambda args: _compiled(reference, attrs, args),
             **self.workload.baselines,
+            **{name: partial(make, attrs=attrs) for name, make in others.get(self.workload.op, {}).items()},
         }
         out = {}
         for name, make in known.items():

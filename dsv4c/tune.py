@@ -31,7 +31,7 @@ from dsv4c.schedules._tuned import FOLDER, Row, Tuned, read_rows, write_rows
 from dsv4c.schedules._workload import Workload
 from dsv4c.schedules.emit import emit
 from dsv4c.schedules.select import choose, select
-from dsv4c.trial import Trial, measure_ceilings
+from dsv4c.trial import Others, Trial, measure_ceilings
 
 FAMILIES = ("hyper", "rows", "compress", "index", "attention", "experts", "linear", "gate", "sampling")
 
@@ -115,7 +115,13 @@ def _progress(done: int, total: int, name: str) -> None:
 
 
 def measure(
-    bundle: Path, out: Path | None, *, timing: bool = True, checking: bool = True, baselines: bool = False
+    bundle: Path,
+    out: Path | None,
+    *,
+    timing: bool = True,
+    checking: bool = True,
+    baselines: bool = False,
+    others: Others | None = None,
 ) -> list[Row]:
     """Runs a bundle on this machine's card, prints a table, writes the rows that are right. Rows are returned too."""
     data = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
@@ -141,9 +147,9 @@ def measure(
             if row is not None:
                 rows.append(row)
         if baselines and timing:
-            others = trial.baselines()
-            print("     " + ", ".join(f"{name} {us:.1f} us" for name, us in others.items()), flush=True)
-            rows[first:] = [dataclasses.replace(row, baselines=others) for row in rows[first:]]
+            times = trial.baselines(others or {})
+            print("     " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)
+            rows[first:] = [dataclasses.replace(row, baselines=times) for row in rows[first:]]
         if out is not None:
             write_rows(out, rows)
         torch.cuda.empty_cache()
