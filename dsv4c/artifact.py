@@ -98,7 +98,8 @@ class Input:
 class Buffer:
     """A planned tensor: `offset` bytes into the arena, or a strided view of the buffer `of`.
 
-    `strides` and `element_offset` count elements; the strides of an owning buffer are those of a dense tensor.
+    `strides` and `element_offset` count elements; the strides of an owning buffer are those of a dense tensor, and
+    left empty if a size behind the first is a symbol.
     """
 
     name: str

@@ -228,6 +228,9 @@ class _Planner:
 
 
 def _dense(shape: artifact.Shape) -> tuple[int, ...]:
+    """Strides of a dense tensor; none where a size behind the first is known only when a step runs."""
+    if any(isinstance(size, str) for size in shape[1:]):
+        return ()
     strides, step = [], 1
     for size in reversed(shape[1:]):
         strides.append(step)

@@ -6,6 +6,7 @@ Views are made once for each combination of sizes and kept by the caller.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -66,11 +67,16 @@ class Arena:
             assert root.offset is not None
             offset = root.offset // dtype.itemsize + buffer.element_offset
             sizes = sizes_of(buffer.shape, symbols)
-            last = offset + sum((n - 1) * s for n, s in zip(sizes, buffer.strides, strict=True))
+            strides = buffer.strides or _dense(sizes)
+            last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
             flat = self._flat[dtype]
             if 0 not in sizes and last >= flat.numel():
                 raise ArtifactError(
                     f"buffer `{name}` {list(sizes)} leaves the arena", hint="compile for more tokens or requests"
                 )
-            out[name] = flat.as_strided(sizes, buffer.strides, offset)
+            out[name] = flat.as_strided(sizes, strides, offset)
         return out
+
+
+def _dense(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))

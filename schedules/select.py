@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsv4c.errors import ScheduleError
-from dsv4c.schedules import attention, compress, gate, hyper, inductor, linear, moe, norm, paging
+from dsv4c.schedules import attention, compress, gate, hopper, hyper, inductor, linear, moe, norm, paging
 from dsv4c.schedules._roofline import seconds
 from dsv4c.schedules._schedule import Choice, Config, OpNode, Schedule, apply_layout
 from dsv4c.schedules._tuned import Tuned
@@ -23,6 +23,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     *gate.SCHEDULES,
     *moe.SCHEDULES,
     *inductor.SCHEDULES,
+    *hopper.SCHEDULES,
 )
 
 
