@@ -1,0 +1,354 @@
+"""The lightning indexer on Hopper: queries, scores over paged keys, exact top-k, and scores and top-k as one call.
+
+Two ways to score. `tokens` deals tiles of keys out over the card, each for one token: decode, where reading the keys
+binds. `keys` holds keys in registers and streams the tokens of a request past them: prefill, where products bind.
+
+The whole op keeps its scores in a workspace of T / chunks rows and goes through the batch in `chunks` pieces, and one
+more for the rows that are left over, so any batch runs with any config and the config only bounds the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dsv4c.ops.formats import index_sizes
+from dsv4c.schedules._launch import Desc, Expr, LaunchArg, TritonLaunch, i32, i64, ptr
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work
+
+HOPPER = frozenset({"sm_90a"})
+SMS = 132  # of an H200; persistent kernels launch a few blocks for each
+PAGE = 64  # keys of an index page, as StateLayout has it and the kernels assume
+GROUP = 16  # entries whose maximum the scores leave for top-k
+ROW = PAGE + PAGE // GROUP  # floats of scores and maxima for a page of a row
+SCORE_BYTES = 512 << 20  # that a workspace of scores may take
+_CHUNKS = (1, 2, 4, 8, 16, 32, 64)
+
+Symbols = Mapping[str, int]
+
+
+def _value(node: OpNode, index: int) -> Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _row_stride(value: Value) -> int:
+    return value.strides[0] if value.strides else int(value.shape[1])
+
+
+# --- queries
+
+
+def _accepts_query(node: OpNode) -> str | None:
+    q, table, weight = (_value(node, i) for i in range(3))
+    heads = node.attrs["num_heads"]
+    dim = int(q.shape[1]) // heads
+    if q.dtype != "bfloat16" or weight.dtype not in ("bfloat16", "float32") or table.dtype != "float32":
+        return f"needs a bfloat16 query, not {q.dtype}"
+    if dim not in (32, 64, 128) or 64 % heads:
+        return f"needs 32, 64 or 128 channels and a number of heads that divides 64, not {dim} and {heads}"
+    if any(v.strides and v.strides[1] != 1 for v in (q, weight)) or _row_stride(q) % 8:
+        return "needs rows of 16-byte steps"
+    return None
+
+
+def _build_query(node: OpNode, config: Config) -> Build:
+    q, table, weight = (_value(node, i) for i in range(3))
+    heads = node.attrs["num_heads"]
+    launch = TritonLaunch(
+        "dsv4c.schedules.triton.index:index_query",
+        args={
+            "q": ptr(0), "table": ptr(1), "weight": ptr(2), "data": ptr(3), "scaled": ptr(4),
+            "rows": i32(f"a0_0 * {heads}", heads),
+        },
+        constants={
+            "Q_STRIDE": _row_stride(q), "W_STRIDE": _row_stride(weight), "H": heads, "C": int(q.shape[1]) // heads,
+            "R": int(table.shape[1]), "FP4": node.attrs["format"] == "fp4", "BM": 64,
+        },
+        grid=(f"min(cdiv(a0_0 * {heads}, 64), {SMS * config['blocks']})", 1, 1),
+        num_warps=config["warps"],
+    )  # fmt: skip
+    return Build("gpu", launches=(launch,))
+
+
+def _query_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
+    return tuple({"warps": warps, "blocks": blocks} for warps in (4, 8) for blocks in (2, 4))
+
+
+def _query_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
+    q = _value(node, 0)
+    tokens, width = symbols["T"], int(q.shape[1])
+    dim = width // node.attrs["num_heads"]
+    return Work(3.0 * tokens * width, 2.0 * tokens * width * dim, "gpu", 0.5, "bf16")
+
+
+# --- scores
+
+
+def _accepts_scores(node: OpNode) -> str | None:
+    data, weight, pool, pages = (_value(node, i) for i in range(4))
+    heads, dim = int(data.shape[1]), int(data.shape[2])
+    if data.dtype != "uint8" or pool.dtype != "uint8" or weight.dtype != "float32" or pages.dtype != "int64":
+        return "needs E4M3 bytes, float32 weights and a packed pool"
+    if node.attrs["entries_per_page"] != PAGE:
+        return f"needs pages of {PAGE} keys, not {node.attrs['entries_per_page']}"
+    if int(pool.shape[1]) != sum(index_sizes(dim, node.attrs["format"])):
+        return f"the pool holds no {node.attrs['format']} keys of {dim} channels"
+    if heads not in (16, 32, 64) or dim not in (32, 64, 128):
+        return f"needs 16, 32 or 64 heads of 32, 64 or 128 channels, not {heads} of {dim}"
+    if any(v.strides for v in (data, weight, pool)):
+        return "needs dense queries, weights and pool"
+    return None
+
+
+def _accepts_keys(node: OpNode) -> str | None:
+    data = _value(node, 0)
+    if tuple(data.shape[1:]) != (64, 128):
+        return f"needs 64 heads of 128 channels, not {data.shape[1]} of {data.shape[2]}"
+    return _accepts_scores(node)
+
+
+def _tokens_launch(
+    node: OpNode, config: Config, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
+) -> TritonLaunch:
+    data = _value(node, 0)
+    args: dict[str, LaunchArg] = {
+        "data": ptr(0), "weight": ptr(1), "pool": ptr(2), "pages": ptr(3), "requests": ptr(4), "positions": ptr(5),
+        "scores": ptr(scores), "columns": i32("a3_1"), "first": i32(first), "count": i32(count),
+        "maxima_at": i64(maxima_at or 0),
+    }  # fmt: skip
+    constants = {
+        "RATIO": node.attrs["ratio"], "H": int(data.shape[1]), "C": int(data.shape[2]),
+        "FP4": node.attrs["format"] == "fp4", "LEAST": least, "MAXIMA": maxima_at is not None,
+        "BT": 256, "BN": config["keys"],  # 256 tokens: a decode batch is one deal
+    }  # fmt: skip
+    return TritonLaunch(
+        "dsv4c.schedules.triton.index:score_tokens", args, constants,
+        grid=(f"min({count}, 1) * {SMS * config['blocks']}", 1, 1),
+        num_warps=config["warps"], num_stages=config["stages"],
+    )  # fmt: skip
+
+
+def _keys_launch(
+    node: OpNode, config: Config, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
+) -> TritonLaunch:
+    fp4 = node.attrs["format"] == "fp4"
+    key_bytes, scale_bytes = index_sizes(128, node.attrs["format"])
+    # the pool as rows of one key's data bytes: a page begins at a multiple of them
+    rows = f"a2_0 * {key_bytes + scale_bytes} // {key_bytes}"
+    args: dict[str, LaunchArg] = {
+        "data": Desc(0, ("a0_0 * 64", 128), (128, 1), (64, 128), "float8_e4m3fn"),
+        "weight": Desc(1, ("a0_0", 64), (64, 1), (1, 64)),
+        "keys": Desc(2, (rows, key_bytes), (key_bytes, 1), (PAGE, key_bytes), "uint8" if fp4 else "float8_e4m3fn"),
+        "pool": ptr(2), "pages": ptr(3), "requests": ptr(4), "positions": ptr(5), "scores": ptr(scores),
+        "entries": i32(f"a3_1 * {PAGE}", PAGE), "columns": i32("a3_1"), "first": i32(first), "count": i32(count),
+        "maxima_at": i64(maxima_at or 0),
+    }  # fmt: skip
+    block = _block_keys(config)
+    constants = {
+        "RATIO": node.attrs["ratio"], "FP4": fp4, "LEAST": least, "MAXIMA": maxima_at is not None,
+        "BT": config["tokens"], "MT": config["tiles"], "STAGES": config["stages"], "NUM_WARPS": config["warps"],
+    }  # fmt: skip
+    return TritonLaunch(
+        "dsv4c.schedules.triton.index_keys:score_keys", args, constants,
+        grid=(f"cdiv(a3_1 * {PAGE}, {block})", f"cdiv({count}, {config['tokens']})", 1),
+        num_warps=config["warps"],
+    )  # fmt: skip
+
+
+def _block_keys(config: Config) -> int:
+    """Keys of a tile (`tokens`) or of a block (`keys`): rows are written in steps of them."""
+    return int(config["keys"]) if "keys" in config else 16 * int(config["warps"]) * int(config["tiles"])
+
+
+def _score_launch(node: OpNode, config: Config, *rest: Any) -> TritonLaunch:
+    return (_tokens_launch if "keys" in config else _keys_launch)(node, config, *rest)
+
+
+def _build_scores(node: OpNode, config: Config) -> Build:
+    out = len(node.inputs)
+    fill = TritonLaunch(
+        "dsv4c.schedules.triton.index:fill_hidden",
+        args={"scores": ptr(out), "positions": ptr(5), "entries": i32(f"a3_1 * {PAGE}", PAGE)},
+        constants={"RATIO": node.attrs["ratio"], "BN": _block_keys(config), "BLOCK": 1024},
+        grid=("a0_0", f"cdiv(a3_1 * {PAGE}, 16384)", 1),
+    )
+    return Build("gpu", launches=(_score_launch(node, config, out, 0, "a0_0", None, 0), fill))
+
+
+def _tokens_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
+    return (
+        {"keys": 64, "warps": 4, "stages": 4, "blocks": 4, "chunks": 1},
+        {"keys": 128, "warps": 8, "stages": 4, "blocks": 2, "chunks": 1},
+        {"keys": 128, "warps": 4, "stages": 3, "blocks": 2, "chunks": 1},
+    )
+
+
+def _keys_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
+    return (
+        {"tokens": 128, "warps": 8, "tiles": 4, "stages": 4, "chunks": 1},
+        {"tokens": 128, "warps": 4, "tiles": 4, "stages": 4, "chunks": 1},
+        {"tokens": 128, "warps": 8, "tiles": 2, "stages": 4, "chunks": 1},
+    )
+
+
+def _score_work(node: OpNode, symbols: Symbols, shared: bool) -> tuple[float, float]:
+    """Bytes read and flops where every token sees a full page table; `shared`: a request's tokens share its keys."""
+    data = _value(node, 0)
+    heads, dim = int(data.shape[1]), int(data.shape[2])
+    entries, tokens = symbols["P_index"] * PAGE, symbols["T"]
+    readers = min(tokens, max(symbols["R"], tokens // 128)) if shared else tokens
+    keys = float(entries) * sum(index_sizes(dim, node.attrs["format"]))
+    return readers * keys + 4.0 * tokens * entries, 2.0 * tokens * entries * heads * dim
+
+
+def _tokens_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
+    moved, flops = _score_work(node, symbols, shared=False)
+    return Work(moved, flops, "gpu", 0.4, "fp8", launches=2 * config["chunks"])
+
+
+def _keys_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
+    moved, flops = _score_work(node, symbols, shared=True)
+    # a run of few tokens pays for the loading of its keys: as if it had 32
+    few = max(1.0, 32.0 * symbols["R"] / max(1, symbols["T"]))
+    return Work(moved, flops * few, "gpu", 0.75, "fp8", launches=2 * config["chunks"])
+
+
+# --- top-k
+
+
+def _accepts_rows(node: OpNode) -> str | None:
+    scores = _value(node, 0)
+    topk = node.attrs["topk"]
+    if scores.dtype != "float32" or scores.strides:
+        return "needs dense float32 scores"
+    if int(scores.shape[2]) % PAGE:
+        return f"needs pages of a multiple of {PAGE} scores"
+    if topk not in (64, 128, 256, 512, 1024):
+        return f"needs a topk of 64, 128, 256, 512 or 1024, not {topk}"
+    return None
+
+
+def _select_launch(
+    node: OpNode, config: Config, scores: int, maxima: int, positions: int, picks: int, entries: Expr,
+    first: Expr, count: Expr, maxima_at: Expr,
+) -> TritonLaunch:  # fmt: skip
+    return TritonLaunch(
+        "dsv4c.schedules.triton.topk:select_rows",
+        args={
+            "scores": ptr(scores), "maxima": ptr(maxima), "positions": ptr(positions), "picks": ptr(picks),
+            "entries": i32(entries, PAGE), "first": i32(first), "maxima_at": i64(maxima_at),
+        },
+        constants={"RATIO": node.attrs["ratio"], "K": node.attrs["topk"], "LONG": config["long"]},
+        grid=(count, 1, 1),
+        num_warps=config["select_warps"],
+    )  # fmt: skip
+
+
+def _build_rows(node: OpNode, config: Config) -> Build:
+    entries = f"a0_1 * {node.inputs[0].shape[2] if node.inputs[0] else PAGE}"
+    maxima = TritonLaunch(
+        "dsv4c.schedules.triton.topk:group_maxima",
+        args={"scores": ptr(0), "positions": ptr(1), "maxima": ptr(2), "entries": i32(entries, PAGE)},
+        constants={"RATIO": node.attrs["ratio"], "BLOCK": config["block"]},
+        grid=("a0_0", f"cdiv({entries}, {config['block'] * config['steps']})", 1),
+    )
+    return Build("gpu", launches=(maxima, _select_launch(node, config, 0, 2, 1, 3, entries, 0, "a0_0", 0)))
+
+
+def _rows_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
+    tokens, columns, entries = _value(node, 0).shape
+    return (Value((tokens, columns, int(entries) // GROUP), "float32"),)
+
+
+def _select_space(node: OpNode, symbols: Symbols) -> tuple[dict[str, Any], ...]:
+    long = symbols["P_index"] * PAGE > 1 << 15
+    return tuple({"long": long, "select_warps": warps} for warps in ((16, 8) if long else (8, 16)))
+
+
+def _rows_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
+    return tuple(
+        {**select, "block": block, "steps": steps}
+        for select in _select_space(node, symbols)
+        for block, steps in ((4096, 4), (2048, 4), (4096, 16))
+    )
+
+
+def _rows_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
+    entries = symbols["P_index"] * int(_value(node, 0).shape[2])
+    return Work(4.0 * symbols["T"] * (entries * 1.2 + node.attrs["topk"] * GROUP), 0.0, "gpu", launches=2)
+
+
+# --- scores and top-k
+
+
+def _accepts_topk(node: OpNode) -> str | None:
+    if node.attrs["topk"] not in (64, 128, 256, 512, 1024):
+        return f"needs a topk of 64, 128, 256, 512 or 1024, not {node.attrs['topk']}"
+    return _accepts_scores(node)
+
+
+def _accepts_topk_keys(node: OpNode) -> str | None:
+    return _accepts_topk(node) or _accepts_keys(node)
+
+
+def _build_topk(node: OpNode, config: Config) -> Build:
+    chunks, inputs = config["chunks"], len(node.inputs)
+    out = inputs + (1 if chunks == 1 else 2)
+    pieces: list[tuple[int, Expr, Expr]] = [(inputs, 0, "a0_0")]  # workspace, first row, rows
+    if chunks > 1:
+        pieces = [(inputs, f"a0_0 // {chunks} * {i}", f"a0_0 // {chunks}") for i in range(chunks)]
+        pieces.append((inputs + 1, f"a0_0 // {chunks} * {chunks}", f"a0_0 % {chunks}"))
+    launches: list[TritonLaunch] = []
+    entries = f"a3_1 * {PAGE}"
+    for scores, first, count in pieces:
+        at = f"({count}) * {entries}"
+        launches.append(_score_launch(node, config, scores, first, count, at, node.attrs["topk"]))
+        launches.append(_select_launch(node, config, scores, scores, 5, out, entries, first, count, at))
+    return Build("gpu", launches=tuple(launches))
+
+
+def _topk_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
+    columns, chunks = _value(node, 3).shape[1], config["chunks"]
+    whole = Value(("T", columns, -(-ROW // chunks)), "float32")
+    return (whole,) if chunks == 1 else (whole, Value((chunks, columns, ROW), "float32"))
+
+
+def _chunks(symbols: Symbols) -> int:
+    """Pieces of the batch, so that the scores of one fit SCORE_BYTES."""
+    whole = 4 * ROW * symbols["T"] * symbols["P_index"]
+    return next((c for c in _CHUNKS if whole <= c * SCORE_BYTES), _CHUNKS[-1])
+
+
+def _topk_tokens_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
+    fast = _select_space(node, symbols)
+    base = _tokens_space(node, symbols)
+    mixed = [(config, fast[0]) for config in base] + [(base[0], other) for other in fast[1:]]
+    return tuple({**config, **select, "chunks": _chunks(symbols)} for config, select in mixed)
+
+
+def _topk_keys_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
+    fast = _select_space(node, symbols)
+    base = _keys_space(node, symbols)
+    mixed = [(config, fast[0]) for config in base] + [(base[0], other) for other in fast[1:]]
+    return tuple({**config, **select, "chunks": _chunks(symbols)} for config, select in mixed)
+
+
+QUERY_ERROR = 2e-3  # by norm: one value in 10^4 rounds to the other neighbour
+SCORE_ERROR = 1e-3  # the matrix unit adds E4M3 products with 14 bits: measured 2e-4
+
+SCHEDULES: tuple[Schedule, ...] = (
+    Schedule("index_query.triton_rows", "index_query", HOPPER, _build_query, _query_cost, _accepts_query,
+             space=_query_space, tolerance=QUERY_ERROR),
+    Schedule("index_scores.triton_tokens", "index_scores", HOPPER, _build_scores, _tokens_cost, _accepts_scores,
+             space=_tokens_space, tolerance=SCORE_ERROR),
+    Schedule("index_scores.gluon_keys", "index_scores", HOPPER, _build_scores, _keys_cost, _accepts_keys,
+             space=_keys_space, tolerance=SCORE_ERROR),
+    Schedule("topk_rows.triton_groups", "topk_rows", HOPPER, _build_rows, _rows_cost, _accepts_rows,
+             workspace=_rows_workspace, space=_rows_space, tolerance=0.0),
+    Schedule("index_topk_packed.triton_tokens", "index_topk_packed", HOPPER, _build_topk, _tokens_cost, _accepts_topk,
+             workspace=_topk_workspace, space=_topk_tokens_space, tolerance=SCORE_ERROR),
+    Schedule("index_topk_packed.gluon_keys", "index_topk_packed", HOPPER, _build_topk, _keys_cost, _accepts_topk_keys,
+             workspace=_topk_workspace, space=_topk_keys_space, tolerance=SCORE_ERROR),
+)  # fmt: skip
