@@ -6,6 +6,7 @@ all of fn, 1.5 MB: 19 us of copying a thousand tokens against 1.6 GFLOP of produ
     triton_split   project (post and partial products of a tile, channels split over programs), then finish (Sinkhorn,
                    weighted sum, norm), which reads the streams again: cheap while they are in L2
     triton_tiles   hc_post alone, elementwise
+    gluon_cluster  a cluster of 16 blocks keeps fn and a tile of tokens on the chip and reads the streams once
 """
 
 from __future__ import annotations
@@ -158,6 +159,57 @@ def _bytes(node: OpNode, tokens: int) -> float:
     return float(sum(v.bytes({"T": tokens}) for v in values))
 
 
+_CLUSTER = 16  # blocks: the most a cluster may have, and a block's part of fn is 96 KB
+_CLUSTERS = 7  # of blocks with 226 KB of shared memory that an H200 runs at once
+
+
+def _accepts_cluster(node: OpNode) -> str | None:
+    dim = _dim(node)
+    if dim % (_CLUSTER * 8 * 32) or _pow2(dim) != dim or dim > 4096:
+        return f"{dim} channels, written for 4096"
+    return _accepts(node)
+
+
+def _cluster_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+    return tuple({"tile": tile, "clusters": _CLUSTERS} for tile in (16, 8))
+
+
+def _cluster_build(node: OpNode, config: Config) -> Build:
+    fused, inputs = node.op in _POST, len(node.inputs)
+    weights, streams = (4, inputs) if fused else (1, 0)
+    x = inputs + 1 if fused else inputs
+    norm, quantise = "norm" in node.op, node.op.endswith("_quantise")
+    tile = int(config["tile"])
+    launch = TritonLaunch(
+        "dsv4c.schedules.triton.hyper_cluster:fused",
+        args={
+            "y": ptr(0), "x": ptr(1 if fused else 0), "post_in": ptr(2 if fused else x + 1),
+            "comb_in": ptr(3 if fused else x + 2), "fn": ptr(weights), "base": ptr(weights + 1),
+            "scale": ptr(weights + 2), "norm_weight": ptr(weights + 3 if norm else weights), "streams": ptr(streams),
+            "out": ptr(x), "post_out": ptr(x + 1), "comb_out": ptr(x + 2),
+            "data": ptr(x + 3) if quantise else ptr(x, "float8_e4m3fn"),
+            "data_scale": ptr(x + 4) if quantise else ptr(x, "float32"), "tokens": i32("a0_0"),
+        },
+        constants={
+            "D": _dim(node), "C": _CLUSTER, "M": tile, "POST": fused, "NORM": norm, "QUANTISE": quantise,
+            "ITERS": _attr(node, "iters"), "NORM_EPS": _attr(node, "norm_eps"), "EPS": _attr(node, "eps"),
+            "OUT_EPS": _attr(node, "out_eps"),
+        },
+        grid=(f"{_CLUSTER} * min({config['clusters']}, cdiv(a0_0, {tile}))", 1, 1),
+        num_warps=8,
+        cluster=_CLUSTER,
+    )  # fmt: skip
+    return Build("gpu", launches=(launch,))
+
+
+def _cluster_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    tokens, tile = symbols["T"], int(config["tile"])
+    tiles = math.ceil(tokens / tile)
+    rounds = math.ceil(tiles / _CLUSTERS)
+    full = tiles / (rounds * _CLUSTERS) if tiles else 1.0
+    return Work(_bytes(node, tokens) / full + 8e6, 0.0, "gpu")  # 8 MB: two microseconds to fill and drain
+
+
 def _post_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     tokens, dim = max(1, symbols["T"]), _dim(node)
     wide = [{"tile": t, "width": w, "warps": 4} for t, w in ((1, 2048), (1, 1024), (2, 1024), (4, 512), (1, 512))]
@@ -195,6 +247,13 @@ SCHEDULES: tuple[Schedule, ...] = (
             workspace=_split_workspace, space=_split_space, tolerance=_TOLERANCE,
         )
         for op in sorted(_PRE | _HEAD | (_POST - {"hc_post"}))
+    ),
+    *(
+        Schedule(
+            f"{op}.gluon_cluster", op, _HOPPER, _cluster_build, _cluster_cost, _accepts_cluster, space=_cluster_space,
+            tolerance=_TOLERANCE,
+        )
+        for op in sorted(_PRE | (_POST - {"hc_post"}))
     ),
     Schedule(
         "hc_post.triton_tiles", "hc_post", _HOPPER, _post_build, _post_cost, _accepts, space=_post_space,

@@ -9,20 +9,19 @@ Legend: T tokens, N streams, D hidden_size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4c.config import preset
-from dsv4c.ops import OPS
 from dsv4c.ops.formats import quantise_rows
 from dsv4c.schedules._schedule import OpNode, Value
 from dsv4c.schedules._workload import Args, Workload
 
 GROUP = 128  # channels that share a scale of a quantised activation
-BFLOAT16_ULPS = 40  # 2**-8, one rounding of a bfloat16 result, is 39 times the 1e-4 asked of the coefficients
+BFLOAT16_ULPS = 80  # one unit of bfloat16, 2**-7 of the value at most, is 78 times the 1e-4 asked of coefficients
 EXTREME_SCALE = 200.0  # of comb's logits; it multiplies rounding errors too
 
 _POST = frozenset({"hc_post", "hc_post_pre_norm", "hc_post_pre_norm_quantise"})
@@ -129,20 +128,6 @@ def error(outputs: Sequence[Tensor], expected: Sequence[Tensor], *, extreme: boo
     return worst
 
 
-def _baselines(what: OpNode) -> Mapping[str, Callable[[Args], Callable[[], object]]]:
-    op = OPS[what.op]
-
-    def eager(args: Args) -> Callable[[], object]:
-        return lambda: op.reference(*args, **what.attrs)
-
-    def compiled(args: Args) -> Callable[[], object]:
-        torch._dynamo.reset()
-        function = torch.compile(op.reference, dynamic=False)
-        return lambda: function(*args, **what.attrs)
-
-    return {"torch eager": eager, "torch.compile": compiled}
-
-
 def workload(op: str, model: str, tokens: int, *, bench: bool = True, extreme: bool = False) -> Workload:
     """One op of a preset at a number of tokens."""
     what = node(op, model)
@@ -156,7 +141,6 @@ def workload(op: str, model: str, tokens: int, *, bench: bool = True, extreme: b
         flops=flops(what, tokens),
         unit="bf16",
         error=functools.partial(error, extreme=extreme),
-        baselines=_baselines(what),
         purpose=frozenset({"check", "bench"}) if bench else frozenset({"check"}),
     )
 
