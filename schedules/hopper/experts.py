@@ -1,0 +1,211 @@
+"""Routed experts on Hopper: sort the pairs, gather their rows, two grouped GEMMs on FP4 weights, sum.
+
+A token of flash costs 302 MFLOP, an expert 13.4 MB of weights: up to about 1,600 tokens (10 an expert and then some)
+the weights' bytes are the limit, beyond it the matrix units. So tiles follow the tokens an expert gets: few columns
+and many loads in flight (two blocks a multiprocessor) for decode, 128 weight rows by up to 224 tokens for prefill.
+
+    sort_pairs -> gather_rows -> grouped_gemm (w1, w3, SwiGLU, weight) -> grouped_gemm (w2) -> combine_rows
+
+Weights stay 4.25 bits wide until registers; layouts only permute them (schedules/triton/experts.py says how).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from dsv4c.schedules._launch import TritonLaunch, i32, ptr
+from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Transforms, Value, Work
+
+_HOPPER = frozenset({"sm_90a"})
+_GEMM, _SORT = "dsv4c.schedules.triton.experts:grouped_gemm", "dsv4c.schedules.triton.moe_sort"
+_SMS = 132  # of an H100 or H200 SXM
+_GROUP = 32  # channels of a weight that share a scale
+_BLOCK = 128  # channels of a weight block: one scale group for each of four threads
+
+
+def _sizes(node: OpNode) -> tuple[int, int, int, int]:
+    """D, I, E and K."""
+    x, chosen, w1 = node.inputs[0], node.inputs[1], node.inputs[3]
+    assert x is not None and chosen is not None and w1 is not None
+    return int(x.shape[1]), int(w1.shape[1]), int(w1.shape[0]), int(chosen.shape[1])
+
+
+def _quad(channels: int) -> int:
+    """Scale bytes a thread reads at once: those of 4 blocks where they come in fours."""
+    return 4 if channels % (4 * _BLOCK) == 0 else 1
+
+
+def _accepts(node: OpNode) -> str | None:
+    dim, inner, experts, _ = _sizes(node)
+    if any(value is None or value.strides is not None for value in node.inputs):
+        return "an input is absent or strided"
+    dtypes = tuple(value.dtype for value in node.inputs if value is not None)
+    if dtypes != ("bfloat16", "int32", "float32", *["uint8"] * 6, "bfloat16"):
+        return f"inputs of {', '.join(dtypes)}"
+    if dim % _BLOCK or inner % _BLOCK:
+        return f"{dim} x {inner} channels are no multiples of {_BLOCK}"
+    if experts > 1024:
+        return f"{experts} experts, the sort counts up to 1024"
+    return None
+
+
+def _layouts(node: OpNode) -> dict[int, Transforms]:
+    """Rows in blocks of 32, channels in blocks of 128, each 2048 bytes in the order in which a warp group reads them.
+
+    w1 and w3: the row at position 32 q + 16 j + 8 h + 2 t + c of 128 is channel 32 t + 8 q + 4 c + 2 j + h of hidden,
+    so that hidden comes out permuted as the next product wants it. w2: rows 8 apart are the halves of a fragment.
+    """
+    dim, inner, experts, _ = _sizes(node)
+    up, down = (experts, inner // _BLOCK, 4, 4, 2, 2, 2), (experts, dim // 64, 4, 2, 8)
+    out: dict[int, Transforms] = {}
+    for data in (3, 5):
+        out[data] = _layout((*up, dim // _BLOCK, 4, 16), (0, 1, 3, 7, 5, 6, 2, 4, 8, 9), (experts, inner, dim // 2))
+        out[data + 1] = _layout(
+            (*up, dim // _BLOCK // _quad(dim), _quad(dim), 4), (0, 1, 3, 7, 5, 6, 2, 4, 9, 8),
+            (experts, inner, dim // _GROUP),
+        )  # fmt: skip
+    out[7] = _layout((*down, inner // _BLOCK, 4, 16), (0, 1, 3, 5, 2, 4, 6, 7), (experts, dim, inner // 2))
+    out[8] = _layout(
+        (*down, inner // _BLOCK // _quad(inner), _quad(inner), 4), (0, 1, 3, 5, 2, 4, 7, 6),
+        (experts, dim, inner // _GROUP),
+    )  # fmt: skip
+    return out
+
+
+def _layout(split: tuple[int, ...], order: tuple[int, ...], shape: tuple[int, ...]) -> Transforms:
+    return (("reshape", list(split)), ("permute", list(order)), ("reshape", list(shape)))
+
+
+def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+    """Columns around the tokens an expert gets; deep rings of small stages while the weights' bytes are the limit."""
+    dim, inner, experts, topk = _sizes(node)
+    mean = symbols["T"] * topk / experts
+    if dim % 512 or inner % 512:
+        return (_config(1, 1, 4, (8, 32, 64), 128), _config(2, 1, 3, (32, 64, 128), None))
+    if mean <= 24:
+        few: tuple[Config, ...] = (
+            _config(1, 4, 3, (8, 16), 128), _config(1, 2, 6, (8, 16), 128), _config(1, 4, 4, (8,), 128),
+            _config(1, 2, 4, (8, 16, 32), 128), _config(1, 1, 6, (16, 32, 64), 128), _config(2, 4, 4, (8, 16), None),
+            _config(2, 2, 4, (8, 16, 32, 64), None),
+        )  # fmt: skip
+        return few
+    if mean <= 100:
+        return (_config(2, 1, 4, (32, 64, 96, 128), None), _config(2, 1, 3, (32, 64, 96, 128), None))
+    return (
+        _config(2, 1, 3, (160, 192, 208, 224), None), _config(2, 1, 3, (128, 192, 224), None),
+        _config(2, 1, 3, (64, 128, 192, 224), None), _config(2, 1, 4, (64, 96, 128), None),
+    )  # fmt: skip
+
+
+def _config(tiles: int, blocks: int, stages: int, columns: tuple[int, ...], registers: int | None) -> Config:
+    """`tiles` 64-row tiles of a block, `blocks` of 128 channels a stage; `registers` caps them for two blocks a
+    multiprocessor."""
+    return {"tiles": tiles, "blocks": blocks, "stages": stages, "columns": list(columns), "registers": registers}
+
+
+def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
+    """place, pair, row weights, tiles, counts; the pairs' rows (then their results), and hidden."""
+    dim, inner, _, topk = _sizes(node)
+    pairs = Value(("T", topk), "int32")
+    return (
+        pairs, pairs, Value(("T", topk), "float32"), Value(("T", topk, 4), "int32"), Value((16,), "int32"),
+        Value(("T", topk * dim), "bfloat16"), Value(("T", topk * inner), "bfloat16"),
+    )  # fmt: skip
+
+
+def _build(node: OpNode, config: Config) -> Build:
+    dim, _, experts, topk = _sizes(node)
+    place, pair, row_weight, tiles, meta, rows, hidden, out = range(10, 18)
+    pairs = f"a1_0 * {topk}"
+    columns = tuple(config["columns"])
+    few = columns[-1] <= 64
+    sort = TritonLaunch(
+        f"{_SORT}:sort_pairs",
+        args={
+            "chosen": ptr(1), "weight": ptr(2), "place": ptr(place), "pair": ptr(pair), "row_weight": ptr(row_weight),
+            "tiles": ptr(tiles), "meta": ptr(meta), "pairs": i32(pairs),
+        },
+        constants={
+            "E": experts, "EP": _power(experts), "TILE": columns[-1], "BLOCK": 512 if few else 4096,
+            "MOST_TILES": 16,
+        },
+        grid=(f"min({experts}, a1_0 * {experts})", 1, 1),
+        num_warps=4 if few else 16,
+    )  # fmt: skip
+    gather = TritonLaunch(
+        f"{_SORT}:gather_rows",
+        args={"x": ptr(0), "pair": ptr(pair), "place": ptr(place), "out": ptr(rows), "rows": i32(pairs)},
+        constants={"K": topk, "D": dim, "ROWS": 4 if few else 8, "BLOCKS": 4},
+        grid=(f"cdiv({pairs}, {4 if few else 8})", math.ceil(dim / _BLOCK / 4), 1),
+    )
+    combine = TritonLaunch(
+        f"{_SORT}:combine_rows",
+        args={"y": ptr(rows), "place": ptr(place), "shared": ptr(9), "out": ptr(out), "rows": i32(pairs)},
+        constants={"K": topk, "D": dim, "PANELS": 16},
+        grid=("a1_0", math.ceil(dim / 64 / 16), 1),
+    )
+    gemms = (
+        _gemm(node, config, rows, hidden, (3, 4, 5, 6), up=True),
+        _gemm(node, config, hidden, rows, (7, 8, 7, 8), up=False),
+    )
+    return Build("gpu", launches=(sort, gather, *gemms, combine))
+
+
+def _gemm(node: OpNode, config: Config, x: int, out: int, weights: tuple[int, ...], *, up: bool) -> TritonLaunch:
+    dim, inner, _, topk = _sizes(node)
+    row_weight, tiles, meta = 12, 13, 14
+    channels, tall = (dim if up else inner), int(config["tiles"])
+    blocks = math.gcd(int(config["blocks"]), channels // _BLOCK)
+    grid = _SMS * (2 if config["registers"] else 1)
+    wa, sa, wb, sb = weights
+    return TritonLaunch(
+        _GEMM,
+        args={
+            "x": ptr(x), "wa": ptr(wa), "sa": ptr(sa), "wb": ptr(wb), "sb": ptr(sb), "tiles": ptr(tiles),
+            "meta": ptr(meta), "row_weight": ptr(row_weight), "out": ptr(out), "rows": i32(f"a1_0 * {topk}"),
+        },
+        constants={
+            "UP": up, "LIMIT": float(node.attrs["limit"]), "M": inner if up else dim, "K": channels, "V": tall,
+            "KB": blocks, "S": _quad(channels), "STAGES": config["stages"], "VARIANTS": tuple(config["columns"]),
+        },
+        grid=(f"min({grid}, a1_0 * {grid})", 1, 1),
+        num_warps=4 * tall,
+        num_stages=1,
+        maxnreg=config["registers"],
+    )  # fmt: skip
+
+
+def _power(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def hit(experts: int, topk: int, tokens: int) -> float:
+    """Experts that this many tokens hit, on average, if routing is uniform."""
+    return experts * (1 - (1 - topk / experts) ** tokens)
+
+
+def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    dim, inner, experts, topk = _sizes(node)
+    tokens = symbols["T"]
+    pairs, some = tokens * topk, hit(experts, topk, tokens)
+    weights = some * 3 * dim * inner * (0.5 + 1 / _GROUP)
+    moved = weights + 2.0 * pairs * (4 * dim + 2 * inner) + 4.0 * tokens * dim
+    columns = list(config["columns"])
+    mean = pairs / max(some, 1)
+    split = max(1, math.ceil(mean / columns[-1]))
+    padded = next((c for c in columns if c >= mean / split), columns[-1])
+    flops = 6.0 * dim * inner * some * split * padded
+    bound = 0.85 if config["registers"] or mean > 24 else 0.7
+    return Work(moved / bound, flops, "gpu", 0.8, "bf16", launches=5)
+
+
+# hidden and each expert's result are rounded to bfloat16 (2**-9), sums are float32
+_TOLERANCE = 8e-3
+
+SCHEDULES: tuple[Schedule, ...] = (
+    Schedule(
+        "experts_fp4.gluon_fragments", "experts_fp4", _HOPPER, _build, _cost, _accepts, layouts=_layouts,
+        workspace=_workspace, space=_space, tolerance=_TOLERANCE,
+    ),
+)  # fmt: skip
