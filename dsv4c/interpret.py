@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dsv4c.checkpoint.names import parameter_sources
+from dsv4c.checkpoint.source import WeightSource
 from dsv4c.program import Program, Value
+from dsv4c.runtime.weights import load_weight
+from dsv4c.weights import weight
 
 
 def run(
@@ -22,7 +26,8 @@ def run(
     """The graph's outputs by name (`logits`, `streams`, `state.<name>`).
 
     `inputs` are the step's inputs (and `streams` for entry points that take them), `weights` the plain model's
-    state dict. Raises KeyError with the name of a value that is missing.
+    state dict, or the program's own weights by name (`program_weights`). Raises KeyError with the name of a value that
+    is missing.
     """
     values: dict[fx.Node, Any] = {}
     graph = program.graphs[graph_name]
@@ -39,6 +44,29 @@ def run(
     raise KeyError(f"graph `{graph_name}` has no output")
 
 
+def program_weights(program: Program, source: WeightSource) -> dict[str, Tensor]:
+    """Every weight that the program's graphs read, as a runtime would load it for kernels without layouts."""
+    sources = parameter_sources(program.config)
+    out = {}
+    for node in program.nodes():
+        if node.op == "placeholder" and node.users and node.meta["value"].kind == "weight":
+            name, kind = node.meta["value"].name, node.meta["type"]
+            if name not in out:
+                made = weight(program, sources, name, name, (), tuple(int(s) for s in kind.shape), kind.dtype)
+                out[name] = load_weight(made, source)
+    return out
+
+
+def program_state(program: Program, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeroed state with as many rows as the plain model's state, in the formats that the program stores."""
+    types = {n.meta["value"].name: n.meta["type"] for n in program.nodes() if n.op == "placeholder"}
+    return {
+        name: torch.zeros(tensor.shape[0], *types[name].shape[1:], dtype=getattr(torch, types[name].dtype))
+        for name, tensor in plain.items()
+        if name in types
+    }
+
+
 def _given(
     program: Program,
     value: Value,
@@ -50,6 +78,8 @@ def _given(
         return state[value.name]
     if value.kind == "constant":
         return program.constants[value.name]
+    if value.name in weights:
+        return weights[value.name]
     if value.kind == "weight":
         parts = program.weight_sources.get(value.name, (value.name,))
         return torch.cat([weights[p] for p in parts]) if len(parts) > 1 else weights[parts[0]]
