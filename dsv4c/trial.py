@@ -250,6 +250,7 @@ def largest_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
 def time_graph(call: Callable[[], object]) -> float:
     """Median microseconds of one replay of the graph that `call` makes."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the inputs may still be on their way
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
