@@ -1,4 +1,4 @@
-"""The program for targets that compute on stored formats, run on its references: close to the plain model, and whole."""
+"""The program for targets that compute on stored formats: whole, and close to the plain model on its references."""
 
 from __future__ import annotations
 
