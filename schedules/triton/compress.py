@@ -60,10 +60,11 @@ def hadamard(x):
     N: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     HALF: tl.constexpr = C // 2
-    for stage in tl.static_range(C.bit_length() - 1):
-        pairs = tl.permute(tl.reshape(x, [N, HALF >> stage, 2, 1 << stage]), (0, 1, 3, 2))
-        left, right = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 1, 3, 2)), [N, C])
+    for stage in tl.static_range(10):  # of up to 1024 channels
+        if (1 << stage) < C:
+            pairs = tl.permute(tl.reshape(x, [N, HALF >> stage, 2, 1 << stage]), (0, 1, 3, 2))
+            left, right = tl.split(pairs)
+            x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 1, 3, 2)), [N, C])
     return rounded(x * C**-0.5)
 
 
@@ -276,7 +277,7 @@ def replace_rows(
     The tokens and the channels `c` broadcast to the tile that was read.
     """
     new = new_token(at, end, RING)
-    mask = (c >= 0) & live & (at >= 0) & (at < start) & (new >= start) & (state > 0)
+    mask = live & (at >= 0) & (at < start) & (new >= start) & (state > 0)
     source = (last + new - position) * STRIDE + c
     k = tl.load(k_gate + source, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(k_gate + source + D, mask=mask, other=0.0).to(tl.float32)
@@ -378,7 +379,7 @@ def _window_entry(
             tl.debug_barrier()  # every thread has its old values: they may go
             for done in tl.static_range(0, RATIO, ROWS):
                 replace_rows(
-                    k_gate, ape, ring_k, ring_z, first >= 0, last, position, first + done + w, start, end, state, c,
+                    k_gate, ape, ring_k, ring_z, c >= 0, last, position, first + done + w, start, end, state, c,
                     RATIO, C, STRIDE, RING,
                 )  # fmt: skip
 
@@ -425,7 +426,7 @@ def compress_online(
                 held = tl.load(state_slots + request)
                 position = tl.load(positions + i)
                 if state_is_ours(position, start, end, held, RATIO):
-                    leave_state(k_gate, ape, state, i.to(tl.int64), start, end, held, RATIO, C, STRIDE, ROWS)
+                    leave_state(k_gate, ape, state, i, start, end, held, RATIO, C, STRIDE, ROWS)
 
 
 @triton.jit

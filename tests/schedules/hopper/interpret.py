@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import warnings
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -24,7 +25,6 @@ from dsv4c.schedules._schedule import Build, Schedule
 from dsv4c.schedules._workload import Args, Workload
 from dsv4c.trial import largest_error
 
-
 _convert = interpreter._convert_float
 
 
@@ -38,7 +38,32 @@ def _nearest(values: np.ndarray, source: tl.dtype, target: tl.dtype, mode: objec
     return _convert(values, source, target, mode)
 
 
+def _masked(name: str) -> None:
+    """A mask made of a row and a scalar is an int64 to the interpreter."""
+    plain = getattr(interpreter.InterpreterBuilder, name)
+    position = 2 if name == "create_masked_load" else 3
+
+    def masked(*args: Any) -> Any:
+        args[position].data = args[position].data.astype(bool)
+        return plain(*args)
+
+    setattr(interpreter.InterpreterBuilder, name, masked)
+
+
+class _Order:
+    """Which program runs at each step: the launch order, or its reverse."""
+
+    reverse = False
+
+    def __init__(self) -> None:
+        builder, plain = interpreter.interpreter_builder, interpreter.interpreter_builder.set_grid_idx
+        builder.set_grid_idx = lambda x, y, z: plain(builder.grid_dim[0] - 1 - x if self.reverse else x, y, z)
+
+
 interpreter._convert_float = _nearest
+_masked("create_masked_load")
+_masked("create_masked_store")
+_order = _Order()
 
 
 def outputs_of(workload: Workload, build: Build, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -96,9 +121,11 @@ def main(family: str, part: str) -> int:
         for schedule in schedules:
             if schedule.op != workload.op or schedule.accepts(workload.node) is not None:
                 continue
-            for config in schedule.space(workload.node, workload.symbols)[:2]:
-                results, expected = outputs_of(workload, schedule.build(workload.node, config), seed=17)
-                error = (workload.error or largest_error)(results, expected)
+            for config in schedule.space(workload.node, workload.symbols)[:1]:
+                build, error = schedule.build(workload.node, config), 0.0
+                for _order.reverse in (False, True):  # programs of a launch have no order
+                    results, expected = outputs_of(workload, build, seed=17)
+                    error = max(error, (workload.error or largest_error)(results, expected))
                 good = error <= schedule.tolerance
                 failed += not good
                 print(
