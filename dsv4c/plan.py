@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -112,9 +112,16 @@ class _Planner:
         self.calls.append(artifact.Call(choice.kernel, tuple(args), len(written), node.meta.get("scope", "")))
 
     def _choose(self, node: OpNode) -> Choice:
+        """The choice for a node, by schedules that know rows as `T` whatever the program calls them."""
         key = repr(node)
         if key not in self.memo:
-            self.memo[key] = select(node, self.target, self.symbols, self.tuned)
+            if "S" in _symbols(node) and "T" not in _symbols(node):
+                symbols = {**self.symbols, "T": self.symbols["S"]}
+                choice = select(_renamed(node, "S", "T"), self.target, symbols, self.tuned)
+                workspace = tuple(_resized(value, "T", "S") for value in choice.workspace)
+                self.memo[key] = replace(choice, workspace=workspace)
+            else:
+                self.memo[key] = select(node, self.target, self.symbols, self.tuned)
         return self.memo[key]
 
     def _operand(self, arg: Any) -> Value | None:
@@ -225,6 +232,20 @@ class _Planner:
         size = buffer.type.numel(self.symbols) * DTYPE_BYTES[buffer.type.dtype]
         align = ALIGNMENT if self.target == "cpu" else DEVICE_ALIGNMENT
         return -(-size // align) * align
+
+
+def _symbols(node: OpNode) -> set[str]:
+    values = (*node.inputs, *node.outputs)
+    return {size for value in values if value is not None for size in value.shape if isinstance(size, str)}
+
+
+def _resized(value: Value, old: str, new: str) -> Value:
+    return replace(value, shape=tuple(new if size == old else size for size in value.shape))
+
+
+def _renamed(node: OpNode, old: str, new: str) -> OpNode:
+    inputs = tuple(v if v is None else _resized(v, old, new) for v in node.inputs)
+    return replace(node, inputs=inputs, outputs=tuple(_resized(v, old, new) for v in node.outputs))
 
 
 def _dense(shape: artifact.Shape) -> tuple[int, ...]:

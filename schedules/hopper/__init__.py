@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dsv4c.schedules._schedule import Schedule
-from dsv4c.schedules.hopper import attention, gate, hyper, linear, rows, sampling, tile
+from dsv4c.schedules.hopper import attention, compress, experts, gate, hyper, index, linear, rows, sampling, tile
 
 SCHEDULES: tuple[Schedule, ...] = (
     *hyper.SCHEDULES,
     *rows.SCHEDULES,
+    *compress.SCHEDULES,
+    *index.SCHEDULES,
     *attention.SCHEDULES,
+    *experts.SCHEDULES,
     *linear.SCHEDULES,
     *gate.SCHEDULES,
     *sampling.SCHEDULES,
