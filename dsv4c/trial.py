@@ -179,7 +179,7 @@ class Trial:
         run = bind(calls)
         return time_graph(lambda: run(torch.cuda.current_stream().cuda_stream)) / count
 
-    def baselines(self, others: Others) -> dict[str, float]:
+    def baselines(self, others: Others | None = None) -> dict[str, float]:
         """Microseconds of the reference as it is, compiled by torch, and of what the workload and `others` name.
 
         One that does not run here (memory, an op its compiler lacks, a missing package) is printed and left out.
@@ -189,7 +189,7 @@ class Trial:
             "eager": lambda args: lambda: reference(*args, **attrs),
             "compile": lambda args: _compiled(reference, attrs, args),
             **self.workload.baselines,
-            **{name: partial(make, attrs=attrs) for name, make in others.get(self.workload.op, {}).items()},
+            **{name: partial(make, attrs=attrs) for name, make in (others or {}).get(self.workload.op, {}).items()},
         }
         out = {}
         for name, make in known.items():

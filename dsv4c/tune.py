@@ -147,7 +147,7 @@ def measure(
             if row is not None:
                 rows.append(row)
         if baselines and timing:
-            times = trial.baselines(others or {})
+            times = trial.baselines(others)
             print("     " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)
             rows[first:] = [dataclasses.replace(row, baselines=times) for row in rows[first:]]
         if out is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dsv4c.passes import FUSE, RAISE, STORE, WIDEN, CheckLowered, Quantise
 from dsv4c.pipeline import Pass, order
+from dsv4c.schedules._tuned import FOLDER, Row, read_rows
 from dsv4c.schedules.select import SCHEDULES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -39,7 +40,7 @@ def passes() -> str:
 
 
 def schedules() -> str:
-    """The table of schedules, by op."""
+    """The table of schedules, by op, and the measured rows of every architecture that was tuned."""
     lines = [
         "# Schedules",
         "",
@@ -50,7 +51,33 @@ def schedules() -> str:
     ]
     for s in sorted(SCHEDULES, key=lambda s: (s.op, s.name)):
         lines.append(f"| `{s.op}` | `{s.name}` | {', '.join(sorted(s.targets))} | {s.tolerance:g} |")
+    for file in sorted(FOLDER.glob("*.jsonl")):
+        lines += ["", *_measured(file)]
     return "\n".join(lines) + "\n"
+
+
+def _measured(file: Path) -> list[str]:
+    """The fastest row of every workload, as selection takes it."""
+    rows = read_rows(file)
+    best: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = (row.op, row.label)
+        if key not in best or row.microseconds < best[key].microseconds:
+            best[key] = row
+    about = f"""The fastest of {len(rows)} rows of `schedules/tuned/{file.name}`, which `dsv4c tune --target {file.stem}`
+writes: medians of CUDA graph replays on random data, inputs rotated through more than the L2 cache. `% limit` is the
+time that the least bytes at the copy bandwidth or the flops at the matrix rate would take (both measured in the same
+run) over the time measured; `error` is the largest against the float32 reference. `others`: the reference run by
+PyTorch (eager), by torch.compile, and other kernels where there are any, in the same run."""
+    head = "op | shape | us | GB/s | TFLOPS | % limit | error | others, us | schedule | hardware, date"
+    lines = [f"## Measured: {file.stem}", "", about, "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
+    for (op, label), row in sorted(best.items()):
+        others = ", ".join(f"{name} {us:.1f}" for name, us in sorted(row.baselines.items())) or "-"
+        config = " ".join(f"{k}={v}" for k, v in sorted(row.config.items()))
+        figures = f"{row.microseconds:.1f} | {row.gb_per_s:.0f} | {row.tflops:.0f} | {100 * row.limit:.0f}"
+        where = f"`{row.schedule.partition('.')[2]}` {config} | {row.hardware}, {row.date}"
+        lines.append(f"| `{op}` | {label} | {figures} | {row.error:.1e} | {others} | {where} |")
+    return lines
 
 
 def _summary(one: Pass) -> str:

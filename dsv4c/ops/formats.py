@@ -122,7 +122,7 @@ def pack_index(x_NC: Tensor, fmt: IndexFormat) -> tuple[Tensor, Tensor]:
     """Data and scale bytes of index vectors (already rotated by Hadamard)."""
     if fmt == "fp8":
         data, scale = quantise_rows(x_NC, group=x_NC.shape[-1])
-        return data.view(torch.uint8), scale.contiguous().view(torch.uint8)
+        return data.view(torch.uint8), scale.flatten().view(torch.uint8).view(*scale.shape[:-1], 4)
     wide = x_NC.float().unflatten(-1, (-1, min(32, x_NC.shape[-1])))
     scale = power_of_two_ceil(wide.abs().amax(-1, keepdim=True).clamp(min=6 * 2.0**-126) / 6)
     scales = torch.zeros(*x_NC.shape[:-1], 4, dtype=torch.uint8, device=x_NC.device)
