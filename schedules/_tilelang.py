@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv4c import artifact
 from dsv4c.artifact import Launch, LaunchArg, TensorMap
 from dsv4c.errors import ScheduleError
 from dsv4c.ops import DTYPE_BYTES
@@ -63,7 +64,7 @@ def compile_tile(launch: TileLaunch, values: Sequence[Value | None], arch: str, 
     key = _key(launch, values, arch)
     record, code = cache_dir / f"{key}.json", cache_dir / f"{key}.cubin"
     if record.is_file() and code.is_file():
-        return Compiled(code.read_bytes(), _decode(json.loads(record.read_text(encoding="utf-8"))))
+        return Compiled(code.read_bytes(), artifact.decode(Launch, json.loads(record.read_text(encoding="utf-8"))))
     lowered = lower(launch, values, arch)
     image, registers = _nvcc(launch, lowered, arch)
     done = Launch(
@@ -86,12 +87,12 @@ def lower(launch: TileLaunch, values: Sequence[Value | None], arch: str) -> Lowe
         # Tracing asks for the target as well as lowering does.
         with target:
             function = _factory(launch)(**launch.constants)
-            artifact = tilelang.lower(function, target=target)
+            made = tilelang.lower(function, target=target)
     except ScheduleError:
         raise
     except Exception as error:
         raise _refusal(launch, f"TileLang cannot lower it: {_first_line(error)}") from error
-    lowered = _read(launch, values, function, artifact)
+    lowered = _read(launch, values, function, made)
     legacy = [name for name in _LEGACY_MMA if name in lowered.source]
     if legacy:
         raise _refusal(
@@ -121,12 +122,12 @@ def _first_line(error: Exception) -> str:
 # Reading the host program -----------------------------------------------------------------------------------------
 
 
-def _read(launch: TileLaunch, values: Sequence[Value | None], function: Any, artifact: Any) -> Lowered:
-    kernels = list(artifact.device_mod.functions.items())
+def _read(launch: TileLaunch, values: Sequence[Value | None], function: Any, made: Any) -> Lowered:
+    kernels = list(made.device_mod.functions.items())
     if len(kernels) != 1:
         raise _refusal(launch, f"it lowers to {len(kernels)} kernels, expected 1")
     kernel = kernels[0][1]
-    calls = _packed_calls(artifact.host_mod)
+    calls = _packed_calls(made.host_mod)
     symbol = str(kernel.attrs["global_symbol"])
     passed = calls[symbol][0]
     launched = dict(zip(map(str, kernel.attrs["tirx.kernel_launch_params"]), passed[len(kernel.params) :], strict=True))
@@ -148,7 +149,7 @@ def _read(launch: TileLaunch, values: Sequence[Value | None], function: Any, art
             launch, "it does not wait for the kernel before it", hint="call `T.pdl_sync()` before the first load"
         )
     _check_grid(launch, values, grid)
-    return Lowered(artifact.kernel_source, symbol, args, grid, threads[0], shared, cluster, waits)
+    return Lowered(made.kernel_source, symbol, args, grid, threads[0], shared, cluster, waits)
 
 
 def _packed_calls(module: Any) -> dict[str, list[list[Any]]]:
@@ -172,7 +173,7 @@ def _tensors(launch: TileLaunch, values: Sequence[Value | None], function: Any) 
     buffers = [function.buffer_map[handle] for handle in function.params]
     if len(buffers) != len(launch.tensors):
         raise _refusal(launch, f"it takes {len(buffers)} tensors, the launch names {len(launch.tensors)}")
-    sizes = _trial_sizes(values, 0)
+    sizes = _trial_sizes(values, 2)
     symbols = {name: evaluate(value, sizes) for name, value in launch.symbols.items()}
     for buffer, arg in zip(buffers, launch.tensors):
         value = values[arg]
@@ -399,15 +400,3 @@ def _write(path: Path, data: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
     Path(file.name).replace(path)
-
-
-def _decode(data: Mapping[str, Any]) -> Launch:
-    args = []
-    for arg in data["args"]:
-        fields = {**arg, "map": arg["map"] and TensorMap(**_tuples(arg["map"]))}
-        args.append(LaunchArg(**fields))
-    return Launch(**{**_tuples(data), "args": tuple(args)})
-
-
-def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4c.schedules._launch import Expr, TileLaunch
+from dsv4c.schedules._launch import Expr, Grid, TileLaunch
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Work
 
 HOPPER = frozenset({"sm_90a"})
 SMS = 132  # of an H200
 _SHARED = 227 * 1024 - 1024  # of a block, less barriers
 _GROUP = 128  # input channels that share a scale
+_ALL = 1 << 20  # blocks that take tiles in turn: no limit, every tile has its own
 _LINEAR, _ATTEND = "dsv4c.schedules.tilelang.linear", "dsv4c.schedules.tilelang.attend:attend"
 
 
@@ -52,11 +53,12 @@ def _linear_accepts(node: OpNode) -> str | None:
 
 
 def _linear_shared(node: OpNode, config: Config) -> int:
-    """Bytes of a block: the ring of tiles, a row of scales for every row of x, and the output tile."""
+    """Bytes of a block: the ring of tiles, the scales of a tile or two, and the output tile."""
     _, k, _ = _weight(node)
     rows, columns = int(config["BM"]), int(config["BN"])
     ring = int(config["stages"]) * (rows + columns) * 128
-    return ring + (4 * (rows + 1) * (k // _GROUP) + 2 * rows * columns if _fp8(node) else 0)
+    scales = 4 * rows * (k // _GROUP)
+    return ring + (scales * (2 if scales <= 16384 else 1) + 2 * rows * columns if _fp8(node) else 0)
 
 
 def _linear_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
@@ -64,16 +66,18 @@ def _linear_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...
     n, _, _ = _weight(node)
     tokens = max(1, symbols["T"])
     if tokens > 512:
-        shapes = [(128, 128, 8), (128, 128, 0)] if _fp8(node) else [(128, 256, 8), (128, 128, 8), (128, 256, 0)]
+        shapes = [(128, 128, 8, 2), (128, 128, 8, 1)] if _fp8(node) else [(128, 256, 8, 1), (128, 128, 8, 1)]
     else:
         fit = [columns for columns in (128, 64, 32, 16) if n // columns * _cdiv(tokens, 64) >= SMS // 2]
-        shapes = [(64, columns, 0) for columns in fit[:1] + fit[1:3]] or [(64, 32, 0), (64, 16, 0)]
+        shapes = [(64, columns, 1, 1) for columns in fit[:3]] or [(64, 32, 1, 1), (64, 16, 1, 1)]
         if tokens > 64:
-            shapes.append((128, 128, 0))
+            shapes.append((128, 128, 1, 1))
     out = []
-    for rows, columns, panel in shapes:
+    for rows, columns, panel, cluster in shapes:
         for stages in (6, 4, 3):
-            config = {"BM": rows, "BN": columns, "stages": stages, "panel": panel}
+            config: dict[str, Any] = {"BM": rows, "BN": columns, "stages": stages, "panel": panel}
+            if _fp8(node):
+                config |= {"cluster": cluster, "blocks": SMS if rows > 64 else _ALL}
             if _linear_shared(node, config) <= _SHARED:
                 out.append(config)
                 break
@@ -83,14 +87,19 @@ def _linear_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...
 def _linear_build(node: OpNode, config: Config) -> Build:
     n, k, groups = _weight(node)
     constants: dict[str, Any] = {"N": n, "K": k, **config}
+    rows, columns = int(config["BM"]), _cdiv(n, int(config["BN"]))
+    grid: Grid = (columns, f"cdiv(a0_0, {rows})", 1)
     if _fp8(node):
         constants["G"] = groups
+        cluster = int(config["cluster"])
+        tiles = f"cdiv(a0_0, {rows * cluster}) * {columns}"
+        grid = (f"min({int(config['blocks']) // cluster}, {tiles}) * {cluster}", 1, 1)
     launch = TileLaunch(
         f"{_LINEAR}:{'fp8' if _fp8(node) else 'mixed'}",
         tensors=tuple(range(5 if _fp8(node) else 3)),
         constants=constants,
-        grid=(_cdiv(n, int(config["BN"])), f"cdiv(a0_0, {config['BM']})", 1),
-        threads=2 * int(config["BM"]) + 128,
+        grid=grid,
+        threads=2 * rows + 128,
         symbols={"M": "a0_0"},
     )
     return Build("gpu", launches=(launch,))
@@ -115,6 +124,7 @@ def _linear_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Wo
 
 _KINDS = {"attend_window_packed": "window", "attend_csa_packed": "csa", "attend_hca_packed": "hca"}
 _HEADS, _KEYS = 64, 64  # of one block, of one tile
+_CLUSTER = 8  # blocks that every card gives a cluster
 
 
 def _attend_accepts(node: OpNode) -> str | None:
@@ -129,6 +139,9 @@ def _attend_accepts(node: OpNode) -> str | None:
         return "q is strided"
     if int(node.attrs["window"]) % _KEYS or int(node.attrs["page"]) % _KEYS:
         return f"a window of {node.attrs['window']} in pages of {node.attrs['page']} is no multiple of {_KEYS}"
+    per_page = int(node.attrs.get("entries_per_page", 1))
+    if per_page & (per_page - 1) or int(node.attrs["page"]) & (int(node.attrs["page"]) - 1):
+        return f"pages of {node.attrs['page']} and {per_page} entries are no powers of two"
     if node.op == "attend_csa_packed":
         picks = node.inputs[5]
         assert picks is not None
@@ -166,7 +179,15 @@ def _attend_build(node: OpNode, config: Config) -> Build:
 
 
 def _attend_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    return ({"splits": 1},)
+    """Clusters that fill the card once, then half as large and twice as large; each block has two tiles at least."""
+    q = node.inputs[0]
+    assert q is not None
+    tokens, heads, _ = q.sizes(symbols)
+    most = min(_CLUSTER, max(1, _attend_keys(node, symbols) // (2 * _KEYS)))
+    fill = 1
+    while fill * 2 <= most and tokens * heads // _HEADS * fill * 2 <= SMS:
+        fill *= 2
+    return tuple({"splits": splits} for splits in (fill, fill * 2, fill // 2) if 1 <= splits <= most)
 
 
 def _attend_keys(node: OpNode, symbols: Mapping[str, int]) -> int:

@@ -8,6 +8,7 @@ Legend: T tokens, H heads, C channels of a head.
 """
 
 import tilelang.language as T
+from tvm import tirx
 
 KEYS = 64  # keys of a tile: with fewer, reading Q from shared memory holds the matrix unit back
 HEADS = 64  # rows of a wgmma
@@ -33,6 +34,7 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
     C, half = 512, 256
     near = window // KEYS
     scale = C**-0.5 * LOG2_E
+    wide = C // splits
 
     @T.macro
     def choose(h, tile, pick, picked, t, tx):
@@ -98,8 +100,66 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
         T.wait_wgmma(0)
 
     @T.macro
-    def worker(g, q, t, first_head, mine, split, q_tile, k_tile, p_tile, hidden, peaks, sums, filled, freed, peak_in,
-               p_in, sink, out):  # fmt: skip
+    def send(k_tile, split, to, landed):
+        """Columns of a tile of 64 rows lie together, 64 at a time: any multiple of them is one piece of memory."""
+        size = HEADS * wide
+        T.call_intrin(
+            "handle",
+            tirx.op.Op.get("tl.tma_store_cluster"),
+            T.access_ptr(k_tile[1, 0, split * wide], "w", size),
+            T.access_ptr(k_tile[0, 0, to * wide], "r", size),
+            to,
+            T.uint32(2 * size),
+            landed[0],
+        )
+
+    @T.macro
+    def join(g, t, tx, first_head, split, o, m, top, part, total, k_tile, mine_of, stats, told, landed, sink, out):
+        """Adds up the cluster's parts: block i gathers channels [i * wide, (i + 1) * wide) of all of them."""
+        if g == 0:
+            T.copy(m, mine_of[0, :])
+            T.copy(total, mine_of[1, :])
+            T.fence_proxy_async()
+            T.sync_threads(2, 128)
+            for c in T.unroll(splits):
+                T.copy_cluster(mine_of, stats[split, :, :], dst_block=c, remote_barrier=told[0])
+        T.barrier_wait(told[0], 0)
+        for r in T.Parallel(HEADS):
+            top[r] = T.max(sink[first_head + r] * LOG2_E, NOWHERE)
+        for c in T.unroll(splits):
+            for r in T.Parallel(HEADS):
+                top[r] = T.max(top[r], stats[c, 0, r])
+        for r in T.Parallel(HEADS):
+            total[r] = T.exp2(sink[first_head + r] * LOG2_E - top[r])
+        for c in T.unroll(splits):
+            for r in T.Parallel(HEADS):
+                total[r] += stats[c, 1, r] * T.exp2(stats[c, 0, r] - top[r])
+        for r in T.Parallel(HEADS):
+            part[r] = T.exp2(m[r] - top[r]) / total[r]
+        for r, c in T.Parallel(HEADS, half):
+            o[r, c] *= part[r]
+        # All blocks have told their sums, so nobody reads keys any more: their tiles carry the parts.
+        T.copy(o, k_tile[0, :, g * half : g * half + half])
+        T.fence_proxy_async()
+        T.sync_threads(1, 256)
+        if g == 0 and tx == 0:
+            for c in T.unroll(splits):
+                send(k_tile, split, c, landed)
+        T.barrier_wait(landed[0], 0)
+        rows_each = HEADS // 2
+        piece = T.alloc_fragment((rows_each, wide), "float16")
+        added = T.alloc_fragment((rows_each, wide), "float32")
+        T.fill(added, 0)
+        for c in T.unroll(splits):
+            T.copy(k_tile[1, g * rows_each : g * rows_each + rows_each, c * wide : c * wide + wide], piece)
+            for i, j in T.Parallel(rows_each, wide):
+                added[i, j] += T.Cast("float32", piece[i, j])
+        first = first_head + g * rows_each
+        T.copy(added, out[t, first : first + rows_each, split * wide : split * wide + wide])
+
+    @T.macro
+    def worker(g, q, t, tx, first_head, mine, split, q_tile, k_tile, p_tile, hidden, peaks, sums, filled, freed,
+               peak_in, p_in, mine_of, stats, told, landed, sink, out):  # fmt: skip
         other = 1 - g
         o = T.alloc_fragment((HEADS, half), "float32")
         s = T.alloc_fragment((HEADS, KEYS), "float32")
@@ -184,14 +244,19 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
         T.copy(total, sums[g, :])
         T.sync_threads(1, 256)
         for r in T.Parallel(HEADS):
-            total[r] = 1.0 / (total[r] + sums[other, r])
-        for r, c in T.Parallel(HEADS, half):
-            o[r, c] *= total[r]
-        T.copy(o, out[t, first_head : first_head + HEADS, g * half : g * half + half])
+            total[r] += sums[other, r]
+        if splits == 1:
+            for r in T.Parallel(HEADS):
+                total[r] = 1.0 / total[r]
+            for r, c in T.Parallel(HEADS, half):
+                o[r, c] *= total[r]
+            T.copy(o, out[t, first_head : first_head + HEADS, g * half : g * half + half])
+        else:
+            join(g, t, tx, first_head, split, o, m, top, part, total, k_tile, mine_of, stats, told, landed, sink, out)
 
     @T.macro
     def body(q, pool, pages, entry_pool, entry_pages, picked, request_rows, positions, sink, out):
-        with T.Kernel(H // HEADS * splits, tokens, threads=384) as (bx, t):
+        with T.Kernel(H // HEADS * splits, tokens, threads=384, cluster_dims=splits) as (bx, t):
             q_tile = T.alloc_shared((HEADS, C), "float16")
             k_tile = T.alloc_shared((2, KEYS, C), "float16")
             p_tile = T.alloc_shared((2, HEADS, KEYS), "float16")
@@ -202,6 +267,10 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
             freed = T.alloc_barrier([256, 256])
             peak_in = T.alloc_barrier([128, 128])
             p_in = T.alloc_barrier([128, 128])
+            mine_of = T.alloc_shared((2, HEADS), "float32")  # maxima and sums: a block's own, and the cluster's
+            stats = T.alloc_shared((splits, 2, HEADS), "float32")
+            told = T.alloc_barrier(splits)
+            landed = T.alloc_barrier(splits)
             tx = T.get_thread_binding()
             first_head = bx // splits * HEADS
             split = bx % splits
@@ -212,6 +281,9 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
             share = T.ceildiv(tiles, splits)
             begin = T.min(split * share, tiles)
             mine = T.min(share, tiles - begin)
+
+            if splits > 1:
+                T.cluster_sync()  # nobody sends to a block whose barriers are not ready
 
             if tx >= 256:
                 T.set_max_nreg(120, 0)
@@ -224,35 +296,40 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
                 seen = T.alloc_local((2,), "int32")
                 pick = T.alloc_local((2,), "int32")
                 for h in T.unroll(2):
-                    choose(h, begin, pick, picked, t, tx)
+                    choose(h, begin, pick, picked, t, tx - 256)
                 for h in T.unroll(2):
-                    locate(h, begin, pick, row, pages, entry_pages, request, position, count, tx)
-                    choose(h, begin + 1, pick, picked, t, tx)
+                    locate(h, begin, pick, row, pages, entry_pages, request, position, count, tx - 256)
+                    choose(h, begin + 1, pick, picked, t, tx - 256)
                 for h in T.unroll(2):
-                    fetch(h, begin, row, raw, exponents, pool, entry_pool, tx)
+                    fetch(h, begin, row, raw, exponents, pool, entry_pool, tx - 256)
                     seen[h] = row[h]
                 for n in T.serial(mine):
                     for h in T.unroll(2):
-                        locate(h, begin + n + 1, pick, row, pages, entry_pages, request, position, count, tx)
-                        choose(h, begin + n + 2, pick, picked, t, tx)
+                        locate(h, begin + n + 1, pick, row, pages, entry_pages, request, position, count, tx - 256)
+                        choose(h, begin + n + 2, pick, picked, t, tx - 256)
                     T.barrier_wait(freed[n % 2], (n // 2 + 1) % 2)
                     for h in T.unroll(2):
                         if tx % 4 == 0:
-                            hidden[n % 2, h * 32 + tx // 4] = T.if_then_else(seen[h] >= 0, 0.0, -T.infinity("float32"))
-                        convert(h, n % 2, k_tile, raw_8, raw_16, exponents_8, tx)
+                            hidden[n % 2, h * 32 + (tx - 256) // 4] = T.if_then_else(
+                                seen[h] >= 0, 0.0, -T.infinity("float32")
+                            )
+                        convert(h, n % 2, k_tile, raw_8, raw_16, exponents_8, tx - 256)
                         if n + 1 < mine:
-                            fetch(h, begin + n + 1, row, raw, exponents, pool, entry_pool, tx)
+                            fetch(h, begin + n + 1, row, raw, exponents, pool, entry_pool, tx - 256)
                             seen[h] = row[h]
                     T.fence_proxy_async()
                     T.barrier_arrive(filled[n % 2])
             elif tx < 128:
                 T.set_max_nreg(192, 1)
-                worker(0, q, t, first_head, mine, split, q_tile, k_tile, p_tile, hidden, peaks, sums, filled, freed,
-                       peak_in, p_in, sink, out)  # fmt: skip
+                worker(0, q, t, tx, first_head, mine, split, q_tile, k_tile, p_tile, hidden, peaks, sums, filled, freed,
+                       peak_in, p_in, mine_of, stats, told, landed, sink, out)  # fmt: skip
             else:
                 T.set_max_nreg(192, 1)
-                worker(1, q, t, first_head, mine, split, q_tile, k_tile, p_tile, hidden, peaks, sums, filled, freed,
-                       peak_in, p_in, sink, out)  # fmt: skip
+                worker(1, q, t, tx, first_head, mine, split, q_tile, k_tile, p_tile, hidden, peaks, sums, filled, freed,
+                       peak_in, p_in, mine_of, stats, told, landed, sink, out)  # fmt: skip
+
+            if splits > 1:
+                T.cluster_sync()  # what a block sends must be read before it is gone
 
     if kind == "window":
 
