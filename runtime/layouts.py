@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -30,7 +31,17 @@ def permute(tensor: Tensor, dims: Sequence[int]) -> Tensor:
     return tensor.permute(*dims)
 
 
-LAYOUTS: Mapping[str, Callable[..., Tensor]] = {"reshape": reshape, "transpose": transpose, "permute": permute}
+def narrow(tensor: Tensor, dtype: str) -> Tensor:
+    """The same values in a narrower dtype that holds them."""
+    small = tensor.to(getattr(torch, dtype))
+    if not torch.equal(small.to(tensor.dtype), tensor):
+        raise ValueError(f"values of {tensor.dtype} do not fit {dtype}")
+    return small
+
+
+LAYOUTS: Mapping[str, Callable[..., Tensor]] = {
+    "reshape": reshape, "transpose": transpose, "permute": permute, "narrow": narrow,
+}  # fmt: skip
 
 
 def apply(tensor: Tensor, transforms: Sequence[Sequence[Any]]) -> Tensor:
