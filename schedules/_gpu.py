@@ -236,24 +236,28 @@ def _signature(
             signature[name] = "constexpr"
             continue
         arg = launch.args[name]
-        signature[name] = _type(request, arg, gluon)
+        signature[name] = _type(request, arg, launch.num_ctas if gluon else 0)
         if isinstance(arg, Ptr) or (isinstance(arg, Scalar) and arg.multiple % 16 == 0):
             attrs[(i,)] = [["tt.divisibility", 16]]
     return signature, dict(launch.constants), attrs
 
 
-def _type(request: Request, arg: LaunchArg, gluon: bool) -> str:
+def _type(request: Request, arg: LaunchArg, cluster: int) -> str:
+    """Triton's name for a parameter's type. `cluster`: blocks of a Gluon kernel's cluster, 0 if it is no Gluon."""
     if isinstance(arg, Scalar):
         return {"i32": "i32", "i64": "i64", "f32": "fp32"}[arg.kind]
     dtype = _TRITON_TYPES[_dtype(request, arg)]
     if isinstance(arg, Ptr):
         return f"*{dtype}"
-    if not gluon:
-        return f"tensordesc<{dtype}{list(arg.block)}>"
+    block = list(arg.block)
+    if not cluster:
+        return f"tensordesc<{dtype}{block}>"
     from triton.experimental.gluon import language as gl
 
     element = {"fp32": gl.float32, "bf16": gl.bfloat16, "u8": gl.uint8, "fp8e4nv": gl.float8e4nv}[dtype]
-    return f"tensordesc<{dtype}{list(arg.block)},{gl.NVMMASharedLayout.get_default_for(list(arg.block), element)!r}>"
+    whole = [[0] * len(block)] * (cluster.bit_length() - 1)  # each block of a cluster loads whole tiles for itself
+    layout = gl.NVMMASharedLayout.get_default_for(block, element, cga_layout=whole or None)
+    return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
 def _dtype(request: Request, arg: Ptr | Desc) -> str:
