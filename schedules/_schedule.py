@@ -176,10 +176,15 @@ class Choice:
                 dict(build.defines),
                 build.signature,
                 *map(asdict, build.launches),
+                *([self._dtypes()] if build.launches else []),  # a launch takes its arguments' dtypes
             ],
             sort_keys=True,
         )
         return f"{self.node.op}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def _dtypes(self) -> list[str | None]:
+        values = (*self.inputs, *self.workspace, *self.node.outputs)
+        return [None if value is None else value.dtype for value in values]
 
 
 def apply_layout(value: Value, transforms: Transforms) -> Value:
