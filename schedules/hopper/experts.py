@@ -80,28 +80,45 @@ def _layout(split: tuple[int, ...], order: tuple[int, ...], shape: tuple[int, ..
 def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     """Columns around the tokens an expert gets; deep rings of small stages while the weights' bytes are the limit."""
     dim, inner, experts, topk = _sizes(node)
-    mean = symbols["T"] * topk / experts
+    pairs = symbols["T"] * topk
+    mean = pairs / max(1.0, hit(experts, topk, symbols["T"]))
+    few = pairs <= 512  # one block of the sort
     if dim % 512 or inner % 512:
-        return (_config(1, 1, 4, (8, 32, 64), 128), _config(2, 1, 3, (32, 64, 128), None))
-    if mean <= 24:
-        few: tuple[Config, ...] = (
-            _config(1, 4, 3, (8, 16), 128), _config(1, 2, 6, (8, 16), 128), _config(1, 4, 4, (8,), 128),
-            _config(1, 2, 4, (8, 16, 32), 128), _config(1, 1, 6, (16, 32, 64), 128), _config(2, 4, 4, (8, 16), None),
-            _config(2, 2, 4, (8, 16, 32, 64), None),
+        return (_config(1, 1, 4, (8, 32, 64), 2, few), _config(2, 1, 3, (32, 64, 128), 1, few))
+    if mean <= 2:
+        return (
+            _config(1, 4, 3, (8, 16), 2, few), _config(1, 2, 6, (8, 16), 2, few), _config(1, 4, 4, (8,), 2, few),
+            _config(1, 4, 2, (8, 16), 3, few), _config(1, 2, 5, (8,), 3, few), _config(2, 4, 4, (8, 16), 1, few),
+            _config(2, 2, 8, (8, 16), 1, few),
         )  # fmt: skip
-        return few
-    if mean <= 100:
-        return (_config(2, 1, 4, (32, 64, 96, 128), None), _config(2, 1, 3, (32, 64, 96, 128), None))
+    if mean <= 24:
+        return (
+            _config(1, 2, 4, (8, 16, 32), 2, few), _config(2, 2, 4, (8, 16, 32, 64), 1, few),
+            _config(1, 4, 3, (8, 16), 2, few), _config(2, 2, 6, (8, 16, 32), 1, few),
+            _config(1, 1, 6, (16, 32, 48), 2, few), _config(2, 1, 8, (16, 32, 48), 1, few),
+        )  # fmt: skip
+    if mean <= 72:
+        return (
+            _config(2, 1, 4, (32, 48, 64, 96), 1, few), _config(2, 1, 6, (32, 48, 64), 1, few),
+            _config(2, 1, 3, (48, 64, 96, 128), 1, few),
+        )  # fmt: skip
+    if mean <= 144:
+        return (
+            _config(2, 1, 3, (80, 96, 112, 128), 1, few), _config(2, 1, 4, (64, 96, 112, 128), 1, few),
+            _config(2, 1, 3, (64, 96, 128, 160), 1, few),
+        )  # fmt: skip
     return (
-        _config(2, 1, 3, (160, 192, 208, 224), None), _config(2, 1, 3, (128, 192, 224), None),
-        _config(2, 1, 3, (64, 128, 192, 224), None), _config(2, 1, 4, (64, 96, 128), None),
+        _config(2, 1, 3, (160, 192, 208, 224), 1, few), _config(2, 1, 3, (176, 192, 208, 224), 1, few),
+        _config(2, 1, 3, (128, 192, 224), 1, few), _config(2, 1, 3, (64, 128, 192, 224), 1, few),
     )  # fmt: skip
 
 
-def _config(tiles: int, blocks: int, stages: int, columns: tuple[int, ...], registers: int | None) -> Config:
-    """`tiles` 64-row tiles of a block, `blocks` of 128 channels a stage; `registers` caps them for two blocks a
-    multiprocessor."""
-    return {"tiles": tiles, "blocks": blocks, "stages": stages, "columns": list(columns), "registers": registers}
+def _config(tiles: int, blocks: int, stages: int, columns: tuple[int, ...], share: int, fused: bool) -> Config:
+    """`tiles` of 64 rows a block, `blocks` of 128 channels a stage, `share` blocks a multiprocessor; `fused`: sort and
+    gather are one launch."""
+    return {
+        "tiles": tiles, "blocks": blocks, "stages": stages, "columns": list(columns), "share": share, "fused": fused,
+    }  # fmt: skip
 
 
 def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
@@ -118,46 +135,53 @@ def _build(node: OpNode, config: Config) -> Build:
     dim, _, experts, topk = _sizes(node)
     place, pair, row_weight, tiles, meta, rows, hidden, out = range(10, 18)
     pairs = f"a1_0 * {topk}"
-    columns = tuple(config["columns"])
-    few = columns[-1] <= 64
-    sort = TritonLaunch(
-        f"{_SORT}:sort_pairs",
-        args={
-            "chosen": ptr(1), "weight": ptr(2), "place": ptr(place), "pair": ptr(pair), "row_weight": ptr(row_weight),
-            "tiles": ptr(tiles), "meta": ptr(meta), "pairs": i32(pairs),
-        },
-        constants={
-            "E": experts, "EP": _power(experts), "TILE": columns[-1], "BLOCK": 512 if few else 4096,
-            "MOST_TILES": 16,
-        },
-        grid=(f"min({experts}, a1_0 * {experts})", 1, 1),
-        num_warps=4 if few else 16,
-    )  # fmt: skip
-    gather = TritonLaunch(
-        f"{_SORT}:gather_rows",
-        args={"x": ptr(0), "pair": ptr(pair), "place": ptr(place), "out": ptr(rows), "rows": i32(pairs)},
-        constants={"K": topk, "D": dim, "ROWS": 4 if few else 8, "BLOCKS": 4},
-        grid=(f"cdiv({pairs}, {4 if few else 8})", math.ceil(dim / _BLOCK / 4), 1),
-    )
+    fused = bool(config["fused"])
+    sort_args = {
+        "chosen": ptr(1), "weight": ptr(2), "place": ptr(place), "pair": ptr(pair), "row_weight": ptr(row_weight),
+        "tiles": ptr(tiles), "meta": ptr(meta), "pairs": i32(pairs),
+    }  # fmt: skip
+    sort_constants = {
+        "EP": _power(experts), "TILE": list(config["columns"])[-1], "BLOCK": 512 if fused else 4096, "MOST_TILES": 16,
+    }  # fmt: skip
+    if fused:
+        sort = TritonLaunch(
+            f"{_SORT}:sort_gather",
+            args={"x": ptr(0), **sort_args, "out": ptr(rows)},
+            constants={**sort_constants, "K": topk, "D": dim, "ROWS": 4, "BLOCKS": 4},
+            grid=(f"min({experts}, {pairs})", math.ceil(dim / _BLOCK / 4), 1),
+        )
+        before: tuple[TritonLaunch, ...] = (sort,)
+    else:
+        sort = TritonLaunch(
+            f"{_SORT}:sort_pairs", args=sort_args, constants=sort_constants,
+            grid=(f"min({experts}, a1_0 * {experts})", 1, 1), num_warps=16,
+        )  # fmt: skip
+        gather = TritonLaunch(
+            f"{_SORT}:gather_rows",
+            args={"x": ptr(0), "pair": ptr(pair), "place": ptr(place), "out": ptr(rows), "rows": i32(pairs)},
+            constants={"K": topk, "D": dim, "ROWS": 8, "BLOCKS": 4},
+            grid=(f"cdiv({pairs}, 8)", math.ceil(dim / _BLOCK / 4), 1),
+            pdl=True,
+        )
+        before = (sort, gather)
     combine = TritonLaunch(
         f"{_SORT}:combine_rows",
         args={"y": ptr(rows), "place": ptr(place), "shared": ptr(9), "out": ptr(out), "rows": i32(pairs)},
-        constants={"K": topk, "D": dim, "PANELS": 16},
-        grid=("a1_0", math.ceil(dim / 64 / 16), 1),
+        constants={"K": topk, "D": dim, "PANELS": 8 if fused else 16},
+        grid=("a1_0", math.ceil(dim / 64 / (8 if fused else 16)), 1),
+        pdl=True,
     )
     gemms = (
         _gemm(node, config, rows, hidden, (3, 4, 5, 6), up=True),
         _gemm(node, config, hidden, rows, (7, 8, 7, 8), up=False),
     )
-    return Build("gpu", launches=(sort, gather, *gemms, combine))
+    return Build("gpu", launches=(*before, *gemms, combine))
 
 
 def _gemm(node: OpNode, config: Config, x: int, out: int, weights: tuple[int, ...], *, up: bool) -> TritonLaunch:
     dim, inner, _, topk = _sizes(node)
     row_weight, tiles, meta = 12, 13, 14
-    channels, tall = (dim if up else inner), int(config["tiles"])
-    blocks = math.gcd(int(config["blocks"]), channels // _BLOCK)
-    grid = _SMS * (2 if config["registers"] else 1)
+    channels, tall, share = (dim if up else inner), int(config["tiles"]), int(config["share"])
     wa, sa, wb, sb = weights
     return TritonLaunch(
         _GEMM,
@@ -167,13 +191,21 @@ def _gemm(node: OpNode, config: Config, x: int, out: int, weights: tuple[int, ..
         },
         constants={
             "UP": up, "LIMIT": float(node.attrs["limit"]), "M": inner if up else dim, "K": channels, "V": tall,
-            "KB": blocks, "S": _quad(channels), "STAGES": config["stages"], "VARIANTS": tuple(config["columns"]),
+            "KB": math.gcd(int(config["blocks"]), channels // _BLOCK), "S": _quad(channels),
+            "STAGES": config["stages"], "VARIANTS": tuple(config["columns"]),
         },
-        grid=(f"min({grid}, a1_0 * {grid})", 1, 1),
+        grid=(f"min({_SMS * share}, a1_0 * {_SMS * share})", 1, 1),
         num_warps=4 * tall,
         num_stages=1,
-        maxnreg=config["registers"],
+        maxnreg=_registers(tall, share),
+        pdl=True,
     )  # fmt: skip
+
+
+def _registers(tall: int, share: int) -> int | None:
+    """The cap for `share` blocks of a multiprocessor's 65,536 registers; warps come in fours, two of them produce."""
+    threads = 128 * (tall + 1)
+    return None if share == 1 and tall > 1 else 65536 // (threads * share) // 8 * 8
 
 
 def _power(value: int) -> int:
@@ -196,8 +228,8 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     split = max(1, math.ceil(mean / columns[-1]))
     padded = next((c for c in columns if c >= mean / split), columns[-1])
     flops = 6.0 * dim * inner * some * split * padded
-    bound = 0.85 if config["registers"] or mean > 24 else 0.7
-    return Work(moved / bound, flops, "gpu", 0.8, "bf16", launches=5)
+    bound = 0.85 if int(config["share"]) > 1 or mean > 24 else 0.7
+    return Work(moved / bound, flops, "gpu", 0.8, "bf16", launches=4 if config["fused"] else 5)
 
 
 # hidden and each expert's result are rounded to bfloat16 (2**-9), sums are float32

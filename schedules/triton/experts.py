@@ -2,9 +2,9 @@
 
     acc[64 V weight rows, N tokens] += dequantise(W)[64 V, 128] x^T[128, N]        wgmma, A in registers, B in shared
 
-A producer warp streams packed weights, scales and tokens into a ring of stages by bulk copies (one dimension, no tensor
-maps: every operand is stored in the order in which shared memory needs it). 4 V consumer warps dequantise straight into
-the A fragment of the matrix instruction: FP4 is never expanded in memory.
+Two producer warps stream packed weights with scales, and tokens, into a ring of stages by bulk copies (one dimension,
+no tensor maps: every operand is stored in the order in which shared memory needs it). 4 V consumer warps dequantise
+straight into the A fragment of the matrix instruction: FP4 is never expanded in memory.
 
 Weights  [E][M / 32][K / 128][warp][row of 8][group][16 bytes]: a thread's 16 bytes are the 32 channels of one scale
          group of one row, and its own part of the A fragment. Scales: [E][M / 32][K / 128 / S][warp][row][group][S].
@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @gluon.constexpr_function
@@ -129,28 +130,22 @@ def _columns(rows, VARIANTS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(
-    x, wa, sa, wb, sb, tiles, units, rows, w_smem, s_smem, x_smem, full, empty,
+def _produce_weights(
+    wa, sa, wb, sb, tiles, units, w_smem, s_smem, full, empty,
     UP: gl.constexpr, M: gl.constexpr, K: gl.constexpr, V: gl.constexpr, KB: gl.constexpr, S: gl.constexpr,
-    STAGES: gl.constexpr, VARIANTS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCKS: gl.constexpr = K // 128
-    ITERS: gl.constexpr = BLOCKS // KB
     TILES_M: gl.constexpr = M // 32 // V if UP else M // 64 // V
-    NMAX: gl.constexpr = VARIANTS[len(VARIANTS) - 1]
     count = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        tile = unit // TILES_M
         m = unit % TILES_M
-        expert = gl.load(tiles + 4 * tile).to(gl.int64)
-        first = gl.load(tiles + 4 * tile + 1)
-        live = gl.load(tiles + 4 * tile + 2)
-        columns = _columns(live, VARIANTS)
-        for it in range(ITERS):
+        expert = gl.load(tiles + 4 * (unit // TILES_M)).to(gl.int64)
+        for it in range(BLOCKS // KB):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
             bar = full.index(stage)
-            _expect(bar, V * 2 * (KB * 2048 + S * 128) + KB * 2 * live * 128)
+            _expect(bar, V * 2 * (KB * 2048 + S * 128))
             for v in gl.static_range(V):
                 for half in gl.static_range(2):
                     if UP:
@@ -163,6 +158,31 @@ def _produce(
                     _bulk_load(w_smem.index(stage), (2 * v + half) * KB * 2048, at, KB * 2048, bar)
                     at = scale + (block * BLOCKS + it * KB // S * S) * 128
                     _bulk_load(s_smem.index(stage), (2 * v + half) * S * 128, at, S * 128, bar)
+            count += 1
+
+
+@gluon.jit
+def _produce_tokens(
+    x, tiles, units, rows, x_smem, full, empty,
+    UP: gl.constexpr, M: gl.constexpr, K: gl.constexpr, V: gl.constexpr, KB: gl.constexpr, STAGES: gl.constexpr,
+    VARIANTS: gl.constexpr,
+):  # fmt: skip
+    TILES_M: gl.constexpr = M // 32 // V if UP else M // 64 // V
+    NMAX: gl.constexpr = VARIANTS[len(VARIANTS) - 1]
+    if not UP:  # x is what the launch before this one makes; the weights are on their way already
+        gdc_wait()
+        gdc_launch_dependents()
+    count = 0
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile = unit // TILES_M
+        first = gl.load(tiles + 4 * tile + 1)
+        live = gl.load(tiles + 4 * tile + 2)
+        columns = _columns(live, VARIANTS)
+        for it in range(K // (128 * KB)):
+            stage = count % STAGES
+            mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            _expect(bar, KB * 2 * live * 128)
             for kb in gl.static_range(KB):
                 slot = x_smem.index((stage * KB + kb) * (NMAX // 8))
                 for panel in gl.static_range(2):
@@ -390,15 +410,18 @@ def grouped_gemm(
     s_smem = gl.allocate_shared_memory(gl.int32 if S == 4 else gl.uint8, [STAGES, 2 * V, 128], FLAT)
     x_smem = gl.allocate_shared_memory(gl.uint8, [STAGES * KB * NMAX // 8, 2048], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     CHANNELS: gl.constexpr = 32 * V if UP else 64 * V
-    OUT: gl.constexpr = 16 if CHANNELS % 64 else 2 * CHANNELS * (64 if NMAX > 64 else NMAX)
+    OUT: gl.constexpr = 16 if CHANNELS % 64 else 2 * CHANNELS * min(64, _parts(NMAX)[0])
     out_smem = gl.allocate_shared_memory(gl.uint8, [OUT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=2)
         mbarrier.init(empty.index(stage), count=4 * V)
     fence_async_shared()
     TILES_M: gl.constexpr = M // 32 // V if UP else M // 64 // V
+    if UP:
+        gdc_wait()
+        gdc_launch_dependents()
     units = gl.load(meta) * TILES_M
     gl.warp_specialize(
         [
@@ -408,11 +431,11 @@ def grouped_gemm(
                  KB, S, STAGES, VARIANTS),
             ),
             (
-                _produce,
-                (x, wa, sa, wb, sb, tiles, units, rows, w_smem, s_smem, x_smem, full, empty, UP, M, K, V, KB, S, STAGES,
-                 VARIANTS),
+                _produce_weights,
+                (wa, sa, wb, sb, tiles, units, w_smem, s_smem, full, empty, UP, M, K, V, KB, S, STAGES),
             ),
+            (_produce_tokens, (x, tiles, units, rows, x_smem, full, empty, UP, M, K, V, KB, STAGES, VARIANTS)),
         ],
-        [1],
-        [40],
+        [1, 1],
+        [40, 40],
     )  # fmt: skip
