@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from dsv4c.errors import ArtifactError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Size = int | str
 Shape = tuple[Size, ...]

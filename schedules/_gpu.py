@@ -68,7 +68,7 @@ def compile_all(
             if progress:
                 progress(i + 1, len(requests), request.what)
         return [out[i] for i in range(len(requests))]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # its children leave without tearing the compilers down
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
         waiting = {pool.submit(compile_launch, r, cache_dir): i for i, r in enumerate(requests)}
         for done, future in enumerate(as_completed(waiting), 1):
