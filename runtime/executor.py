@@ -9,7 +9,7 @@ and kept, so a step of known sizes creates no tensor but copies a few integers. 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,18 @@ class ArtifactExecutor:
             raise EngineError(f"no call writes `{missing[0]}`", hint="see the program's buffers in the manifest")
         return found
 
+    def bound_calls(self, inputs: Mapping[str, Tensor]) -> list[tuple[Call, Callable[[], object]]]:
+        """Every call of a step of these sizes, with a function that makes it alone: for measuring and comparing.
+
+        The values that it reads are those of the last step or call.
+        """
+        binding = self._binding(self._sizes(inputs))
+        out: list[tuple[Call, Callable[[], object]]] = []
+        for call in self._calls:
+            (run,) = self._kernels.bind([(call.kernel, self._arguments(call, binding.values))]) or [_nothing]
+            out.append((call, run))
+        return out
+
     def _sizes(self, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
         """The value of every symbol, in the order of `_symbols`; checks every input on the way."""
         sizes = dict.fromkeys(self._symbols, -1)
@@ -147,6 +159,10 @@ class ArtifactExecutor:
                     hint="the manifest is corrupted; compile the artifact again",
                 )
         return out
+
+
+def _nothing() -> None:
+    """A call without work: its kernels have empty grids."""
 
 
 def _input_symbols(program: Program) -> tuple[str, ...]:
