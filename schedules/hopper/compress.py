@@ -99,15 +99,14 @@ def _launch(node: OpNode, kernel: str, config: Config, programs: str, **constant
     return Build("gpu", launches=(launch,))
 
 
-def _token_tiles(symbols: Mapping[str, int], channels: int) -> dict[str, int]:
-    """Tokens of a program, and of one tile of it. In prefill few tokens are kept, and a look at 32 finds none."""
-    tile = max(1, 512 // channels)
-    return {"tokens": tile, "tile": tile} if symbols["T"] <= _DECODE else {"tokens": 32, "tile": max(4, tile)}
+def _token_tiles(symbols: Mapping[str, int], tile: int, rows: int) -> dict[str, int]:
+    """Tokens of a program, and of one tile of it. In prefill few tokens are kept, and a look at many finds none."""
+    return {"tokens": tile, "tile": tile} if symbols["T"] <= _DECODE else {"tokens": rows, "tile": max(4, tile)}
 
 
 def _overlap_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     channels = _channels(node)
-    tiles = _token_tiles(symbols, channels)
+    tiles = _token_tiles(symbols, max(1, 512 // channels), 32)
     if channels == 512:
         shapes = [(1, 4, None), (1, 8, None), (1, 2, None), (1, 4, 96), (1, 4, 80)]
     else:
@@ -125,19 +124,12 @@ def _overlap_build(node: OpNode, config: Config) -> Build:
 
 
 def _window_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    channels = _channels(node)
-    tiles = _token_tiles(symbols, channels)
     ratio = int(node.attrs["ratio"])
-    if channels < 512:
+    # all tokens of a window's length are kept: 4 tiles of them, and a token a block in decode
+    tiles = _token_tiles(symbols, 8, 128) if symbols["T"] <= _DECODE else {"tokens": 128, "tile": 32}
+    if _channels(node) < 512:
         return ({"ctas": 1, "warps": 8, "rows": min(64, ratio), **tiles},)
-    shapes = [
-        (8, 8, 128, 128),
-        (8, 8, 64, 128),
-        (8, 8, 32, None),
-        (8, 16, 128, None),
-        (8, 4, 32, None),
-        (4, 8, 32, 128),
-    ]
+    shapes = [(8, 8, 32, None), (8, 4, 32, None), (8, 8, 64, 128), (8, 4, 16, 128), (4, 8, 32, 128), (8, 8, 16, None)]
     return tuple(
         {"ctas": c, "warps": w, "rows": min(r, ratio), **tiles, **({"registers": n} if n else {})}
         for c, w, r, n in shapes

@@ -130,6 +130,11 @@ def _swiglu_build(node: OpNode, config: Config) -> Build:
     return Build("gpu", launches=(launch,))
 
 
+def _narrow(node: OpNode, *weights: int) -> dict[int, Transforms]:
+    """Norm weights as bfloat16 where that is exact: a thread then loads them as it loads the rows."""
+    return {i: (("narrow", "bfloat16"),) for i in weights if _input(node, i).exact == "bfloat16"}
+
+
 # rms_norm
 
 
@@ -141,6 +146,10 @@ def _norm_accepts(node: OpNode) -> str | None:
     if row % 8 or not 64 <= row <= 16384:  # a row fits the registers of 16 warps
         return f"rows of {row} channels"
     return _typed(node, {0: "bfloat16"}) or (_group_reason(node, row) if "group" in node.attrs else None)
+
+
+def _norm_layouts(node: OpNode) -> dict[int, Transforms]:
+    return _narrow(node, 1)
 
 
 def _norm_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
@@ -249,12 +258,16 @@ def _pack_accepts(node: OpNode) -> str | None:
     return _typed(node, {0: "uint8", 1: "int64", 2: "bfloat16", 5 if fused else 4: "float32"})
 
 
+def _pack_layouts(node: OpNode) -> dict[int, Transforms]:
+    return _narrow(node, 3, 4) if node.op.startswith("qkv") else _narrow(node, 3)
+
+
 def _pack_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     few = symbols["T"] <= 4 * _SMS
     if not node.op.startswith("qkv"):
         shapes = [(1, 2), (1, 1), (1, 4)] if few else [(1, 1), (2, 1), (2, 2), (4, 4), (4, 2)]
         return tuple({"entries": n, "warps": w} for n, w in shapes)
-    joint = [(1, 1, 4), (1, 1, 2), (1, 1, 1)] if few else [(1, 2, 1), (1, 2, 2), (2, 4, 2), (2, 4, 4), (1, 1, 1)]
+    joint = [(1, 1, 4), (1, 1, 2), (1, 1, 1)] if few else [(1, 2, 1), (1, 1, 1), (2, 2, 1), (1, 2, 2), (2, 4, 2), (2, 4, 4)]
     return tuple({"rows": q, "entries": n, "warps": w} for q, n, w in joint)
 
 
@@ -372,9 +385,9 @@ def _table_accepts(node: OpNode) -> str | None:
 
 # Values are those of the reference, rounding for rounding, but sums run in another order and exp and rsqrt differ in
 # the last bit: now and then a bfloat16, and rarer a byte, falls to its neighbour. The workloads' error of quantised
-# rows is the share of bytes that do; of bfloat16 rows, one ulp of the largest is 2**-8.
+# rows is the share of bytes that do; of bfloat16 rows, an ulp of the largest is up to 2**-7 of it.
 _BYTES = 2e-3
-_BF16 = 4e-3
+_BF16 = 8e-3
 
 SCHEDULES: tuple[Schedule, ...] = (
     Schedule(
@@ -390,12 +403,12 @@ SCHEDULES: tuple[Schedule, ...] = (
         space=_groups_space, tolerance=_BF16,
     ),
     Schedule(
-        "rms_norm.triton_rows", "rms_norm", _HOPPER, _norm_build, cost, _norm_accepts, space=_norm_space,
-        tolerance=_BF16,
+        "rms_norm.triton_rows", "rms_norm", _HOPPER, _norm_build, cost, _norm_accepts, _norm_layouts,
+        space=_norm_space, tolerance=_BF16,
     ),
     Schedule(
         "rms_norm_quantise.triton_rows", "rms_norm_quantise", _HOPPER, _norm_build, cost, _norm_accepts,
-        space=_norm_space, tolerance=_BYTES,
+        _norm_layouts, space=_norm_space, tolerance=_BYTES,
     ),
     Schedule(
         "head_norm_rope.triton_heads", "head_norm_rope", _HOPPER, _heads_build, cost, _heads_accepts,
@@ -407,7 +420,8 @@ SCHEDULES: tuple[Schedule, ...] = (
     ),
     *(
         Schedule(
-            f"{op}.triton_rows", op, _HOPPER, _pack_build, cost, _pack_accepts, space=_pack_space, tolerance=_BYTES
+            f"{op}.triton_rows", op, _HOPPER, _pack_build, cost, _pack_accepts, _pack_layouts, space=_pack_space,
+            tolerance=_BYTES,
         )
         for op in ("norm_rope_pack", "qkv_norm_rope_pack")
     ),

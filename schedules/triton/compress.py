@@ -21,11 +21,12 @@ from dsv4c.schedules.triton.rows import (
     e4m3_byte,
     inverse_power,
     normed,
-    pack_kv,
+    pack_plain,
     power,
     rounded,
     row_angles,
     turn,
+    turned_at,
 )
 
 
@@ -117,7 +118,9 @@ def finish(
     cos, sin, turns = row_angles(table, index, live, C, R)
     v = rounded(turn(normed(rounded(entry), norm_weight, c, C, EPS), cos, sin, turns, False))
     if FORMAT == "kv":
-        pack_kv(pool, slot, live, v, C, R, GROUP, ENTRIES)
+        pack_plain(pool, slot, live, v, C, R, GROUP, ENTRIES)
+        to = turned_at(pool, slot, C, R, ENTRIES)[:, None] + (c - (C - R))[None, :]
+        tl.store(to, v.to(tl.bfloat16), mask=live[:, None] & (c >= C - R)[None, :])
     else:
         pack_index(pool, slot, live, hadamard(v), C, FORMAT == "fp4", ENTRIES)
 

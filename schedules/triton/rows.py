@@ -45,8 +45,8 @@ def rounded(x):
 
 
 @triton.jit
-def turn(x, cos, sin, rotated, INVERSE: tl.constexpr):
-    """Pairs of x [N, C] turned by angles [C / 2] or [N, C / 2] where `rotated`, and rounded to bfloat16 there."""
+def turned_pairs(x, cos, sin, INVERSE: tl.constexpr):
+    """The even and the odd channels [N, C / 2] of x [N, C], and the same turned by angles that broadcast to them."""
     even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     if INVERSE:
         left = even * cos + odd * sin
@@ -54,8 +54,15 @@ def turn(x, cos, sin, rotated, INVERSE: tl.constexpr):
     else:
         left = even * cos - odd * sin
         right = odd * cos + even * sin
-    left = tl.where(rotated, left, even)
-    right = tl.where(rotated, right, odd)
+    return even, odd, left, right
+
+
+@triton.jit
+def turn(x, cos, sin, turns, INVERSE: tl.constexpr):
+    """x [N, C] with the pairs that `turns` names turned."""
+    even, odd, left, right = turned_pairs(x, cos, sin, INVERSE)
+    left = tl.where(turns, left, even)
+    right = tl.where(turns, right, odd)
     return tl.reshape(tl.join(left, right), [x.shape[0], x.shape[1]])
 
 
@@ -193,26 +200,21 @@ def rope_quantise(
 
 
 @triton.jit
-def pack_kv(
+def pack_plain(
     pool, slot, live, v,
     C: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Entries v [N, C], rounded to bfloat16, in the pool's rows `slot` (formats.pack_kv, formats.write_entries)."""
+    """All but the last R channels of entries v [N, C] and their scales in the pool's rows `slot` (formats.pack_kv)."""
     PLAIN: tl.constexpr = C - R
     DATA: tl.constexpr = PLAIN + 2 * R
     K: tl.constexpr = C // GROUP
     page = pool + slot // ENTRIES * (ENTRIES * (DATA + 8))
     at = page + slot % ENTRIES * DATA
-    c = tl.arange(0, C)
     groups = tl.reshape(v, [v.shape[0], K, GROUP])
     byte = e4m3_byte(tl.max(tl.abs(groups), 2))
     small = tl.reshape(groups * inverse_power(byte)[:, :, None], [v.shape[0], C]).to(tl.float8e4nv)
-    plain = live[:, None] & (c < PLAIN)[None, :]
-    to = tl.max_contiguous(c, 8)  # as many as a thread loads
-    tl.store(at[:, None] + to[None, :], small.to(tl.uint8, bitcast=True), mask=plain)
-    wide = (at + PLAIN).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-    turned = live[:, None] & (c >= PLAIN)[None, :]
-    tl.store(wide[:, None] + (c - PLAIN)[None, :], v.to(tl.bfloat16), mask=turned)
+    c = tl.max_contiguous(tl.arange(0, C), 8)  # as many as a thread loads
+    tl.store(at[:, None] + c[None, :], small.to(tl.uint8, bitcast=True), mask=live[:, None] & (c < PLAIN)[None, :])
     scales = page + ENTRIES * DATA + slot % ENTRIES * 8
     k = tl.arange(0, K)
     byte = tl.where((k < PLAIN // GROUP)[None, :], byte, 0)
@@ -221,6 +223,15 @@ def pack_kv(
         k = tl.arange(0, 8)
         zero = tl.zeros([v.shape[0], 8], tl.uint8)
         tl.store(scales[:, None] + k[None, :], zero, mask=live[:, None] & (k >= K)[None, :])
+
+
+@triton.jit
+def turned_at(pool, slot, C: tl.constexpr, R: tl.constexpr, ENTRIES: tl.constexpr):
+    """Where the last R channels of the pool's rows `slot` lie, as bfloat16."""
+    PLAIN: tl.constexpr = C - R
+    DATA: tl.constexpr = PLAIN + 2 * R
+    at = pool + slot // ENTRIES * (ENTRIES * (DATA + 8)) + slot % ENTRIES * DATA + PLAIN
+    return at.to(tl.pointer_type(tl.bfloat16), bitcast=True)
 
 
 @triton.jit
@@ -240,12 +251,26 @@ def _norm_rope_pack(
     C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, ENTRIES: tl.constexpr,
     EPS: tl.constexpr,
 ):  # fmt: skip
+    at = x + row[:, None] * STRIDE
     c = tl.arange(0, C)
-    v = tl.load(x + row[:, None] * STRIDE + c[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    v = tl.load(at + c[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    # the channels to turn once more, by themselves: a quarter of the arithmetic of turning whole rows
+    r = tl.arange(0, R)
+    last = tl.load(at + C - R + r[None, :], mask=live[:, None], other=0.0).to(tl.float32)
     slot = tl.load(slots + row, mask=live, other=0)
-    cos, sin, turns = row_angles(table, row, live, C, R)
-    v = rounded(turn(normed(v, weight, c, C, EPS), cos, sin, turns, False))
-    pack_kv(pool, slot, live & (slot >= ENTRIES), v, C, R, GROUP, ENTRIES)
+    pair = tl.arange(0, R // 2)
+    angle = table + row[:, None] * R + pair[None, :]
+    cos = tl.load(angle, mask=live[:, None], other=1.0)
+    sin = tl.load(angle + R // 2, mask=live[:, None], other=0.0)
+    factor = tl.rsqrt(tl.sum(v * v, 1) / C + EPS)[:, None]
+    live = live & (slot >= ENTRIES)
+    v = rounded(v * factor * tl.load(weight + c).to(tl.float32)[None, :])
+    pack_plain(pool, slot, live, v, C, R, GROUP, ENTRIES)
+    last = rounded(last * factor * tl.load(weight + C - R + r).to(tl.float32)[None, :])
+    _, _, left, right = turned_pairs(last, cos, sin, False)
+    last = tl.reshape(tl.join(left, right), [last.shape[0], R])
+    to = turned_at(pool, slot, C, R, ENTRIES)
+    tl.store(to[:, None] + r[None, :], last.to(tl.bfloat16), mask=live[:, None])
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -19,9 +20,10 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from dsv4c.ops import OPS
+from dsv4c.runtime import layouts
 from dsv4c.runtime.gpu import _Sizes
 from dsv4c.schedules._launch import Ptr, Scalar, TritonLaunch
-from dsv4c.schedules._schedule import Build, Schedule
+from dsv4c.schedules._schedule import Build, Schedule, Transforms
 from dsv4c.schedules._workload import Args, Workload
 from dsv4c.trial import largest_error
 
@@ -66,7 +68,9 @@ _masked("create_masked_store")
 _order = _Order()
 
 
-def outputs_of(workload: Workload, build: Build, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def outputs_of(
+    workload: Workload, build: Build, by_index: Mapping[int, Transforms], seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(what the kernels give, what the reference gives), outputs updated in place included."""
     op = OPS[workload.op]
     generator = torch.Generator()
@@ -80,7 +84,8 @@ def outputs_of(workload: Workload, build: Build, seed: int) -> tuple[list[torch.
         tensor = torch.empty(value.sizes(workload.symbols), dtype=getattr(torch, value.dtype))
         tensor.view(torch.uint8).fill_(0xFF)
         outputs.append(tensor)
-    call: Args = [*args, *outputs]
+    laid = [a if a is None or i not in by_index else layouts.apply(a, by_index[i]) for i, a in enumerate(args)]
+    call: Args = [*laid, *outputs]
     for launch in build.launches:
         assert isinstance(launch, TritonLaunch)
         run(launch, call)
@@ -124,7 +129,7 @@ def main(family: str, part: str) -> int:
             for config in schedule.space(workload.node, workload.symbols)[:1]:
                 build, error = schedule.build(workload.node, config), 0.0
                 for _order.reverse in (False, True):  # programs of a launch have no order
-                    results, expected = outputs_of(workload, build, seed=17)
+                    results, expected = outputs_of(workload, build, schedule.layouts(workload.node), seed=17)
                     error = max(error, (workload.error or largest_error)(results, expected))
                 good = error <= schedule.tolerance
                 failed += not good
