@@ -1,4 +1,4 @@
-"""The MoE gates on Hopper: one small kernel, or two with the router's product, whose parts the gate sums.
+"""The MoE gates on Hopper: one small kernel, or two with the router's product.
 
 A gate moves a few kilobytes a token: launches and the latency of one row's K dependent choices are what it costs.
 """
@@ -27,22 +27,21 @@ def _width(node: OpNode) -> tuple[int, int]:
     return int(first.shape[0 if "linear" in node.op else 1]), int(chosen.shape[1])
 
 
-def _launch(node: OpNode, rows: int, first: int, extra: tuple[int, ...], out: int, parts: int) -> TritonLaunch:
-    """The gate on argument `first` ([T, E], or [parts, T, E]), with `extra` arguments and outputs from `out`."""
+def _launch(node: OpNode, rows: int, first: int, extra: tuple[int, ...], out: int) -> TritonLaunch:
+    """The gate on the logits in argument `first`, with `extra` arguments and outputs from `out`."""
     experts, topk = _width(node)
     by_hash = node.op.endswith("hash")
     args: dict[str, LaunchArg] = {
-        "parts": ptr(first), "ids": ptr(out), "weight": ptr(out + 1), "tokens": i32(f"a{out}_0"),
+        "logits": ptr(first), "ids": ptr(out), "weight": ptr(out + 1), "tokens": i32(f"a{out}_0"),
     }  # fmt: skip
     args |= dict(zip(("token_ids", "table") if by_hash else ("bias",), map(ptr, extra), strict=True))
     constants = {
-        "E": experts, "K": topk, "SCALING": float(node.attrs["scaling"]), "PARTS": parts, "BT": rows,
-        "BK": _power(topk),
+        "E": experts, "K": topk, "SCALING": float(node.attrs["scaling"]), "BT": rows, "BK": _power(topk),
     }  # fmt: skip
     if not by_hash:
         constants["BE"] = _power(experts)
     name = f"{_KERNELS}:{'gate_hash' if by_hash else 'gate_bias'}"
-    return TritonLaunch(name, args, constants, (f"cdiv(a{out}_0, {rows})", 1, 1), num_warps=min(rows, 4))
+    return TritonLaunch(name, args, constants, (f"cdiv(a{out}_0, {rows})", 1, 1), num_warps=min(rows, 4), pdl=True)
 
 
 def _accepts(node: OpNode) -> str | None:
@@ -65,7 +64,7 @@ def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
 
 def _build(node: OpNode, config: Config) -> Build:
     inputs = len(node.inputs)
-    return Build("gpu", launches=(_launch(node, config["rows"], 0, tuple(range(1, inputs)), inputs, 1),))
+    return Build("gpu", launches=(_launch(node, config["rows"], 0, tuple(range(1, inputs)), inputs),))
 
 
 def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
@@ -82,27 +81,22 @@ def _product(node: OpNode) -> OpNode:
 
 
 def _few_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    few = next(s for s in linear.SCHEDULES if s.name == "linear_mixed.triton_few")
-    return few.space(_product(node), symbols)
+    return linear.few_space(_product(node), symbols)
 
 
 def _few_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
-    return (Value((config["split"], "T", _width(node)[0]), "float32"),)
+    return (Value(("T", _width(node)[0]), "float32"),)
 
 
 def _few_build(node: OpNode, config: Config) -> Build:
     inputs = len(node.inputs)
-    few = next(s for s in linear.SCHEDULES if s.name == "linear_mixed.triton_few")
-    product = few.build(_product(node), config).launches[0]
-    assert isinstance(product, TritonLaunch)
-    product = replace(product, args={**product.args, "out": ptr(inputs)})
-    gate = _launch(node, 1, inputs, tuple(range(2, inputs)), inputs + 1, config["split"])
+    product = linear.few_launch(_product(node), config, inputs)
+    gate = _launch(node, 1, inputs, tuple(range(2, inputs)), inputs + 1)
     return Build("gpu", launches=(product, gate))
 
 
 def _few_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
-    few = next(s for s in linear.SCHEDULES if s.name == "linear_mixed.triton_few")
-    return replace(few.cost(_product(node), symbols, config), launches=2)
+    return replace(linear.few_cost(_product(node), symbols, config), launches=2)
 
 
 _TOLERANCE = 1e-5  # weights: float32 exp, log1p and square root, each to a few ulps
@@ -115,7 +109,7 @@ SCHEDULES = (
     ),
     *(
         Schedule(
-            f"{op}.triton_few", op, HOPPER, _few_build, _few_cost, _accepts,
+            f"{op}.gluon_few", op, HOPPER, _few_build, _few_cost, _accepts,
             workspace=_few_workspace, space=_few_space, tolerance=_LINEAR_TOLERANCE,
         )
         for op in ("gate_linear_bias", "gate_linear_hash")

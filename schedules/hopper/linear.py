@@ -1,7 +1,7 @@
 """Linear maps on Hopper: FP8 with block scales (one weight, or one a group) and BF16 with float32 sums.
 
-Few tokens read the weight once at the card's bandwidth: `split` programs share a weight tile's channels where its
-rows alone would leave multiprocessors idle. Many tokens are bound by the matrix units. cuBLASLt is a candidate too.
+Few tokens read the weight once at the card's bandwidth: the blocks of a cluster share a tile's channels where the
+weight has too few rows to fill the card. Many tokens are bound by the matrix units. cuBLASLt is a candidate too.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from dsv4c.schedules._launch import Desc, LaunchArg, TritonLaunch, i32, ptr
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work
 
 HOPPER = frozenset({"sm_90a"})
-SMS = 132  # of an H200; more programs than multiprocessors do no harm, fewer leave some idle
-_KERNELS = "dsv4c.schedules.triton.linear"
-_SHARED = 227 * 1024
-_ADD_BLOCK = 512  # elements of one summing program: 4 a thread
+SMS = 132  # of an H200
+_FEW, _MANY = "dsv4c.schedules.triton.linear", "dsv4c.schedules.triton.linear_many"
+_SHARED = 227 * 1024  # of a multiprocessor, for its blocks together
+_BLOCK_SHARED = 1024  # what the card keeps of it for each block
+_MOST_FEW = 512  # tokens; beyond, tiles of tokens would read the weight more often than the other kernels do
 
 
 @dataclass(frozen=True)
 class _Map:
-    """Sizes of a node: `rows` output channels a group, `k` input channels a group."""
+    """Sizes of a node: `n` output channels in all, `k` input channels of one group."""
 
     fp8: bool
     n: int
@@ -38,12 +39,18 @@ class _Map:
 
     @property
     def rows(self) -> int:
+        """Output channels of one group."""
         return self.n // self.groups
 
     @property
     def width(self) -> int:
         """Elements of one token's input."""
         return self.groups * self.k
+
+    @property
+    def step(self) -> int:
+        """Input channels of one ring slot: 128 bytes."""
+        return 128 if self.fp8 else 64
 
     @property
     def out(self) -> int:
@@ -53,26 +60,23 @@ class _Map:
 
 @dataclass(frozen=True)
 class Few:
-    """Config of the few-token kernels: weight rows and tokens of a program, parts of K, pipeline depth."""
+    """Config of the few-token kernels: weight rows and tokens of a tile, blocks that share its K, ring slots."""
 
     bn: int
     bt: int
-    split: int
+    ctas: int
     stages: int
-    warps: int = 4
-    bk: int = 128
 
 
 @dataclass(frozen=True)
 class Many:
-    """Config of the persistent kernels. `groups` warp groups multiply `sub` times 64 rows each of bm x bn tiles."""
+    """Config of the persistent kernels: tiles of bm tokens x bn channels, `sub` times 64 rows a warp group."""
 
     bm: int
     bn: int
-    sub: int
     stages: int
+    sub: int = 1
     band: int = 8
-    bk: int = 128
 
     @property
     def groups(self) -> int:
@@ -88,7 +92,11 @@ def _power(value: int, low: int, high: int) -> int:
     return max(low, min(high, 1 << max(0, value - 1).bit_length()))
 
 
-def _accepts(node: OpNode) -> str | None:
+def _moved(node: OpNode, symbols: Mapping[str, int]) -> float:
+    return float(sum(v.bytes(symbols) for v in (*node.inputs, *node.outputs) if v is not None))
+
+
+def _accepts_few(node: OpNode) -> str | None:
     m = _Map.of(node)
     x = node.inputs[0]
     assert x is not None
@@ -98,136 +106,122 @@ def _accepts(node: OpNode) -> str | None:
         return f"{m.k} input channels are no multiple of 128"
     if m.groups > 1 and m.rows % 128:
         return f"{m.rows} output channels of a group are no multiple of 128"
-    if m.n % (8 if m.fp8 else 4):
-        return f"{m.n} output channels are no multiple of 16 bytes"
     return None
 
 
-def _few_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    """Tiles of 128 or 64 rows, with K split until the programs fill the card once, twice or four times."""
+def few_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+    """Tiles of 64 or 128 rows; as many blocks share one as put one to four blocks on each multiprocessor."""
     m, tokens = _Map.of(node), max(1, symbols["T"])
+    if tokens > _MOST_FEW and m.k % 512 == 0:
+        return ({"bn": 64, "bt": 128, "ctas": 1, "stages": 4},)
     bt = _power(tokens, 16, 128)
-    blocks = m.k // 128
+    slots = m.k // m.step
     found: list[Few] = []
-    for bn in (128, 64):
+    for bn in (64, 128):
         tiles = _cdiv(m.n, bn) * _cdiv(tokens, bt)
-        wanted = {_power(_cdiv(times * SMS, tiles), 1, 64) for times in (1, 2, 4)}
-        for split in sorted(wanted, reverse=True):
-            if split > 1 and (blocks < 2 * split or tokens > 512):
-                continue
-            bk = 128 if m.fp8 else 64
-            stage = (bn + bt) * 128
-            stages = max(3, min(8, 72 * 1024 // stage))  # three programs a multiprocessor
-            found.append(Few(bn, bt, split, stages, 4, bk))
-    return tuple(asdict(few) for few in dict.fromkeys(found)) or (asdict(Few(64, bt, 1, 4, 4, 128 if m.fp8 else 64)),)
+        fitting = [c for c in (1, 2, 4, 8) if slots % c == 0 and bn * bt <= 8192]
+        for ctas in [c for c in fitting if SMS * 0.7 <= tiles * c <= 4.5 * SMS] or fitting[-1 if tiles < SMS else 0 :][
+            :1
+        ]:
+            for blocks in (2, 3):  # a multiprocessor should hold, each with its ring
+                stages = (_SHARED // blocks - _BLOCK_SHARED - 2048) // ((bn + bt) * 128)
+                found.append(Few(bn, bt, ctas, max(2, min(stages, slots // ctas, 16))))
+    return tuple(asdict(few) for few in dict.fromkeys(found))
+
+
+def few_launch(node: OpNode, config: Config, out: int) -> TritonLaunch:
+    """The kernel for few tokens, writing argument `out`."""
+    m, c = _Map.of(node), Few(**config)
+    constants: dict[str, Any] = {"N": m.n, "K": m.k, "BN": c.bn, "BT": c.bt, "CTAS": c.ctas, "STAGES": c.stages}
+    x = Desc(0, ("a0_0", m.width), (m.width, 1), (c.bt, m.step))
+    args: dict[str, LaunchArg] = {"out": ptr(out), "tokens": i32("a0_0")}
+    if m.fp8:
+        weight = Desc(2, (m.n, m.k), (m.k, 1), (c.bn, m.step))
+        args |= {"data": x, "scale": ptr(1), "weight": weight, "weight_scale": ptr(3)}
+        constants["ROWS"] = m.rows
+    else:
+        args |= {"x": x, "weight": Desc(1, (m.n, m.k), (m.k, 1), (c.bn, m.step))}
+    return TritonLaunch(
+        f"{_FEW}:few_{'fp8' if m.fp8 else 'mixed'}",
+        args,
+        constants,
+        (f"cdiv(a0_0, {c.bt}) * {_cdiv(m.n, c.bn)}", 1, 1),
+        num_warps=4,
+        num_ctas=c.ctas,
+        pdl=True,
+    )
 
 
 def _few_build(node: OpNode, config: Config) -> Build:
-    m, c = _Map.of(node), Few(**config)
-    out = m.out + (c.split > 1)
-    to = m.out if c.split > 1 else out
-    constants: dict[str, Any] = {"N": m.n, "K": m.k, "BN": c.bn, "BT": c.bt, "SPLIT": c.split}
-    if m.fp8:
-        args: dict[str, LaunchArg] = {
-            "data": Desc(0, ("a0_0", m.width), (m.width, 1), (c.bt, 128)),
-            "scale": ptr(1),
-            "weight": Desc(2, (m.n, m.k), (m.k, 1), (c.bn, 128)),
-            "weight_scale": ptr(3),
-        }
-        constants["ROWS"] = m.rows
-    else:
-        args = {
-            "x": Desc(0, ("a0_0", m.k), (m.k, 1), (c.bt, c.bk)),
-            "weight": Desc(1, (m.n, m.k), (m.k, 1), (c.bn, c.bk)),
-        }
-        constants["BK"] = c.bk
-    grid = (_cdiv(m.n, c.bn), f"cdiv(a0_0, {c.bt})", c.split)
-    name = f"{_KERNELS}:few_{'fp8' if m.fp8 else 'mixed'}"
-    launches = [
-        TritonLaunch(
-            name, {**args, "out": ptr(to), "tokens": i32("a0_0")}, constants, grid,
-            num_warps=c.warps, num_stages=c.stages,
-        )
-    ]  # fmt: skip
-    if c.split > 1:
-        count = f"a0_0 * {m.n}"
-        launches.append(
-            TritonLaunch(
-                f"{_KERNELS}:add_parts",
-                {"parts": ptr(to), "out": ptr(out), "count": i32(count)},
-                {"SPLIT": c.split, "BLOCK": _ADD_BLOCK},
-                (f"cdiv({count}, {_ADD_BLOCK})", 1, 1),
-            )
-        )
-    return Build("gpu", launches=tuple(launches))
+    return Build("gpu", launches=(few_launch(node, config, _Map.of(node).out),))
 
 
-def _few_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
-    c = Few(**config)
-    return (Value((c.split, "T", _Map.of(node).n), "float32"),) if c.split > 1 else ()
-
-
-def _moved(node: OpNode, symbols: Mapping[str, int]) -> float:
-    return float(sum(v.bytes(symbols) for v in (*node.inputs, *node.outputs) if v is not None))
-
-
-def _few_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
-    """Bandwidth where the programs fill the card; each tile of tokens reads the weight again, from the L2 cache."""
+def few_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    """Bandwidth where the blocks fill the card; each tile of tokens reads the weight again, from the L2 cache."""
     m, c, tokens = _Map.of(node), Few(**config), max(1, symbols["T"])
     tiles = _cdiv(tokens, c.bt)
-    parts = 8.0 * c.split * tokens * m.n if c.split > 1 else 0.0
-    idle = max(1.0, SMS / (_cdiv(m.n, c.bn) * tiles * c.split))
+    blocks = _cdiv(m.n, c.bn) * tiles * c.ctas
+    idle = max(1.0, SMS / blocks)
     flops = 2.0 * tiles * c.bt * m.n * m.k
     # 0.85 of the copy bandwidth in steady state; padded tokens are multiplied too, at half the rate of large tiles
-    moved = (_moved(node, symbols) + parts) * idle / 0.85
-    return Work(moved, flops, "gpu", 0.4, "fp8" if m.fp8 else "bf16", launches=2 if c.split > 1 else 1)
+    return Work(_moved(node, symbols) * idle / 0.85, flops, "gpu", 0.4, "fp8" if m.fp8 else "bf16")
+
+
+def _accepts_many(node: OpNode) -> str | None:
+    m = _Map.of(node)
+    if m.fp8 and m.k % 512:
+        return f"{m.k} input channels are no multiple of 512, the scales of 4 blocks being one copy"
+    if m.n % (8 if m.fp8 else 2):
+        return f"{m.n} output channels are no multiple of {8 if m.fp8 else 2}"
+    return _accepts_few(node)
 
 
 def _many_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    m = _Map.of(node)
-    if m.fp8:
-        found = [
-            Many(256, 128, 2, 4), Many(128, 128, 1, 6), Many(128, 128, 2, 3), Many(64, 128, 1, 4), Many(128, 64, 1, 6),
-        ]  # fmt: skip
+    if _Map.of(node).fp8:
+        found = [Many(128, 128, 5), Many(128, 128, 5, band=16), Many(128, 64, 7), Many(64, 128, 3)]
     else:
         found = [
-            Many(128, 256, 1, 4, bk=64), Many(256, 128, 2, 4, bk=64), Many(128, 128, 1, 6, bk=64),
-            Many(128, 128, 2, 3, bk=64), Many(64, 128, 1, 4, bk=64),
+            Many(256, 128, 4, 2), Many(128, 256, 4), Many(128, 128, 6), Many(128, 128, 3, 2), Many(64, 128, 4),
+            Many(256, 128, 4, 2, band=16),
         ]  # fmt: skip
     return tuple(asdict(c) for c in found)
 
 
 def _many_shared(m: _Map, c: Many) -> int:
-    """Bytes of the operand ring and the output tiles."""
-    size = 1 if m.fp8 else 2
-    tile = 64 * c.bn * 2 if m.fp8 else 0
-    return c.stages * (c.bm + c.bn) * c.bk * size + c.groups * tile
+    """Bytes of the rings and the output tiles."""
+    extra = c.bm * 16 * (c.stages // 4 + 2) + c.groups * 64 * c.bn * 2 if m.fp8 else 0
+    return c.stages * (c.bm + c.bn) * 128 + extra
 
 
 def _many_programs(m: _Map, c: Many) -> int:
     """Programs that fit the card: two a multiprocessor where shared memory and registers allow."""
-    return SMS * (2 if c.groups == 1 and 2 * (_many_shared(m, c) + 2048) <= _SHARED + 1024 else 1)
+    return SMS * (2 if c.groups == 1 and 2 * (_many_shared(m, c) + _BLOCK_SHARED + 256) <= _SHARED else 1)
 
 
 def _many_build(node: OpNode, config: Config) -> Build:
     m, c = _Map.of(node), Many(**config)
-    x = Desc(0, ("a0_0", m.width), (m.width, 1), (c.bm, c.bk))
-    out = Desc(m.out, ("a0_0", m.n), (m.n, 1), (64, c.bn)) if m.fp8 else ptr(m.out)
+    x = Desc(0, ("a0_0", m.width), (m.width, 1), (c.bm, m.step))
+    weight = Desc(2 if m.fp8 else 1, (m.n, m.k), (m.k, 1), (c.bn, m.step))
     constants: dict[str, Any] = {
-        "N": m.n, "K": m.k, "BM": c.bm, "BN": c.bn, "BAND": c.band, "SUB": c.sub, "STAGES": c.stages,
-        "REGISTERS": 232,
+        "N": m.n, "K": m.k, "BM": c.bm, "BN": c.bn, "BAND": c.band, "STAGES": c.stages,
+        "REGISTERS": 232,  # of the second warp group; 24 for the copying warp leave as many for the first
     }  # fmt: skip
-    weight = Desc(2 if m.fp8 else 1, (m.n, m.k), (m.k, 1), (c.bn, c.bk))
-    args: dict[str, LaunchArg] = {"weight": weight, "out": out, "tokens": i32("a0_0")}
+    args: dict[str, LaunchArg] = {"weight": weight, "tokens": i32("a0_0")}
     if m.fp8:
-        args |= {"data": x, "scale": ptr(1), "weight_scale": ptr(3)}
+        scales = m.width // 128
+        args |= {
+            "data": x,
+            "scale": Desc(1, ("a0_0", scales), (scales, 1), (c.bm, 4)),
+            "weight_scale": ptr(3),
+            "out": Desc(m.out, ("a0_0", m.n), (m.n, 1), (64, c.bn)),
+        }
         constants["ROWS"] = m.rows
     else:
-        args["x"] = x
-        constants["BK"] = c.bk
+        args |= {"x": x, "out": ptr(m.out)}
+        constants["SUB"] = c.sub
     tiles = f"cdiv(a0_0, {c.bm}) * {_cdiv(m.n, c.bn)}"
     launch = TritonLaunch(
-        f"{_KERNELS}:many_{'fp8' if m.fp8 else 'mixed'}", args, constants,
+        f"{_MANY}:many_{'fp8' if m.fp8 else 'mixed'}", args, constants,
         (f"min({_many_programs(m, c)}, {tiles})", 1, 1),
         num_warps=4,
         maxnreg=168 if c.groups == 2 else 128,  # an even share of the registers; warp groups trade theirs
@@ -240,10 +234,9 @@ def _many_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
     tiles = _cdiv(tokens, c.bm) * _cdiv(m.n, c.bn)
     programs = _many_programs(m, c)
     waves = _cdiv(tiles, programs) * programs  # tiles as if the last wave were full
-    efficiency = {256: 0.8, 128: 0.7, 64: 0.5}[c.bm] * (1.0 if c.bn >= 128 else 0.7)
-    return Work(
-        _moved(node, symbols), 2.0 * waves * c.bm * c.bn * m.k, "gpu", efficiency, "fp8" if m.fp8 else "bf16"
-    )  # fmt: skip
+    efficiency = {256: 0.85, 128: 0.8, 64: 0.55}[c.bm] * (1.0 if c.bn >= 128 else 0.7)
+    unit = "fp8" if m.fp8 else "bf16"
+    return Work(_moved(node, symbols), 2.0 * waves * c.bm * c.bn * m.k, "gpu", efficiency, unit)  # type: ignore[arg-type]
 
 
 def _vendor_accepts(node: OpNode) -> str | None:
@@ -287,11 +280,11 @@ SCHEDULES = (
         )
         for schedule in (
             Schedule(
-                f"{op}.triton_few", op, HOPPER, _few_build, _few_cost, _accepts,
-                workspace=_few_workspace, space=_few_space, tolerance=tolerance,
+                f"{op}.gluon_few", op, HOPPER, _few_build, few_cost, _accepts_few,
+                space=few_space, tolerance=tolerance,
             ),
             Schedule(
-                f"{op}.gluon_many", op, HOPPER, _many_build, _many_cost, _accepts,
+                f"{op}.gluon_many", op, HOPPER, _many_build, _many_cost, _accepts_many,
                 space=_many_space, tolerance=tolerance,
             ),
         )

@@ -3,12 +3,12 @@
 A row is one warp's work: its logits stay in registers, the K best are taken one after another. A NaN score ranks
 below every number, so the chosen experts are always K distinct ones; it stays NaN as a weight.
 
-Legend: T tokens, E experts, K chosen experts, P parts that a split product left to sum.
+Legend: T tokens, E experts, K chosen experts.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
 
 @triton.jit
@@ -19,21 +19,19 @@ def _score(x):
 
 @triton.jit
 def gate_bias(
-    parts, bias, ids, weight, tokens,
-    E: tl.constexpr, K: tl.constexpr, SCALING: tl.constexpr, PARTS: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    logits, bias, ids, weight, tokens,
+    E: tl.constexpr, K: tl.constexpr, SCALING: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """parts float32 [P, T, E]; ids int32 and weight float32 [T, K]. BE and BK: E and K as powers of two."""
+    """logits float32 [T, E]; ids int32 and weight float32 [T, K]. BE and BK: E and K as powers of two."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
     k = tl.arange(0, BK)
     live = (t < tokens)[:, None] & (e < E)[None, :]
-    at = t.to(tl.int64)[:, None] * E + e[None, :]
-    x = tl.load(parts + at, live, 0.0)
-    for p in tl.static_range(1, PARTS):
-        x += tl.load(parts + p * tokens.to(tl.int64) * E + at, live, 0.0)
-    scores = _score(x)
-    rank = scores + tl.load(bias + e, e < E, 0.0)[None, :]
+    biases = tl.load(bias + e, e < E, 0.0)
+    gdc_wait()
+    gdc_launch_dependents()
+    scores = _score(tl.load(logits + t[:, None] * E + e[None, :], live, 0.0))
+    rank = scores + biases[None, :]
     rank = tl.where(rank == rank, rank, -3.0e38)
     rank = tl.where(live, rank, float("-inf"))
     chosen = tl.zeros((BT, BK), tl.int32)
@@ -50,20 +48,18 @@ def gate_bias(
 
 @triton.jit
 def gate_hash(
-    parts, token_ids, table, ids, weight, tokens,
-    E: tl.constexpr, K: tl.constexpr, SCALING: tl.constexpr, PARTS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    logits, token_ids, table, ids, weight, tokens,
+    E: tl.constexpr, K: tl.constexpr, SCALING: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """As `gate_bias`, with the experts of table [V, K] (int64) for each token id."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     k = tl.arange(0, BK)
     live = (t < tokens)[:, None] & (k < K)[None, :]
+    gdc_wait()
+    gdc_launch_dependents()
     token = tl.load(token_ids + t, t < tokens, 0)
     chosen = tl.load(table + token[:, None] * K + k[None, :], live, 0)
-    at = t.to(tl.int64)[:, None] * E + chosen
-    x = tl.load(parts + at, live, 0.0)
-    for p in tl.static_range(1, PARTS):
-        x += tl.load(parts + p * tokens.to(tl.int64) * E + at, live, 0.0)
-    gains = tl.where(live, _score(x), 0.0)
+    gains = tl.where(live, _score(tl.load(logits + t[:, None] * E + chosen, live, 0.0)), 0.0)
     _write(ids, weight, chosen.to(tl.int32), gains, t, k, tokens, K, SCALING)
 
 
