@@ -183,10 +183,10 @@ def _cluster_build(node: OpNode, config: Config) -> Build:
     launch = TritonLaunch(
         "dsv4c.schedules.triton.hyper_cluster:fused",
         args={
-            "y": ptr(0), "x": ptr(1 if fused else 0), "post_in": ptr(2 if fused else x + 1),
+            "y": ptr(0, "int32"), "x": ptr(1 if fused else 0, "int32"), "post_in": ptr(2 if fused else x + 1),
             "comb_in": ptr(3 if fused else x + 2), "fn": ptr(weights), "base": ptr(weights + 1),
-            "scale": ptr(weights + 2), "norm_weight": ptr(weights + 3 if norm else weights), "streams": ptr(streams),
-            "out": ptr(x), "post_out": ptr(x + 1), "comb_out": ptr(x + 2),
+            "scale": ptr(weights + 2), "norm_weight": ptr(weights + 3 if norm else weights),
+            "streams": ptr(streams, "int32"), "out": ptr(x, "int32"), "post_out": ptr(x + 1), "comb_out": ptr(x + 2),
             "data": ptr(x + 3) if quantise else ptr(x, "float8_e4m3fn"),
             "data_scale": ptr(x + 4) if quantise else ptr(x, "float32"), "tokens": i32("a0_0"),
         },

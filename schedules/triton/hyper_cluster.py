@@ -1,153 +1,286 @@
 """Hyper-connections as one kernel: a cluster of 16 blocks holds a tile of tokens, each block its channels of them.
 
-    block b of a cluster: channels [b * DC, (b + 1) * DC) of all 4 streams; its part of fn stays in shared memory
+    block b of a cluster: channels [b * 256, (b + 1) * 256) of all 4 streams; its part of fn stays in shared memory
     tile n (M tokens):  copy streams and y in | hc_post in registers, streams out | products with fn, Gram matrix
-                        | sums of the block's warps -> every block of the cluster | next input of tile n - 1, out
+                        | next input of tile n - 1, out | sums of the block's warps -> every block of the cluster
 
 Streams are read once and written once. What a token needs from all its channels are 24 products and the 10 products of
 its streams with each other: their squares give the norm before the projection, and with the coefficients also the
 norm of the weighted sum, so one exchange between blocks is enough. It takes as long as the next tile's products.
-Two tiles are in flight from memory (`copy`), one waits for its sums (`held` registers).
+Two tiles are on their way from memory, one waits in registers for its sums.
 
 Sinkhorn does not hold up anything: block b collects the logits of token b of every tile, and solves them at the end.
 
 fn is float32: it is split into bfloat16 high and low parts, two products that leave an error of 2**-17; the streams
 are bfloat16 and so exact.
 
-Legend: T tokens, N = 4 streams, D channels, C blocks of a cluster, W warps of a block, K channels of a warp, M tokens
-of a tile. Tensors over channels are [W, K, M]; every thread holds 8 channels in a row, of one or two tokens.
+What the language lacks is written as PTX, each block with its operands in its docstring: packed pairs of bfloat16 that
+feed both operands of a product, sums that warps send to other blocks, and a wait without barriers around it.
+
+Legend: T tokens, N = 4 streams, D channels, C blocks of a cluster, W = 8 warps of a block, M tokens of a tile.
+Thread (w, g, q) = (id / 32, id / 4 % 8, id % 4) holds channels 32 w + 8 q + 0..7 of tokens g + 8 s, s < M / 8.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-GRAM = gl.constexpr(10)  # products of streams with each other, squares first: 00 11 22 33 01 02 03 12 13 23
-SHARED_ROWS = gl.constexpr(14)  # sums that every block needs: pre, Gram
-OWN_ROWS = gl.constexpr(20)  # sums that the owner of a token needs: comb, post
-CLUSTER_SYNC = gl.constexpr(
-    "fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
-)
+W = gl.constexpr(8)  # warps
+K = gl.constexpr(32)  # channels of a warp
+SHARED = gl.constexpr(14)  # sums that every block needs: pre, then products of streams 00 11 22 33 01 02 03 12 13 23
+OWN = gl.constexpr(20)  # sums that the owner of a token needs: comb, post
 
-
-@gluon.constexpr_function
-def _bits(size):
-    return [1 << i for i in range(size.bit_length() - 1)]
+_GRAM = gl.constexpr(((0, 0, 1, 0, 4), (0, 2, 3, 5, 6), (1, 1, 2, 1, 7), (3, 3, 1, 3, 8), (2, 2, 3, 2, 9)))
+"""(k, i, j, row of i * k, row of j * k): streams i over j times stream k gives two products at once."""
 
 
 @gluon.constexpr_function
-def _layout(warps, channels, tokens):
-    """[W, K, M]: as the B operand of a 16x8x16 product has it, 8 channels in a row."""
-    regs = [[0, c, 0] for c in (1, 2, 4)] + [[0, c, 0] for c in _bits(channels) if c >= 32]
-    regs += [[0, 0, t] for t in _bits(tokens) if t >= 8]
+def _wide(tokens):
+    """Layout of [W, K, M]."""
+    regs = [[0, 1, 0], [0, 2, 0], [0, 4, 0]] + [[0, 0, 8]] * (tokens // 16)
     lanes = [[0, 8, 0], [0, 16, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
-    return gl.DistributedLinearLayout(regs, lanes, [[w, 0, 0] for w in _bits(warps)], [], [warps, channels, tokens])
+    return gl.DistributedLinearLayout(regs, lanes, [[1, 0, 0], [2, 0, 0], [4, 0, 0]], [], [8, 32, tokens])
 
 
 @gluon.constexpr_function
-def _send_text(C, M, W):
-    """Adds the warps' sums and stores them: pre and Gram in every block, comb and post in the token's own.
+def _pairs(tokens):
+    """Layout of [W, K / 2, M]: the same, two channels a register."""
+    regs = [[0, 1, 0], [0, 2, 0]] + [[0, 0, 8]] * (tokens // 16)
+    lanes = [[0, 4, 0], [0, 8, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    return gl.DistributedLinearLayout(regs, lanes, [[1, 0, 0], [2, 0, 0], [4, 0, 0]], [], [8, 16, tokens])
 
-    Operands: sums of comb [16, W, M], of pre and post [8, W, M], of Gram [GRAM, W, M]; the destination of the shared
-    sums [C, SHARED_ROWS, M], of the own ones [C, OWN_ROWS], their barrier; the rank of this block.
+
+@gluon.constexpr_function
+def _fragments():
+    """Shared layout of [W, 16, K] of fn: 16 bytes are what a thread gives to one product, a warp's are in a row."""
+    thread = [[0, 0, 1], [0, 8, 0], [0, 0, 2]]
+    lanes = [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    return gl.SharedLinearLayout([*thread, *lanes, [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]])
+
+
+@gluon.constexpr_function
+def _types(dtype, shape, layout, count):
+    return tuple(gl.distributed_type(dtype, shape, layout) for _ in range(count))
+
+
+@gluon.constexpr_function
+def _text(*lines):
+    """A block of PTX with the thread's place in it: t, w, g, q."""
+    head = [".reg .u32 t, w, g, q;", "mov.u32 t, %tid.x;", "shr.u32 w, t, 5;", "shr.u32 g, t, 2;", "and.b32 g, g, 7;"]
+    return "\n".join(["{", *head, "and.b32 q, t, 3;", *lines, "}"])
+
+
+@gluon.constexpr_function
+def _group(refs):
+    return "{" + ", ".join(refs) + "}"
+
+
+@gluon.constexpr_function
+def _start_text():
+    """Makes and arms the barriers $0 for $1 bytes, and waits for the cluster."""
+    lines = [".reg .pred p;", "setp.eq.u32 p, t, 0;"]
+    for bar in ("[$0]", "[$0 + 8]"):
+        lines.append(f"@p mbarrier.init.shared::cta.b64 {bar}, 1;")
+    lines.append("@p fence.mbarrier_init.release.cluster;")
+    for bar in ("[$0]", "[$0 + 8]"):
+        lines.append(f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, {bar}, $1;")
+    return _text(*lines, "barrier.cluster.arrive.release;", "barrier.cluster.wait.acquire;")
+
+
+@gluon.constexpr_function
+def _read_text(count, tokens):
+    """`count` tensors of pairs from shared memory $last [count, W, M, K / 2]: what this thread copied there."""
+    sets = tokens // 8
+    lines = [".reg .u32 a;", f"mad.lo.u32 a, w, {tokens * 64}, ${count * 4 * sets};", "mad.lo.u32 a, g, 64, a;"]
+    lines.append("mad.lo.u32 a, q, 16, a;")
+    for i in range(count * sets):
+        out = _group(f"${4 * i + r}" for r in range(4))
+        lines.append(f"ld.shared.v4.b32 {out}, [a + {i // sets * 8 * tokens * 64 + i % sets * 512}];")
+    return _text(*lines)
+
+
+@gluon.constexpr_function
+def _columns_text(count, width, tokens):
+    """`count` tensors [M] from the rows of shared memory $last [M, width]."""
+    sets = tokens // 8
+    lines = [".reg .u32 a;", f"mad.lo.u32 a, g, {4 * width}, ${count * sets};"]
+    for s in range(sets):
+        for v in range(0, count, 4):
+            size = min(4, count - v)
+            out = _group(f"${(v + i) * sets + s}" for i in range(size))
+            lines.append(f"ld.shared.v{size}.f32 {out}, [a + {s * 32 * width + v * 4}];")
+    return _text(*lines)
+
+
+@gluon.constexpr_function
+def _broadcast_text():
+    """16 values at shared memory $16, for every thread."""
+    return "\n".join(
+        f"ld.shared.v4.f32 {{${v}, ${v + 1}, ${v + 2}, ${v + 3}}}, [$16 + {4 * v}];" for v in (0, 4, 8, 12)
+    )
+
+
+@gluon.constexpr_function
+def _unpack_text(outputs, inputs):
+    """float32 of pairs."""
+    lines = []
+    for i, pair in enumerate(inputs[0]):
+        lines += [f"shl.b32 {outputs[0][2 * i]}, {pair}, 16;", f"and.b32 {outputs[0][2 * i + 1]}, {pair}, -65536;"]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _pack_text(outputs, inputs):
+    """Pairs of float32, rounded."""
+    wide = inputs[0]
+    return "\n".join(f"cvt.rn.bf16x2.f32 {o}, {wide[2 * i + 1]}, {wide[2 * i]};" for i, o in enumerate(outputs[0]))
+
+
+@gluon.constexpr_function
+def _sums_text(tokens):
+    """What each warp's channels add to the products of 4 streams (pairs) with fn, and with each other.
+
+    Operands after the pairs: fn's part [12, W, 16, K], sums of comb [16, W, M], of pre and post [8, W, M], of the
+    products of streams [10, W, M].
     """
-    row = W * M * 4
+    sets = tokens // 8
+    kept, comb, mix, gram = (f"${16 * sets + i}" for i in range(4))
+    row = 8 * tokens * 4
     lines = [
-        "{",
-        ".reg .pred p, q;",
-        ".reg .u32 t, v, k, a, b, to, own, far, bar;",
-        ".reg .f32 x, y;",
-        "mov.u32 t, %tid.x;",
-        f"shr.u32 v, t, {M.bit_length() - 1};",
-        f"and.b32 k, t, {M - 1};",
+        ".reg .u32 a, b;",
+        ".reg .pred p, odd;",
+        ".reg .b32 f<4>;",
+        ".reg .f32 x, zero;",
+        "mov.f32 zero, 0f00000000;",
     ]
+    lines += [f".reg .f32 h<{4 * sets}>, l<{4 * sets}>, m<{4 * sets}>, c<20>;"]
+    lines += [f"mad.lo.u32 a, w, 1024, {kept};", "and.b32 b, t, 31;", "mad.lo.u32 a, b, 16, a;"]
+
+    def product(to, a, b, first):
+        added = ["zero"] * 4 if first else to
+        operands = ", ".join(map(_group, (to, a, b, added)))
+        return f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {operands};"
+
+    def pair(j, s, r):
+        return f"${4 * (j * sets + s) + r}"
+
+    for j in range(4):
+        for part, name in enumerate("hlm"):  # comb's rows high and low; those of pre and post high over low
+            for k in (0, 2):
+                lines.append(f"ld.shared.v4.b32 {{f0, f1, f2, f3}}, [a + {(3 * j + part) * 8 * 1024 + k * 256}];")
+                for s in range(sets):
+                    to = [f"{name}{4 * s + i}" for i in range(4)]
+                    right = (pair(j, s, k), pair(j, s, k + 1))
+                    lines.append(product(to, ("f0", "f1", "f2", "f3"), right, j == 0 and k == 0))
+    lines += [f"mad.lo.u32 a, w, {tokens * 4}, {comb};", f"mad.lo.u32 a, g, {row}, a;", "mad.lo.u32 a, q, 8, a;"]
+    lines += [f"mad.lo.u32 b, w, {tokens * 4}, {mix};", f"mad.lo.u32 b, g, {row}, b;", "mad.lo.u32 b, q, 8, b;"]
+    for s in range(sets):
+        lines += [f"add.f32 h{4 * s + i}, h{4 * s + i}, l{4 * s + i};" for i in range(4)]
+        lines += [f"add.f32 m{4 * s + i}, m{4 * s + i}, m{4 * s + i + 2};" for i in range(2)]
+        lines.append(f"st.shared.v2.f32 [a + {32 * s}], {{h{4 * s}, h{4 * s + 1}}};")
+        lines.append(f"st.shared.v2.f32 [a + {32 * s + 8 * row}], {{h{4 * s + 2}, h{4 * s + 3}}};")
+        lines.append(f"st.shared.v2.f32 [b + {32 * s}], {{m{4 * s}, m{4 * s + 1}}};")
+    # Rows are one stream's tokens, columns another's: the products wanted are on the diagonals.
+    lines += [f"mad.lo.u32 a, w, {tokens * 4}, {gram};", "mad.lo.u32 a, g, 4, a;", "shr.u32 b, g, 1;"]
+    lines += ["setp.eq.u32 p, b, q;", "and.b32 b, g, 1;", "setp.eq.u32 odd, b, 1;"]
+    for s in range(sets):
+        for k in (0, 2):
+            for i, (right, upper, lower, _, _) in enumerate(_GRAM.value):
+                left = (pair(upper, s, k), pair(lower, s, k), pair(upper, s, k + 1), pair(lower, s, k + 1))
+                to = [f"c{4 * i + n}" for n in range(4)]
+                lines.append(product(to, left, (pair(right, s, k), pair(right, s, k + 1)), k == 0))
+        for i, (_, _, _, upper, lower) in enumerate(_GRAM.value):
+            for n, at in ((0, upper), (2, lower)):
+                lines.append(f"selp.f32 x, c{4 * i + n + 1}, c{4 * i + n}, odd;")
+                lines.append(f"@p st.shared.f32 [a + {at * row + 32 * s}], x;")
+    return _text(*lines)
+
+
+@gluon.constexpr_function
+def _reduce_text(tokens):
+    """Adds the warps' sums, and lays them out for sending: [SHARED, M] for every block, [M, OWN] for a token's own.
+
+    Operands: sums of comb, of pre and post, of the streams; where the two go.
+    """
+    row, log = 8 * tokens * 4, tokens.bit_length() - 1
+    lines = [".reg .pred p, odd;", ".reg .u32 v, k, a, b, to;", ".reg .f32 x, y;"]
+    lines += [f"shr.u32 v, t, {log};", f"and.b32 k, t, {tokens - 1};"]
 
     def add(base):
         """x = sum over warps of row v of base; odd rows start at the second warp, in other banks than even ones."""
-        text = [f"mad.lo.u32 a, v, {row}, {base};", "shl.b32 b, k, 2;", "add.u32 a, a, b;", "and.b32 b, v, 1;"]
-        text += [f"mad.lo.u32 a, b, {M * 4}, a;", f"mul.lo.u32 b, b, {-2 * M * 4};", f"add.u32 b, b, {M * 4};"]
-        text += ["add.u32 b, a, b;", "ld.shared.f32 x, [a];", "ld.shared.f32 y, [b];", "add.f32 x, x, y;"]
-        for w in range(2, W, 2):
-            text += [f"ld.shared.f32 y, [a + {w * M * 4}];", "add.f32 x, x, y;"]
-            text += [f"ld.shared.f32 y, [b + {w * M * 4}];", "add.f32 x, x, y;"]
+        text = [f"mad.lo.u32 a, v, {row}, {base};", "mad.lo.u32 a, k, 4, a;", "and.b32 b, v, 1;"]
+        text += ["setp.eq.u32 odd, b, 1;", f"add.u32 b, a, {tokens * 4};"]
+        text += ["@odd mov.u32 b, a;", f"@odd add.u32 a, a, {tokens * 4};"]
+        text += ["ld.shared.f32 x, [a];", "ld.shared.f32 y, [b];", "add.f32 x, x, y;"]
+        for w in range(2, 8, 2):
+            text += [f"ld.shared.f32 y, [a + {w * tokens * 4}];", "add.f32 x, x, y;"]
+            text += [f"ld.shared.f32 y, [b + {w * tokens * 4}];", "add.f32 x, x, y;"]
         return text
 
-    def store(block):
-        text = [f"mapa.shared::cluster.u32 far, to, {block};", f"mapa.shared::cluster.u32 bar, $5, {block};"]
-        return [*text, "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [far], x, [bar];"]
-
-    shared = SHARED_ROWS.value * M * 4
-    lines += [f"setp.lt.u32 p, t, {SHARED_ROWS.value * M};", "@!p bra SHARED_DONE;"]
-    lines += ["setp.lt.u32 q, v, 4;", "selp.u32 own, $1, $2, q;"]
-    lines += ["@q bra SHARED_ROW;", "sub.u32 v, v, 4;", "SHARED_ROW:", *add("own")]
-    lines += [f"mad.lo.u32 to, $6, {shared}, $3;", "shl.b32 b, t, 2;", "add.u32 to, to, b;"]
-    for block in range(C):
-        lines += store(block)
-    lines += ["SHARED_DONE:", f"mad.lo.u32 own, $6, {OWN_ROWS.value * 4}, $4;", f"shr.u32 v, t, {M.bit_length() - 1};"]
-    lines += [f"setp.lt.u32 p, t, {16 * M};", "@!p bra COMB_DONE;", *add("$0"), "shl.b32 b, v, 2;"]
-    lines += ["add.u32 to, own, b;", *store("k"), "COMB_DONE:"]
-    lines += [f"setp.lt.u32 p, t, {4 * M};", "@!p bra POST_DONE;", "add.u32 v, v, 4;", *add("$1"), "shl.b32 b, v, 2;"]
-    lines += ["add.u32 to, own, b;", "add.u32 to, to, 48;", *store("k"), "POST_DONE:", "}"]
-    return "\n".join(lines)
+    lines += [f"setp.ge.u32 p, t, {SHARED.value * tokens};", "@p bra SHARED_DONE;", "setp.lt.u32 p, v, 4;"]
+    lines += ["selp.u32 to, $1, $2, p;", "selp.u32 b, 0, 4, p;", "sub.u32 v, v, b;", *add("to")]
+    lines += ["mad.lo.u32 to, t, 4, $3;", "st.shared.f32 [to], x;", "SHARED_DONE:", f"shr.u32 v, t, {log};"]
+    own = [f"mad.lo.u32 to, k, {OWN.value * 4}, $4;", "mad.lo.u32 to, v, 4, to;"]
+    lines += [f"setp.ge.u32 p, t, {16 * tokens};", "@p bra COMB_DONE;", *add("$0"), *own, "st.shared.f32 [to], x;"]
+    lines += ["COMB_DONE:", f"setp.ge.u32 p, t, {4 * tokens};", "@p bra POST_DONE;", "add.u32 v, v, 4;", *add("$1")]
+    return _text(*lines, *own, "st.shared.f32 [to + 48], x;", "POST_DONE:", "fence.proxy.async.shared::cta;")
 
 
 @gluon.constexpr_function
-def _receive_text(C, M):
-    """Row and token of this thread summed over blocks: operands shared sums [C, SHARED_ROWS, M], result rows."""
-    lines = ["{", ".reg .pred p;", ".reg .u32 t, a, b;", ".reg .f32 x, y;", "mov.u32 t, %tid.x;"]
-    lines += [
-        f"setp.lt.u32 p, t, {SHARED_ROWS.value * M};",
-        "@!p bra RECEIVED;",
-        "shl.b32 b, t, 2;",
-        "add.u32 a, $0, b;",
-    ]
-    lines += ["ld.shared.f32 x, [a];"]
-    for block in range(1, C):
-        lines += [f"ld.shared.f32 y, [a + {block * SHARED_ROWS.value * M * 4}];", "add.f32 x, x, y;"]
-    lines += ["add.u32 a, $1, b;", "st.shared.f32 [a], x;", "RECEIVED:", "}"]
-    return "\n".join(lines)
+def _send_text(blocks, tokens):
+    """Copies the laid out sums $0 and $1 to $2 [C, SHARED, M] and $3 [C, OWN] of other blocks, barrier $4; rank $5.
 
-
-@gluon.constexpr_function
-def _own_text(C, M, D, norm_eps):
-    """Logits of the own token, by the first warp: comb as they are, post finished.
-
-    Operands: own sums [C, OWN_ROWS], sums of Gram rows [.., M], base, scale, comb and post of the token; rank; whether
-    there is such a token.
+    One thread a block: what threads store there by themselves travels 4 bytes at a time.
     """
-    lines = ["{", ".reg .pred p, q;", ".reg .u32 t, a, b;", ".reg .u64 to, at;", ".reg .f32 x, y, r;"]
-    lines += ["mov.u32 t, %tid.x;", f"setp.ge.u32 p, t, {OWN_ROWS.value};", "setp.eq.u32 q, $7, 0;", "or.pred p, p, q;"]
-    lines += ["@p bra OWN_DONE;", "shl.b32 b, t, 2;", "add.u32 a, $0, b;", "ld.shared.f32 x, [a];"]
-    for block in range(1, C):
-        lines += [f"ld.shared.f32 y, [a + {block * OWN_ROWS.value * 4}];", "add.f32 x, x, y;"]
-    lines += ["mad.lo.u32 a, $6, 4, $1;", f"ld.shared.f32 r, [a + {4 * M * 4}];"]
-    for i in range(1, 4):
-        lines += [f"ld.shared.f32 y, [a + {(4 + i) * M * 4}];", "add.f32 r, r, y;"]
-    lines += [f"fma.rn.f32 r, r, {_hex(1 / (4 * D))}, {_hex(norm_eps)};", "rsqrt.approx.ftz.f32 r, r;"]
-    lines += ["mul.f32 x, x, r;", "setp.lt.u32 q, t, 16;", "selp.u32 a, 8, 4, q;", "add.u64 at, $3, 0;"]
-    lines += ["mul.wide.u32 to, a, 1;", "add.u64 at, at, to;", "ld.global.nc.f32 r, [at];"]
-    # comb: base rows 8.., post: base rows 4..
-    lines += ["selp.s32 a, 8, -12, q;", "add.s32 a, a, t;", "mul.wide.s32 to, a, 4;", "add.u64 at, $2, to;"]
-    lines += ["ld.global.nc.f32 y, [at];", "fma.rn.f32 x, x, r, y;", "mul.wide.u32 to, t, 4;"]
-    lines += ["@q bra COMB;", "mul.f32 x, x, 0fBFB8AA3B;", "ex2.approx.ftz.f32 x, x;", "add.f32 x, x, 0f3F800000;"]
-    lines += ["rcp.approx.ftz.f32 x, x;", "add.f32 x, x, x;", "add.u64 at, $5, to;", "st.global.f32 [at + -64], x;"]
-    lines += ["bra OWN_DONE;", "COMB:", "add.u64 at, $4, to;", "st.global.f32 [at], x;", "OWN_DONE:", "}"]
-    return "\n".join(lines)
+    copy = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [far], [from], {}, [bar];"
+    shared, own = SHARED.value * tokens * 4, OWN.value * 4
+    lines = [".reg .pred p;", ".reg .u32 to, from, far, bar;", f"setp.ge.u32 p, t, {blocks};", "@p bra DONE;"]
+    lines += ["add.u32 to, t, $5;", f"and.b32 to, to, {blocks - 1};", "mapa.shared::cluster.u32 bar, $4, to;"]
+    lines += ["mapa.shared::cluster.u32 far, $2, to;", f"mad.lo.u32 far, $5, {shared}, far;", "mov.u32 from, $0;"]
+    lines += [copy.format(shared), f"setp.ge.u32 p, to, {tokens};", "@p bra DONE;"]
+    lines += ["mapa.shared::cluster.u32 far, $3, to;", f"mad.lo.u32 far, $5, {own}, far;"]
+    return _text(*lines, f"mad.lo.u32 from, to, {own}, $1;", copy.format(own), "DONE:")
 
 
 @gluon.constexpr_function
-def _hex(value):
-    import struct
+def _receive_text(blocks, tokens):
+    """Waits for barrier $2, phase $3, arms it for the next $4 bytes, adds the blocks' sums $0 into rows $1 [M, 16]."""
+    lines = [".reg .pred p;", ".reg .u32 v, k, a;", ".reg .f32 x, y;", "WAIT:"]
+    lines += ["mbarrier.try_wait.parity.shared::cta.b64 p, [$2], $3;", "@!p bra WAIT;", "setp.eq.u32 p, t, 0;"]
+    lines += ["@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], $4;"]
+    lines += [f"setp.ge.u32 p, t, {SHARED.value * tokens};", "@p bra DONE;", "mad.lo.u32 a, t, 4, $0;"]
+    lines += ["ld.shared.f32 x, [a];"]
+    for block in range(1, blocks):
+        lines += [f"ld.shared.f32 y, [a + {block * SHARED.value * tokens * 4}];", "add.f32 x, x, y;"]
+    lines += [f"shr.u32 v, t, {tokens.bit_length() - 1};", f"and.b32 k, t, {tokens - 1};"]
+    return _text(*lines, "mad.lo.u32 a, k, 64, $1;", "mad.lo.u32 a, v, 4, a;", "st.shared.f32 [a], x;", "DONE:")
 
-    return "0f" + struct.pack(">f", value).hex().upper()
 
+@gluon.constexpr_function
+def _own_text(blocks):
+    """The own token's logits of comb as they are, and its post, by the first warp.
 
-@gluon.jit
-def _asm(text: gl.constexpr, constraints: gl.constexpr, args):
-    gl.inline_asm(text, constraints, args, ())
+    Operands: sums [C, OWN], rows [M, 16], base, scale, comb and post of the token, rank, whether there is a token,
+    1 / (N * D), epsilon, shared memory for the last token's logits.
+    """
+    lines = [".reg .pred p, q16;", ".reg .u32 a;", ".reg .u64 to, at;", ".reg .f32 x, y, r, r1, r2, r3;"]
+    lines += [f"setp.ge.u32 p, t, {OWN.value};", "setp.eq.or.u32 p, $7, 0, p;", "@p bra DONE;"]
+    lines += ["mad.lo.u32 a, t, 4, $0;", "ld.shared.f32 x, [a];"]
+    for block in range(1, blocks):
+        lines += [f"ld.shared.f32 y, [a + {block * OWN.value * 4}];", "add.f32 x, x, y;"]
+    lines += ["mad.lo.u32 a, $6, 64, $1;", "ld.shared.v4.f32 {r, r1, r2, r3}, [a + 16];", "add.f32 r, r, r1;"]
+    lines += ["add.f32 r2, r2, r3;", "add.f32 r, r, r2;", "fma.rn.f32 r, r, $8, $9;"]
+    lines += ["rsqrt.approx.ftz.f32 r, r;", "mul.f32 x, x, r;", "setp.lt.u32 q16, t, 16;"]
+    # comb: gain 2 and base rows 8..23; post: gain 1 and base rows 4..7. 0fBFB8AA3B is -log2(e).
+    lines += ["selp.u32 a, 8, 4, q16;", "cvt.u64.u32 to, a;", "add.u64 at, $3, to;", "ld.global.nc.f32 r, [at];"]
+    lines += ["selp.s32 a, 8, -12, q16;", "add.s32 a, a, t;", "mul.wide.s32 to, a, 4;", "add.u64 at, $2, to;"]
+    lines += ["ld.global.nc.f32 y, [at];", "fma.rn.f32 x, x, r, y;", "mul.wide.u32 to, t, 4;", "@q16 bra COMB;"]
+    lines += ["mul.f32 x, x, 0fBFB8AA3B;", "ex2.approx.ftz.f32 x, x;", "add.f32 x, x, 0f3F800000;"]
+    lines += ["rcp.approx.ftz.f32 x, x;", "add.f32 x, x, x;", "add.u64 at, $5, to;", "st.global.f32 [at + -64], x;"]
+    lines += ["bra DONE;", "COMB:", "add.u64 at, $4, to;", "st.global.f32 [at], x;", "mad.lo.u32 a, t, 4, $10;"]
+    return _text(*lines, "st.shared.f32 [a], x;", "DONE:")
 
 
 @gluon.jit
@@ -156,8 +289,15 @@ def _reciprocal(x):
 
 
 @gluon.jit
-def _row(memory, row: gl.constexpr, layout: gl.constexpr):
-    return memory.index(row).load(layout)
+def _sigmoid(x):
+    e = gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], gl.float32, True, 1)
+    return _reciprocal(1.0 + e)
+
+
+@gluon.jit
+def _at(memory, rank):
+    """Address of shared memory in this block; as an operand it lacks the bits of the block's rank."""
+    return gl.inline_asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", (memory, rank), gl.int32)
 
 
 @gluon.jit
@@ -167,66 +307,71 @@ def _spread(v):
 
 
 @gluon.jit
-def _load_fn(fn, kept, first, D: gl.constexpr, W: gl.constexpr, K: gl.constexpr):
-    """This block's channels of fn, 3 tiles a stream: rows of comb high, then low; pre and post high over low."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [W, 1, 1], [2, 1, 0])
-    w = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, wide)))
-    r = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, wide)))
-    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, wide)))
-    at = fn + first + w[:, None, None] * K + k[None, None, :]
-    for j in gl.static_range(4):
-        f = gl.load(at + j * D + (8 + r[None, :, None]) * (4 * D))
-        g = gl.load(at + j * D + (r[None, :, None] % 8) * (4 * D))
-        high = f.to(gl.bfloat16)
-        kept.index(3 * j).store(high)
-        kept.index(3 * j + 1).store((f - high.to(gl.float32)).to(gl.bfloat16))
-        high = g.to(gl.bfloat16)
-        kept.index(3 * j + 2).store(gl.where(r[None, :, None] < 8, high, (g - high.to(gl.float32)).to(gl.bfloat16)))
+def _unpack(pairs, L: gl.constexpr):
+    T: gl.constexpr = gl.distributed_type(gl.float32, [W, K, pairs.shape[2]], L)
+    return gl.inline_asm(_unpack_text, ("=f", "r"), (pairs,), T, is_pure=True)
 
 
 @gluon.jit
-def _copy(x, y, slots, y_slots, slot, t, ch, D: gl.constexpr, POST: gl.constexpr, tokens):
-    """Starts the copy of a tile: tokens t (clamped to live ones) and channels ch of all streams, and of y."""
+def _pack(x, P: gl.constexpr):
+    T: gl.constexpr = gl.distributed_type(gl.int32, [W, K // 2, x.shape[2]], P)
+    return gl.inline_asm(_pack_text, ("=r", "f"), (x,), T, is_pure=True)
+
+
+@gluon.jit
+def _load_fn(fn, first, D: gl.constexpr):
+    """This block's channels of fn: for each stream comb's rows [W, 2, 8, K], and those of pre and post [W, 8, K]."""
+    wide: gl.constexpr = gl.BlockedLayout([1, 2, 1, 4], [1, 1, 4, 8], [W, 1, 1, 1], [3, 2, 1, 0])
+    w = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, wide))))[:, None, None, None]
+    i = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, wide))))[None, :, None, None]
+    r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, wide))))[None, None, :, None]
+    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, wide))))[None, None, None, :]
+    out = ()
+    for j in gl.static_range(4):
+        at = fn + (first + w * K + k) + j * D + r * (4 * D)
+        out += (gl.load(at + (8 + 8 * i) * (4 * D)), gl.load(at))
+    return out
+
+
+@gluon.jit
+def _keep_fn(loaded, kept):
+    """As bfloat16, 3 tiles a stream: rows of comb high, then low; rows of pre and post high over low."""
+    for j in gl.static_range(4):
+        f = loaded[2 * j]
+        high = f.to(gl.bfloat16)
+        kept.index(3 * j).store(gl.reshape(high, [W, 16, K]))
+        kept.index(3 * j + 1).store(gl.reshape((f - high.to(gl.float32)).to(gl.bfloat16), [W, 16, K]))
+        g = loaded[2 * j + 1]
+        high = g.to(gl.bfloat16)
+        low = (g - high.to(gl.float32)).to(gl.bfloat16)
+        i = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, f.type.layout))))[None, :, None, None]
+        kept.index(3 * j + 2).store(gl.reshape(gl.where(i == 0, high, low), [W, 16, K]))
+
+
+@gluon.jit
+def _copy_streams(x, slots, slot, t, pair, tokens, D: gl.constexpr):
+    """Starts the copy of a tile: tokens t (clamped to live ones) and pairs of channels of all streams."""
     t = gl.minimum(t, tokens - 1).to(gl.int64)[None, None, :]
     for j in gl.static_range(4):
-        async_copy.async_load(slots.index(slot * 4 + j), x + (t * (4 * D) + (ch + j * D)))
+        async_copy.async_load(slots.index(slot * 4 + j), x + (t * (2 * D) + (pair + j * (D // 2))))
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _copy_y(y, y_slot, t, pair, tokens, D: gl.constexpr, POST: gl.constexpr):
     if POST:
-        async_copy.async_load(y_slots.index(slot), y + (t * D + ch))
+        t = gl.minimum(t, tokens - 1).to(gl.int64)[None, None, :]
+        async_copy.async_load(y_slot, y + (t * (D // 2) + pair))
+    async_copy.commit_group()
 
 
 @gluon.jit
-def _mix(x, y, post_rows, comb_rows, k: gl.constexpr, TL: gl.constexpr):
-    """Stream k of hc_post."""
-    s = _spread(_row(post_rows, k, TL)) * y
+def _mix(x, y, c, k: gl.constexpr, P: gl.constexpr):
+    """Stream k of hc_post, packed; c holds comb's 16 coefficients, then post's 4."""
+    s = _spread(c[16 + k]) * y
     for j in gl.static_range(4):
-        s += _spread(_row(comb_rows, 4 * j + k, TL)) * x[j]
-    return s.to(gl.bfloat16)
-
-
-@gluon.jit
-def _sums(z0, z1, z2, z3, kept, comb_sums, mix_sums, gram_sums, W: gl.constexpr, M: gl.constexpr, MMA: gl.constexpr,
-          A: gl.constexpr, B: gl.constexpr):  # fmt: skip
-    """What each warp's channels add to the 24 products with fn, and to the products of streams with each other."""
-    z = (z0, z1, z2, z3)
-    comb = gl.zeros([W, 16, M], gl.float32, layout=MMA)
-    mix = gl.zeros([W, 16, M], gl.float32, layout=MMA)
-    for j in gl.static_range(4):
-        b = gl.convert_layout(z[j], B)
-        comb = mma_v2(kept.index(3 * j).load(A), b, comb)
-        comb = mma_v2(kept.index(3 * j + 1).load(A), b, comb)
-        mix = mma_v2(kept.index(3 * j + 2).load(A), b, mix)
-    comb_sums.permute([1, 0, 2]).store(comb)
-    mix_sums.permute([1, 0, 2]).store(gl.sum(gl.reshape(mix, [W, 2, 8, M]), axis=1))
-    wide = (z0.to(gl.float32), z1.to(gl.float32), z2.to(gl.float32), z3.to(gl.float32))
-    row: gl.constexpr = 4
-    for j in gl.static_range(4):
-        gram_sums.index(j).store(gl.sum(wide[j] * wide[j], axis=1))
-    gram_sums.index(row).store(gl.sum(wide[0] * wide[1], axis=1))
-    gram_sums.index(row + 1).store(gl.sum(wide[0] * wide[2], axis=1))
-    gram_sums.index(row + 2).store(gl.sum(wide[0] * wide[3], axis=1))
-    gram_sums.index(row + 3).store(gl.sum(wide[1] * wide[2], axis=1))
-    gram_sums.index(row + 4).store(gl.sum(wide[1] * wide[3], axis=1))
-    gram_sums.index(row + 5).store(gl.sum(wide[2] * wide[3], axis=1))
+        s = gl.fma(_spread(c[4 * j + k]), x[j], s)
+    return _pack(s, P)
 
 
 @gluon.jit
@@ -263,63 +408,56 @@ def _columns(e, eps):
 
 
 @gluon.jit
-def _solve(comb_out, first, step, count, eps, W: gl.constexpr, ITERS: gl.constexpr):
-    """Turns the logits of tokens first + i * step, i < count, in place into comb: a token a thread."""
+def _solve(comb_out, last, first, step, tokens, eps, ITERS: gl.constexpr):
+    """Turns the logits of tokens first, first + step, ... in place into comb: a token a thread. `last` has the last's."""
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
-    for start in range(0, count, 32 * W):
-        i = start + gl.arange(0, 32 * W, lane)
-        live = i < count
-        at = comb_out + (first + i.to(gl.int64) * step) * 16
+    T: gl.constexpr = _types(gl.float32, [32 * W], lane, 16)
+    final = gl.inline_asm(_broadcast_text(), "=f," * 16 + "r", (last,), T)
+    t_last = first + (tokens - 1 - first) // step * step
+    for start in range(first, tokens, 32 * W * step):
+        t = start + gl.arange(0, 32 * W, lane) * step
+        at = comb_out + t.to(gl.int64) * 16
         m = ()
         for jk in gl.static_range(16):
-            m += (gl.load(at + jk, mask=live, other=0.0),)
+            m += (gl.where(t == t_last, final[jk], gl.load(at + jk, mask=t < t_last, other=0.0)),)
         m = _sinkhorn(m, eps, ITERS)
         for jk in gl.static_range(16):
-            gl.store(at + jk, m[jk], mask=live)
+            gl.store(at + jk, m[jk], mask=t <= t_last)
 
 
 @gluon.jit
-def _weights(rows, base, scale, D: gl.constexpr, NORM: gl.constexpr, NORM_EPS: gl.constexpr, EPS: gl.constexpr,
-             OUT_EPS: gl.constexpr, TL: gl.constexpr):  # fmt: skip
-    """The four weights [M] of a tile's streams, with NORM over the root mean square of their sum."""
-    g = ()
-    for v in gl.static_range(GRAM):
-        g += (_row(rows, 4 + v, TL),)
-    rho = gl.rsqrt((g[0] + g[1] + g[2] + g[3]) * (1.0 / (4 * D)) + NORM_EPS)
-    gain = gl.load(scale)
+def _weights(r, base, scale, D: gl.constexpr, NORM: gl.constexpr, NORM_EPS: gl.constexpr, EPS: gl.constexpr,
+             OUT_EPS: gl.constexpr):  # fmt: skip
+    """The four weights [M] of a tile's streams from its 14 rows, with NORM over the root mean square of their sum."""
+    rho = gl.rsqrt((r[4] + r[5] + r[6] + r[7]) * (1.0 / (4 * D)) + NORM_EPS) * gl.load(scale)
     p = ()
     for j in gl.static_range(4):
-        mix = _row(rows, j, TL) * rho * gain + gl.load(base + j)
-        p += (_reciprocal(1.0 + gl.exp(-mix)) + EPS,)
+        p += (_sigmoid(gl.fma(r[j], rho, gl.load(base + j) + gl.zeros_like(rho))) + EPS,)
     if NORM:
-        q = p[0] * (p[0] * g[0] + 2.0 * (p[1] * g[4] + p[2] * g[5] + p[3] * g[6]))
-        q += p[1] * (p[1] * g[1] + 2.0 * (p[2] * g[7] + p[3] * g[8]))
-        q += p[2] * (p[2] * g[2] + 2.0 * (p[3] * g[9])) + p[3] * p[3] * g[3]
+        q = p[0] * (p[0] * r[4] + 2.0 * (p[1] * r[8] + p[2] * r[9] + p[3] * r[10]))
+        q += p[1] * (p[1] * r[5] + 2.0 * (p[2] * r[11] + p[3] * r[12]))
+        q += p[2] * (p[2] * r[6] + 2.0 * (p[3] * r[13])) + p[3] * p[3] * r[7]
         inverse = gl.rsqrt(gl.maximum(q, 0.0) * (1.0 / D) + OUT_EPS)
         p = (p[0] * inverse, p[1] * inverse, p[2] * inverse, p[3] * inverse)
     return p
 
 
 @gluon.jit
-def _quantise(out, data, data_scale, t, ch, first, live, D: gl.constexpr, W: gl.constexpr, K: gl.constexpr,
-              M: gl.constexpr):  # fmt: skip
-    """Groups of 128 channels of out [W, K, M] as E4M3, and their power-of-two scales."""
-    G: gl.constexpr = W * K // 128
-    groups = gl.reshape(out.to(gl.float32), [G, 128, M])
+def _quantise(pairs, data, data_scale, t, ch, first, tokens, D: gl.constexpr, L: gl.constexpr):
+    """Groups of 128 channels of the rounded rows as E4M3, and their power-of-two scales."""
+    M: gl.constexpr = pairs.shape[2]
+    groups = gl.reshape(_unpack(pairs, L), [2, 128, M])
     top = gl.max(gl.abs(groups), axis=1)
-    bits = gl.maximum(top, 1e-4).to(gl.int32, bitcast=True)
-    byte = ((bits + 0x1FFFFF) >> 23) - 8  # 448 = 1.75 * 2**8: a mantissa above 1.75 carries into the exponent
+    byte = ((gl.maximum(top, 1e-4).to(gl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8  # 448 = 1.75 * 2**8
     inverse = ((254 - byte) << 23).to(gl.float32, bitcast=True)
-    small = gl.reshape(groups * gl.expand_dims(inverse, 1), [W, K, M])
-    small = gl.convert_layout(small, out.type.layout)
-    t64 = t.to(gl.int64)
-    gl.store(data + (_spread(t64) * D + ch), small.to(gl.float8e4nv), mask=_spread(live))
-    flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [W, 1], [1, 0])
-    g = gl.arange(0, G, gl.SliceLayout(1, flat))
+    small = gl.convert_layout(gl.reshape(groups * gl.expand_dims(inverse, 1), [W, K, M]), L)
+    gl.store(data + (_spread(t.to(gl.int64)) * D + ch), small.to(gl.float8e4nv), mask=_spread(t < tokens))
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, W], [1, 0])
+    g = gl.arange(0, 2, gl.SliceLayout(1, flat))
+    tm = gl.convert_layout(t, gl.SliceLayout(0, flat))
+    at = data_scale + tm.to(gl.int64)[None, :] * (D // 128) + (first // 128 + g)[:, None]
     power = gl.convert_layout((byte << 23).to(gl.float32, bitcast=True), flat)
-    tm = gl.convert_layout(t64, gl.SliceLayout(0, flat))
-    lm = gl.convert_layout(live, gl.SliceLayout(0, flat))
-    gl.store(data_scale + tm[None, :] * (D // 128) + (first // 128 + g)[:, None], power, mask=lm[None, :])
+    gl.store(at, power, mask=(tm < tokens)[None, :])
 
 
 @gluon.jit
@@ -328,146 +466,153 @@ def fused(
     D: gl.constexpr, C: gl.constexpr, M: gl.constexpr, POST: gl.constexpr, NORM: gl.constexpr,
     QUANTISE: gl.constexpr, ITERS: gl.constexpr, NORM_EPS: gl.constexpr, EPS: gl.constexpr, OUT_EPS: gl.constexpr,
 ):  # fmt: skip
-    """[hc_post,] hc_pre [and RMSNorm [and quantisation]] of every token. Without POST `x` holds the streams."""
-    W: gl.constexpr = gl.num_warps()
-    K: gl.constexpr = D // (C * W)
-    L: gl.constexpr = _layout(W, K, M)
+    """[hc_post,] hc_pre [and RMSNorm [and quantisation]] of every token. Without POST `x` holds the streams.
+
+    y, x, streams and out point to pairs of channels (int32).
+    """
+    gl.static_assert(D == C * W * K)
+    gl.static_assert(gl.num_warps() == W)
+    R: gl.constexpr = M // 8 * 4  # registers of a stream's pairs
+    L: gl.constexpr = _wide(M)
+    P: gl.constexpr = _pairs(M)
     TL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
-    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
-    PLAIN2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    PLAIN3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    BY_TOKEN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 2, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    INCOMING: gl.constexpr = C * SHARED * M * 4  # bytes a tile, for every block
 
     rank = gl.program_id(0) % C
-    cluster = gl.program_id(0) // C
-    clusters = gl.num_programs(0) // C
-    count = (gl.cdiv(tokens, M) - cluster + clusters - 1) // clusters
+    step = gl.num_programs(0) // C * M  # tokens between two tiles of a cluster
+    start = gl.program_id(0) // C * M
+    count = gl.cdiv(tokens - start, step)
+    incoming = INCOMING + gl.where(rank < M, C * OWN * 4, 0)
 
-    kept = gl.allocate_shared_memory(gl.bfloat16, [12, W, 16, K], PLAIN3)
-    slots = gl.allocate_shared_memory(gl.bfloat16, [8, W, K, M], gl.SwizzledSharedLayout(1, 1, 1, [1, 2, 0]))
-    y_slots = gl.allocate_shared_memory(gl.bfloat16, [2, W, K, M], gl.SwizzledSharedLayout(1, 1, 1, [1, 2, 0]))
-    comb_sums = gl.allocate_shared_memory(gl.float32, [16, W, M], PLAIN3)
-    mix_sums = gl.allocate_shared_memory(gl.float32, [8, W, M], PLAIN3)
-    gram_sums = gl.allocate_shared_memory(gl.float32, [GRAM, W, M], PLAIN2)
-    shared = gl.allocate_shared_memory(gl.float32, [2 * C * SHARED_ROWS, M], FLAT)
-    own = gl.allocate_shared_memory(gl.float32, [2 * C * OWN_ROWS // 4, 4], FLAT)
-    rows = gl.allocate_shared_memory(gl.float32, [SHARED_ROWS, M], FLAT)
-    post_rows = gl.allocate_shared_memory(gl.float32, [4, M], FLAT)
-    comb_rows = gl.allocate_shared_memory(gl.float32, [16, M], FLAT)
-    bars = mbarrier.allocate_mbarrier(batch=2)
+    kept = gl.allocate_shared_memory(gl.bfloat16, [12, W, 16, K], _fragments())
+    slots = gl.allocate_shared_memory(gl.int32, [8, W, K // 2, M], BY_TOKEN)
+    y_slot = gl.allocate_shared_memory(gl.int32, [W, K // 2, M], BY_TOKEN)
+    comb_sums = gl.allocate_shared_memory(gl.float32, [16 * W, M], FLAT)
+    mix_sums = gl.allocate_shared_memory(gl.float32, [8 * W, M], FLAT)
+    gram_sums = gl.allocate_shared_memory(gl.float32, [10 * W, M], FLAT)
+    shared = gl.allocate_shared_memory(gl.float32, [2 * C * SHARED, M], FLAT)
+    own = gl.allocate_shared_memory(gl.float32, [2 * C * OWN // 4, 4], FLAT)
+    shared_out = gl.allocate_shared_memory(gl.float32, [2 * SHARED, M], FLAT)
+    own_out = gl.allocate_shared_memory(gl.float32, [2 * M * OWN // 4, 4], FLAT)
+    rows = gl.allocate_shared_memory(gl.float32, [M, 16], FLAT)
+    last = gl.allocate_shared_memory(gl.float32, [1, 16], FLAT)
+    post_rows = gl.allocate_shared_memory(gl.float32, [M, 4], PLAIN)
+    comb_rows = gl.allocate_shared_memory(gl.float32, [M, 16], PLAIN)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], FLAT)
 
-    w = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, L)))
-    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    w = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, P)))
+    half = gl.arange(0, K // 2, gl.SliceLayout(0, gl.SliceLayout(2, P)))
     first = rank * (D // C)
-    ch = first + w[:, None, None] * K + k[None, :, None]
-    token = gl.arange(0, M, TL)
+    pair = first // 2 + w[:, None, None] * (K // 2) + half[None, :, None]
+    wl = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    kl = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    channel = first + wl[:, None] * K + kl[None, :]
+    token = gl.arange(0, M, gl.SliceLayout(0, gl.SliceLayout(1, P)))
+    CR: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [W, 1], [1, 0])
+    cm = gl.arange(0, M, gl.SliceLayout(1, CR))
+    c16 = gl.arange(0, 16, gl.SliceLayout(0, CR))
+    c4 = gl.arange(0, 4, gl.SliceLayout(0, CR))
 
-    CR: gl.constexpr = gl.BlockedLayout([1, 1], [32 // M, M], [W, 1], [1, 0])
-    cr = gl.arange(0, 16, gl.SliceLayout(1, CR))
-    cm = gl.arange(0, M, gl.SliceLayout(0, CR))
-    pr = gl.arange(0, 4, gl.SliceLayout(1, CR))
-
-    t0 = cluster * M
-    _copy(x, y, slots, y_slots, 0, t0 + token, ch, D, POST, tokens)
-    async_copy.commit_group()
-    _copy(x, y, slots, y_slots, 1, t0 + clusters * M + token, ch, D, POST, tokens)
-    async_copy.commit_group()
+    _copy_streams(x, slots, 0, start + token, pair, tokens, D)
+    _copy_y(y, y_slot, start + token, pair, tokens, D, POST)
+    loaded = _load_fn(fn, first, D)
     if POST:
-        ct = gl.minimum(t0 + cm, tokens - 1).to(gl.int64)
-        comb_next = gl.load(comb_in + ct[None, :] * 16 + cr[:, None])
-        post_next = gl.load(post_in + ct[None, :] * 4 + pr[:, None])
-    mbarrier.init(bars.index(0), count=1)
-    mbarrier.init(bars.index(1), count=1)
-    INCOMING: gl.constexpr = C * SHARED_ROWS * M * 4  # bytes a tile; OWN_ROWS sums of each block more for an owner
-    SHARED_PART: gl.constexpr = C * SHARED_ROWS
-    OWN_PART: gl.constexpr = C * OWN_ROWS // 4
-    _load_fn(fn, kept, first, D, W, K)
-    gain = gl.load(norm_weight + first + w[:, None] * K + k[None, :]) if NORM else 0.0
-    for i in gl.static_range(2):
-        mbarrier.expect(bars.index(i), INCOMING + C * OWN_ROWS * 4, pred=rank < M)
-        mbarrier.expect(bars.index(i), INCOMING, pred=rank >= M)
-    _asm(CLUSTER_SYNC, "", ())
+        ct = gl.minimum(start + cm, tokens - 1).to(gl.int64)
+        comb_next = gl.load(comb_in + ct[:, None] * 16 + c16[None, :])
+        post_next = gl.load(post_in + ct[:, None] * 4 + c4[None, :])
+    gain = gl.load(norm_weight + channel) if NORM else 0.0
+    _copy_streams(x, slots, 1, start + step + token, pair, tokens, D)
+    gl.inline_asm(_start_text(), "r,r", (_at(bars.index(0), rank), incoming), ())
+    _keep_fn(loaded, kept)
 
-    h0 = gl.zeros([W, K, M], gl.bfloat16, layout=L)
-    h1 = h0
-    h2 = h0
-    h3 = h0
+    h = (gl.zeros([W, K // 2, M], gl.int32, layout=P),) * 4
     for n in range(count + 1):
-        z0 = h0
-        z1 = h1
-        z2 = h2
-        z3 = h3
+        parity = n & 1
+        z = h
         if n < count:
+            t0 = start + n * step
             if POST:
-                comb_rows.reinterpret(gl.float32, [16, M], PLAIN2).store(comb_next)
-                post_rows.reinterpret(gl.float32, [4, M], PLAIN2).store(post_next)
+                comb_rows.store(comb_next)
+                post_rows.store(post_next)
             async_copy.wait_group(1)
             gl.barrier()
-            z0 = slots.index((n & 1) * 4 + 0).load(L)
-            z1 = slots.index((n & 1) * 4 + 1).load(L)
-            z2 = slots.index((n & 1) * 4 + 2).load(L)
-            z3 = slots.index((n & 1) * 4 + 3).load(L)
-            t0 = (cluster + n * clusters) * M
+            T4: gl.constexpr = _types(gl.int32, [W, K // 2, M], P, 4)
+            z = gl.inline_asm(_read_text(4, M), "=r," * (4 * R) + "r", (_at(slots.index(parity * 4), rank),), T4)
             if POST:
-                wide = (z0.to(gl.float32), z1.to(gl.float32), z2.to(gl.float32), z3.to(gl.float32))
-                y_wide = y_slots.index(n & 1).load(L).to(gl.float32)
-            ahead = t0 + 2 * clusters * M
-            _copy(x, y, slots, y_slots, n & 1, ahead + token, ch, D, POST, tokens)
-            async_copy.commit_group()
-            if POST:
-                ct = gl.minimum(t0 + clusters * M + cm, tokens - 1).to(gl.int64)
-                comb_next = gl.load(comb_in + ct[None, :] * 16 + cr[:, None])
-                post_next = gl.load(post_in + ct[None, :] * 4 + pr[:, None])
-                z0 = _mix(wide, y_wide, post_rows, comb_rows, 0, TL)
-                z1 = _mix(wide, y_wide, post_rows, comb_rows, 1, TL)
-                z2 = _mix(wide, y_wide, post_rows, comb_rows, 2, TL)
-                z3 = _mix(wide, y_wide, post_rows, comb_rows, 3, TL)
+                T1: gl.constexpr = _types(gl.int32, [W, K // 2, M], P, 1)
+                y_pairs = gl.inline_asm(_read_text(1, M), "=r," * R + "r", (_at(y_slot, rank),), T1)
+                T16: gl.constexpr = _types(gl.float32, [M], TL, 16)
+                TP: gl.constexpr = _types(gl.float32, [M], TL, 4)
+                c = gl.inline_asm(_columns_text(16, 16, M), "=f," * (4 * R) + "r", (_at(comb_rows, rank),), T16)
+                c += gl.inline_asm(_columns_text(4, 4, M), "=f," * R + "r", (_at(post_rows, rank),), TP)
+                ct = gl.minimum(t0 + step + cm, tokens - 1).to(gl.int64)
+                comb_next = gl.load(comb_in + ct[:, None] * 16 + c16[None, :])
+                post_next = gl.load(post_in + ct[:, None] * 4 + c4[None, :])
+                wide = (_unpack(z[0], L), _unpack(z[1], L), _unpack(z[2], L), _unpack(z[3], L))
+                y_wide = _unpack(y_pairs[0], L)
+                z = (_mix(wide, y_wide, c, 0, P), _mix(wide, y_wide, c, 1, P), _mix(wide, y_wide, c, 2, P),
+                     _mix(wide, y_wide, c, 3, P))  # fmt: skip
                 t = t0 + token
-                to = streams + (_spread(t.to(gl.int64)) * (4 * D) + ch)
-                live = _spread(t < tokens)
-                gl.store(to, z0, mask=live)
-                gl.store(to + D, z1, mask=live)
-                gl.store(to + 2 * D, z2, mask=live)
-                gl.store(to + 3 * D, z3, mask=live)
-            _sums(z0, z1, z2, z3, kept, comb_sums, mix_sums, gram_sums, W, M, MMA, A, B)
+                for k in gl.static_range(4):
+                    to = streams + (_spread(t.to(gl.int64)) * (2 * D) + (pair + k * (D // 2)))
+                    gl.store(to, z[k], mask=_spread(t < tokens))
+            _copy_y(y, y_slot, t0 + step + token, pair, tokens, D, POST)
+            _copy_streams(x, slots, parity, t0 + 2 * step + token, pair, tokens, D)
+            gl.inline_asm(
+                _sums_text(M), "r," * (4 * R) + "r,r,r,r",
+                (z[0], z[1], z[2], z[3], _at(kept.index(0), rank), _at(comb_sums.index(0), rank),
+                 _at(mix_sums.index(0), rank), _at(gram_sums.index(0), rank)), (),
+            )  # fmt: skip
         if n > 0:
-            parity = (n - 1) & 1
-            mbarrier.wait(bars.index(parity), ((n - 1) >> 1) & 1)
-            mbarrier.expect(bars.index(parity), INCOMING + C * OWN_ROWS * 4, pred=rank < M)
-            mbarrier.expect(bars.index(parity), INCOMING, pred=rank >= M)
-            _asm(_receive_text(C, M), "r,r", (shared.index(parity * SHARED_PART), rows))
-            gl.barrier()
-            t0 = (cluster + (n - 1) * clusters) * M
+            gl.inline_asm(
+                _receive_text(C, M), "r,r,r,r,r",
+                (_at(shared.index((1 - parity) * (C * SHARED)), rank), _at(rows.index(0), rank),
+                 _at(bars.index(1 - parity), rank), ((n - 1) >> 1) & 1, incoming), (),
+            )  # fmt: skip
+        gl.barrier()
+        if n > 0:
+            t0 = start + (n - 1) * step
             mine = (t0 + rank).to(gl.int64)
             has = ((rank < M) & (t0 + rank < tokens)).to(gl.int32)
-            _asm(
-                _own_text(C, M, D, NORM_EPS), "r,r,l,l,l,l,r,r",
-                (own.index(parity * OWN_PART), rows, base, scale, comb_out + mine * 16, post_out + mine * 4,
-                 rank, has),
+            gl.inline_asm(
+                _own_text(C), "r,r,l,l,l,l,r,r,f,f,r",
+                (_at(own.index((1 - parity) * (C * OWN // 4)), rank), _at(rows.index(0), rank), base, scale,
+                 comb_out + mine * 16, post_out + mine * 4, rank, has, gl.to_tensor(1.0 / (4 * D)),
+                 gl.to_tensor(NORM_EPS), _at(last.index(0), rank)), (),
             )  # fmt: skip
-            a = _weights(rows, base, scale, D, NORM, NORM_EPS, EPS, OUT_EPS, TL)
-            o = _spread(a[0]) * h0.to(gl.float32) + _spread(a[1]) * h1.to(gl.float32)
-            o += _spread(a[2]) * h2.to(gl.float32) + _spread(a[3]) * h3.to(gl.float32)
+        if n < count:
+            gl.inline_asm(
+                _reduce_text(M), "r,r,r,r,r",
+                (_at(comb_sums.index(0), rank), _at(mix_sums.index(0), rank), _at(gram_sums.index(0), rank),
+                 _at(shared_out.index(parity * SHARED), rank), _at(own_out.index(parity * (M * OWN // 4)), rank)), (),
+            )  # fmt: skip
+        gl.barrier()
+        if n < count:
+            gl.inline_asm(
+                _send_text(C, M), "r,r,r,r,r,r",
+                (_at(shared_out.index(parity * SHARED), rank), _at(own_out.index(parity * (M * OWN // 4)), rank),
+                 shared.index(parity * (C * SHARED)), own.index(parity * (C * OWN // 4)), bars.index(parity), rank), (),
+            )  # fmt: skip
+        if n > 0:
+            t0 = start + (n - 1) * step
+            TR: gl.constexpr = _types(gl.float32, [M], TL, 14)
+            r = gl.inline_asm(_columns_text(14, 16, M), "=f," * (14 * M // 8) + "r", (_at(rows.index(0), rank),), TR)
+            a = _weights(r, base, scale, D, NORM, NORM_EPS, EPS, OUT_EPS)
+            o = _spread(a[0]) * _unpack(h[0], L)
+            for k in gl.static_range(1, 4):
+                o = gl.fma(_spread(a[k]), _unpack(h[k], L), o)
             if NORM:
                 o *= gl.expand_dims(gain, 2)
+            o = _pack(o, P)
             t = t0 + token
-            o16 = o.to(gl.bfloat16)
-            gl.store(out + (_spread(t.to(gl.int64)) * D + ch), o16, mask=_spread(t < tokens))
+            gl.store(out + (_spread(t.to(gl.int64)) * (D // 2) + pair), o, mask=_spread(t < tokens))
             if QUANTISE:
-                _quantise(o16, data, data_scale, t, ch, first, t < tokens, D, W, K, M)
-        if n < count:
-            gl.barrier()
-            _asm(
-                _send_text(C, M, W), "r,r,r,r,r,r,r",
-                (comb_sums, mix_sums, gram_sums, shared.index((n & 1) * SHARED_PART),
-                 own.index((n & 1) * OWN_PART), bars.index(n & 1), rank),
-            )  # fmt: skip
-        h0 = z0
-        h1 = z1
-        h2 = z2
-        h3 = z3
+                tl = gl.convert_layout(t, TL)
+                _quantise(o, data, data_scale, tl, gl.expand_dims(channel, 2), first, tokens, D, L)
+        h = z
     gl.barrier()
-    owned = gl.where(rank < M, (gl.cdiv(tokens - cluster * M - rank, clusters * M)), 0)
-    _solve(comb_out, cluster * M + rank, clusters * M, owned, EPS, W, ITERS)
+    if rank < M:
+        _solve(comb_out, _at(last.index(0), rank), start + rank, step, tokens, EPS, ITERS)
