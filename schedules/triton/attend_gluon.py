@@ -100,6 +100,7 @@ def _entry(i, recent, position, complete, picks, KIND: gl.constexpr, TOPK: gl.co
 
 @gluon.jit
 def _page(i, entry, recent, window_table, entry_table, KIND: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr):
+    """Pages of the entries."""
     if KIND == "window":
         return gl.load(window_table + entry // PAGE, mask=entry >= 0, other=0)
     at = gl.where(i < recent, window_table + entry // PAGE, entry_table + entry // ENTRIES)
@@ -107,22 +108,31 @@ def _page(i, entry, recent, window_table, entry_table, KIND: gl.constexpr, PAGE:
 
 
 @gluon.jit
-def _address(i, entry, page, recent, pool, entry_pool, KIND: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr):
-    """Addresses of the data and of the scales of entries whose pages are known."""
+def _pool_row(i, entry, page, recent, KIND: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr):
+    """int32 rows of the entries in their pool; -1 where the key is not seen."""
     if KIND == "window" or ENTRIES == PAGE:
-        start = pool
-        if KIND != "window":
-            start = gl.where(i < recent, pool, entry_pool)
-        slot = entry % PAGE
+        row = page.to(gl.int32) * PAGE + entry % PAGE
+    else:
+        row = gl.where(i < recent, page.to(gl.int32) * PAGE + entry % PAGE, page.to(gl.int32) * ENTRIES + entry % ENTRIES)
+    return gl.where(entry >= 0, row, -1)
+
+
+@gluon.jit
+def _address(i, at, recent, pool, entry_pool, KIND: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr):
+    """Addresses of the data and of the scales of rows `at` of their pools."""
+    if KIND == "window" or ENTRIES == PAGE:
+        page, slot = at // PAGE, at % PAGE
         scales = PAGE * DATA_BYTES + slot * 8
         page_bytes = PAGE * ENTRY_BYTES
+        start = pool.to(gl.int64) if KIND == "window" else gl.where(i < recent, pool.to(gl.int64), entry_pool.to(gl.int64))
     else:
-        start = gl.where(i < recent, pool, entry_pool)
+        page = gl.where(i < recent, at // PAGE, at // ENTRIES)
+        slot = gl.where(i < recent, at % PAGE, at % ENTRIES)
         per_page = gl.where(i < recent, PAGE, ENTRIES)
-        slot = entry & (per_page - 1)
         scales = per_page * DATA_BYTES + slot * 8
         page_bytes = per_page * ENTRY_BYTES
-    start = start.to(gl.int64) + page * page_bytes
+        start = gl.where(i < recent, pool.to(gl.int64), entry_pool.to(gl.int64))
+    start += page.to(gl.int64) * page_bytes
     return start + slot * DATA_BYTES, start + scales
 
 
@@ -141,32 +151,36 @@ def _store_plain(words, scales, to, G: gl.constexpr):
 @gluon.jit
 def _fill(
     pool, pages, entry_pool, entry_pages, picks, request_rows, positions, items, columns, entry_columns,
-    keys, bias, lengths, ready, empty,
+    keys, bias, lengths, rows, ready, empty,
     KIND: gl.constexpr, BLOCKS: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr,
     RATIO: gl.constexpr, TOPK: gl.constexpr, SHARES: gl.constexpr,
 ):  # fmt: skip
     """Fills the two tiles of keys in turn, half a tile a step: four threads an entry, 16 bytes of each 64.
 
-    Loads run ahead: a step loads the next half's data (each register as soon as it is free), the pages of the half
-    after that, and the picks of the one after that.
+    Loads run ahead: a step loads the next half's data (each register as soon as it is free); a tile finds the rows of
+    the next one in its pool, the pages of the one after that and the picks of the third.
     """
     WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
     LANES: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, LANES)
+    KEYS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     COUNT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     WORDS_OF_K: gl.constexpr = gl.NVMMASharedLayout(128, 32)
     row = gl.arange(0, 32, layout=ROWS)
+    key = gl.arange(0, 64, layout=KEYS)
     lane = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(0, LANES)).to(gl.int64) * 16, 0)
     step = 0
+    token, _block, share = _item(gl.program_id(0), BLOCKS, SHARES)
+    next_position = gl.load(positions + token)
+    next_request = gl.load(request_rows + token)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        token, _block, share = _item(item, BLOCKS, SHARES)
-        position = gl.load(positions + token).to(gl.int32)
-        request = gl.load(request_rows + token)
-        window_table = pages + request * columns
-        entry_table = entry_pages + request * entry_columns
-        row_picks = picks + token.to(gl.int64) * TOPK
+        position, request = next_position.to(gl.int32), next_request
         recent = gl.minimum(position + 1, WINDOW)
         complete = (position + 1) // RATIO
+        window_table = pages + request * columns
+        entry_table = entry_pages + request * entry_columns
+        token, _block, share = _item(item, BLOCKS, SHARES)
+        row_picks = picks + token.to(gl.int64) * TOPK
         total = recent
         if KIND == "csa":
             k = gl.arange(0, TOPK, layout=COUNT)
@@ -179,61 +193,71 @@ def _fill(
         # a share without keys still makes one tile, with nothing seen
         tiles = gl.maximum(gl.minimum(some, all_tiles - first), 1)
         i = first * 64 + row
-        entry = _entry(i, recent, position, complete, row_picks, KIND, TOPK)
-        entry1 = _entry(i + 32, recent, position, complete, row_picks, KIND, TOPK)
-        entry2 = _entry(i + 64, recent, position, complete, row_picks, KIND, TOPK)
-        page = _page(i, entry, recent, window_table, entry_table, KIND, PAGE, ENTRIES)
-        page1 = _page(i + 32, entry1, recent, window_table, entry_table, KIND, PAGE, ENTRIES)
-        at, scale_at = _address(i, entry, page, recent, pool, entry_pool, KIND, PAGE, ENTRIES)
-        at = gl.expand_dims(at, 1) + lane
-        d0 = _load(at, entry, WORDS)
-        d1 = _load(at + 64, entry, WORDS)
-        d2 = _load(at + 128, entry, WORDS)
-        d3 = _load(at + 192, entry, WORDS)
-        d4 = _load(at + 256, entry, WORDS)
-        d5 = _load(at + 320, entry, WORDS)
-        d6 = _load(at + 384, entry, WORDS)
-        r0 = _load(at + 448, entry, WORDS)
-        r1 = _load(at + 512, entry, WORDS)
-        s0, s1 = _load_scales(scale_at, entry, WORDS)
+        k = first * 64 + key
+        entry = _entry(k, recent, position, complete, row_picks, KIND, TOPK)
+        entry1 = _entry(k + 64, recent, position, complete, row_picks, KIND, TOPK)
+        entry2 = _entry(k + 128, recent, position, complete, row_picks, KIND, TOPK)
+        page = _page(k, entry, recent, window_table, entry_table, KIND, PAGE, ENTRIES)
+        page1 = _page(k + 64, entry1, recent, window_table, entry_table, KIND, PAGE, ENTRIES)
+        token, _block, share = _item(gl.minimum(item + gl.num_programs(0), items - 1), BLOCKS, SHARES)
+        next_position = gl.load(positions + token)
+        next_request = gl.load(request_rows + token)
+        rows.index(step & 1).store(_pool_row(k, entry, page, recent, KIND, PAGE, ENTRIES))
+        at = rows.index(step & 1).slice(0, 32).load(ROWS)
+        address, scale_address = _address(i, at, recent, pool, entry_pool, KIND, PAGE, ENTRIES)
+        address = gl.expand_dims(address, 1) + lane
+        d0 = _load(address, at, WORDS)
+        d1 = _load(address + 64, at, WORDS)
+        d2 = _load(address + 128, at, WORDS)
+        d3 = _load(address + 192, at, WORDS)
+        d4 = _load(address + 256, at, WORDS)
+        d5 = _load(address + 320, at, WORDS)
+        d6 = _load(address + 384, at, WORDS)
+        r0 = _load(address + 448, at, WORDS)
+        r1 = _load(address + 512, at, WORDS)
+        s0, s1 = _load_scales(scale_address, at, WORDS)
         for _tile in range(tiles):
             stage = step & 1
             for half in gl.static_range(2):
-                page2 = _page(i + 64, entry2, recent, window_table, entry_table, KIND, PAGE, ENTRIES)
-                entry3 = _entry(i + 96, recent, position, complete, row_picks, KIND, TOPK)
-                at, scale_at = _address(i + 32, entry1, page1, recent, pool, entry_pool, KIND, PAGE, ENTRIES)
-                at = gl.expand_dims(at, 1) + lane
+                if half == 0:
+                    after = rows.index(stage).slice(32, 32).load(ROWS)
+                else:
+                    k += 64
+                    rows.index(stage ^ 1).store(_pool_row(k, entry1, page1, recent, KIND, PAGE, ENTRIES))
+                    after = rows.index(stage ^ 1).slice(0, 32).load(ROWS)
+                    page1 = _page(k + 64, entry2, recent, window_table, entry_table, KIND, PAGE, ENTRIES)
+                    entry1 = entry2
+                    entry2 = _entry(k + 128, recent, position, complete, row_picks, KIND, TOPK)
+                i += 32
+                address, scale_address = _address(i, after, recent, pool, entry_pool, KIND, PAGE, ENTRIES)
+                address = gl.expand_dims(address, 1) + lane
                 mbarrier.wait(empty.index(stage * 2 + half), ((step >> 1) & 1) ^ 1)
                 to = keys.index(stage).reinterpret(gl.int32, [64, 256], WORDS_OF_K).slice(32 * half, 32, dim=0)
                 _store_plain(d0, s0, to, 0)
-                d0 = _load(at, entry1, WORDS)
+                d0 = _load(address, after, WORDS)
                 _store_plain(d1, s0, to, 1)
-                d1 = _load(at + 64, entry1, WORDS)
+                d1 = _load(address + 64, after, WORDS)
                 _store_plain(d2, s0, to, 2)
-                d2 = _load(at + 128, entry1, WORDS)
+                d2 = _load(address + 128, after, WORDS)
                 _store_plain(d3, s0, to, 3)
-                d3 = _load(at + 192, entry1, WORDS)
+                d3 = _load(address + 192, after, WORDS)
                 _store_plain(d4, s1, to, 4)
-                d4 = _load(at + 256, entry1, WORDS)
+                d4 = _load(address + 256, after, WORDS)
                 _store_plain(d5, s1, to, 5)
-                d5 = _load(at + 320, entry1, WORDS)
+                d5 = _load(address + 320, after, WORDS)
                 _store_plain(d6, s1, to, 6)
-                d6 = _load(at + 384, entry1, WORDS)
+                d6 = _load(address + 384, after, WORDS)
                 to.slice(224, 16, dim=1).store(r0)
-                r0 = _load(at + 448, entry1, WORDS)
+                r0 = _load(address + 448, after, WORDS)
                 to.slice(240, 16, dim=1).store(r1)
-                r1 = _load(at + 512, entry1, WORDS)
-                s0, s1 = _load_scales(scale_at, entry1, WORDS)
-                bias.index(stage).slice(32 * half, 32).store(gl.where(entry >= 0, 0.0, float("-inf")))
+                r1 = _load(address + 512, after, WORDS)
+                s0, s1 = _load_scales(scale_address, after, WORDS)
+                bias.index(stage).slice(32 * half, 32).store(gl.where(at >= 0, 0.0, float("-inf")))
                 if half == 0:
                     lengths.index(stage).store(gl.full([1], tiles, gl.int32, COUNT))
                 fence_async_shared()
                 mbarrier.arrive(ready.index(stage))
-                i += 32
-                entry = entry1
-                entry1 = entry2
-                entry2 = entry3
-                page1 = page2
+                at = after
             step += 1
 
 
@@ -244,13 +268,23 @@ def _load_queries(q, item, to):
     h = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     c = gl.arange(0, C, layout=gl.SliceLayout(0, LAYOUT))
     start = q + item.to(gl.int64) * (64 * C)
-    async_copy.async_load(to, start + gl.expand_dims(h, 1) * C + gl.expand_dims(c, 0))
+    async_copy.async_load(to.index(0), start + gl.expand_dims(h, 1) * C + gl.expand_dims(c, 0))
     async_copy.commit_group()
 
 
 @gluon.jit
+def _products(queries, keys, step, ACC: gl.constexpr):
+    """Products of the queries and a tile's keys."""
+    zero = gl.zeros([64, 64], gl.float32, ACC)
+    # index 0, but the compiler must not know: it would keep 32 descriptors in registers it does not have
+    query = queries.index(step >> 31)
+    running = warpgroup_mma(query, keys.index(step & 1).permute([1, 0]), zero, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, [running])
+
+
+@gluon.jit
 def _publish(
-    scores, top, weight_sum, step, bias, weights, shrinks, inverses, weights_ready, weights_empty,
+    scores, top, weight_sum, step, bias, weights, shrinks, inverse, weights_ready, weights_empty,
     LAST: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The tile's weights to shared memory; the new maximum and sum."""
@@ -266,7 +300,7 @@ def _publish(
     shrinks.index(stage).store(shrink)
     if LAST:
         # 0 only in a share without keys, which the combine leaves out
-        inverses.index(stage).store(1.0 / gl.maximum(weight_sum, 1e-38))
+        inverse.store(1.0 / gl.maximum(weight_sum, 1e-38))
     fence_async_shared()
     mbarrier.arrive(weights_ready.index(stage))
     return higher, weight_sum
@@ -282,46 +316,37 @@ def _score(
     ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     h = gl.arange(0, 64, layout=ROWS)
-    zero = gl.zeros([64, 64], gl.float32, ACC)
     step = 0
+    number = 0
     _load_queries(q, gl.program_id(0) // SHARES, queries)
+    next_sink = gl.load(sink + gl.program_id(0) // SHARES % BLOCKS * 64 + h)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         token, block, share = _item(item, BLOCKS, SHARES)
         # starts at the sink, whose weight counts once
-        top = gl.maximum(gl.load(sink + block * 64 + h) * LOG2E, -1e30)
+        top = gl.maximum(next_sink * LOG2E, -1e30)
         weight_sum = gl.where(share == 0, 1.0, 0.0) + gl.zeros([64], gl.float32, ROWS)
+        inverse = inverses.index(number & 3)
+        number += 1
         async_copy.wait_group(0)
         fence_async_shared()
         gl.barrier()
         mbarrier.wait(ready.index(step & 1), (step >> 1) & 1)
         tiles = gl.max(lengths.index(step & 1).load(ONE), 0)
-        running = warpgroup_mma(queries, keys.index(step & 1).permute([1, 0]), zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, [running])
+        scores = _products(queries, keys, step, ACC)
         for _tile in range(tiles - 1):
-            after = step + 1
-            mbarrier.wait(ready.index(after & 1), (after >> 1) & 1)
-            running = warpgroup_mma(queries, keys.index(after & 1).permute([1, 0]), zero, use_acc=False, is_async=True)
+            # before the next tile is waited for: its room is free only after the values of the one before this
             top, weight_sum = _publish(
-                scores,
-                top,
-                weight_sum,
-                step,
-                bias,
-                weights,
-                shrinks,
-                inverses,
-                weights_ready,
-                weights_empty,
-                False,
-                ACC,
+                scores, top, weight_sum, step, bias, weights, shrinks, inverse, weights_ready, weights_empty, False, ACC
             )
-            scores = warpgroup_mma_wait(0, [running])
-            step = after
+            step += 1
+            mbarrier.wait(ready.index(step & 1), (step >> 1) & 1)
+            scores = _products(queries, keys, step, ACC)
         gl.barrier()
-        following = gl.minimum(item + gl.num_programs(0), items - 1)
-        _load_queries(q, following // SHARES, queries)
+        following = gl.minimum(item + gl.num_programs(0), items - 1) // SHARES
+        _load_queries(q, following, queries)
+        next_sink = gl.load(sink + following % BLOCKS * 64 + h)
         top, weight_sum = _publish(
-            scores, top, weight_sum, step, bias, weights, shrinks, inverses, weights_ready, weights_empty, True, ACC
+            scores, top, weight_sum, step, bias, weights, shrinks, inverse, weights_ready, weights_empty, True, ACC
         )
         step += 1
         if SHARES > 1:
@@ -339,20 +364,27 @@ def _values(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    h = gl.arange(0, 64, layout=ROWS)
-    c = gl.arange(0, 256, layout=gl.SliceLayout(0, ACC))
+    # 8 channels a thread: the products' layout has 2, half a sector a row; rows stay in their warps
+    OUT: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [0, 128], [8, 0]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 256],
+    )
+    h = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+    c = gl.arange(0, 256, layout=gl.SliceLayout(0, OUT))
     step = 0
+    number = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         token, block, share = _item(item, BLOCKS, SHARES)
         acc = gl.zeros([64, 256], gl.float32, ACC)
-        inverse = gl.zeros([64], gl.float32, ROWS)
         mbarrier.wait(weights_ready.index(step & 1), (step >> 1) & 1)
         tiles = gl.max(lengths.index(step & 1).load(ONE), 0)
         for _tile in range(tiles):
             stage = step & 1
             mbarrier.wait(weights_ready.index(stage), (step >> 1) & 1)
             acc = acc * gl.expand_dims(shrinks.index(stage).load(ROWS), 1)
-            inverse = inverses.index(stage).load(ROWS)
             value = keys.index(stage).slice(FROM, 256, dim=1)
             weight = weights.index(stage)
             running = warpgroup_mma(weight.slice(0, 32, dim=1), value.slice(0, 32, dim=0), acc, is_async=True)
@@ -363,9 +395,10 @@ def _values(
             mbarrier.arrive(empty.index(stage * 2 + 1))
             mbarrier.arrive(weights_empty.index(stage))
             step += 1
-        acc = acc * gl.expand_dims(inverse, 1)
+        acc = acc * gl.expand_dims(inverses.index(number & 3).load(ROWS), 1)
+        number += 1
         start = out + ((token.to(gl.int64) * SHARES + share) * BLOCKS + block) * (64 * C) + FROM
-        gl.store(start + gl.expand_dims(h, 1) * C + gl.expand_dims(c, 0), acc.to(gl.bfloat16))
+        gl.store(start + gl.expand_dims(h, 1) * C + gl.expand_dims(c, 0), gl.convert_layout(acc.to(gl.bfloat16), OUT))
 
 
 @gluon.jit
@@ -383,13 +416,14 @@ def attend(
     items = tokens * (BLOCKS * SHARES)
     wide: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    queries = gl.allocate_shared_memory(gl.bfloat16, [64, C], wide)
+    queries = gl.allocate_shared_memory(gl.bfloat16, [1, 64, C], wide)
     keys = gl.allocate_shared_memory(gl.bfloat16, [2, 64, C], wide)
     weights = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], wide)
     bias = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     shrinks = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
-    inverses = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
+    inverses = gl.allocate_shared_memory(gl.float32, [4, 64], flat)  # by item: the values lag by less than 3
     lengths = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
+    rows = gl.allocate_shared_memory(gl.int32, [2, 64], flat)
     ready = mbarrier.allocate_mbarrier(batch=2)  # both halves of a tile are filled
     empty = mbarrier.allocate_mbarrier(batch=4)  # both value groups are done with a half
     weights_ready = mbarrier.allocate_mbarrier(batch=2)
@@ -428,7 +462,7 @@ def attend(
                 _fill,
                 (
                     pool, pages, entry_pool, entry_pages, picks, request_rows, positions, items, columns, entry_columns,
-                    keys, bias, lengths, ready, empty, KIND, BLOCKS, WINDOW, PAGE, ENTRIES, RATIO, TOPK, SHARES,
+                    keys, bias, lengths, rows, ready, empty, KIND, BLOCKS, WINDOW, PAGE, ENTRIES, RATIO, TOPK, SHARES,
                 ),
             ),
         ],
