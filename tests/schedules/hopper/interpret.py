@@ -1,4 +1,4 @@
-"""Runs candidates of a family in Triton's interpreter, on a CPU, beside the references: `interpret.py FAMILY [LABEL]`.
+"""Runs candidates of a family in Triton's interpreter, on a CPU: `interpret.py FAMILY [LABEL ...]`, each beside the reference.
 
 In a process of its own: Triton reads TRITON_INTERPRET when a kernel is decorated. One line a candidate, `ok` or `FAIL`.
 """
@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -116,12 +116,12 @@ def run(launch: TritonLaunch, call: Args) -> None:
         getattr(importlib.import_module(module), name)[grid](**values)
 
 
-def main(family: str, part: str) -> int:
+def main(family: str, parts: Sequence[str]) -> int:
     schedules: tuple[Schedule, ...] = importlib.import_module(f"dsv4c.schedules.hopper.{family}").SCHEDULES
     workloads = importlib.import_module(f"dsv4c.schedules.workloads.{family}").workloads()
     failed = 0
     for workload in workloads:
-        if part not in f"{workload.op} {workload.label}":
+        if not any(part in f"{workload.op} {workload.label}" for part in parts):
             continue
         for schedule in schedules:
             if schedule.op != workload.op or schedule.accepts(workload.node) is not None:
@@ -143,4 +143,4 @@ def main(family: str, part: str) -> int:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    sys.exit(main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""))
+    sys.exit(main(sys.argv[1], sys.argv[2:] or [""]))
