@@ -184,6 +184,12 @@ def _ffi_includes() -> list[str]:
     return [f"-I{path}" for path in sorted(paths)]
 
 
+def _no_paths(cache_dir: Path) -> list[str]:
+    """Names of files in messages of the code do not depend on where the sources lie."""
+    places = [SOURCES, cache_dir, *(Path(flag.removeprefix("-I")) for flag in _ffi_includes())]
+    return [f"-ffile-prefix-map={place}=." for place in places]
+
+
 def _included_sha(text: str) -> str:
     """Of our C++ that a text can include: every header, and the files it names."""
     digest = hashlib.sha256()
@@ -230,8 +236,8 @@ def _compile(unit: _Unit, tools: Toolchain, cache_dir: Path) -> Path:
     part.write_text(unit.text, encoding="utf-8")
     part.replace(source)
     command = [
-        tools.compiler, *flags, f"-frandom-seed={name}", f"-I{SOURCES}", *_ffi_includes(), "-c", str(source),
-        "-o", str(part),
+        tools.compiler, *flags, f"-frandom-seed={name}", f"-I{SOURCES}", *_ffi_includes(), *_no_paths(cache_dir), "-c",
+        str(source), "-o", str(part),
     ]  # fmt: skip
     _run(command, f"`{unit.name}`")
     part.replace(target)
