@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--op", help="only this op")
     tune.add_argument("--label", default="", help="only workloads whose label contains this (flash, decode, ...)")
     tune.add_argument("--max-configs", type=_positive, default=12, help="of each schedule (default 12)")
+    tune.add_argument("--top", type=_positive, default=12, help="of all, by the cost model (default 12)")
     tune.add_argument("--baselines", action="store_true", help="also time the reference, plain and compiled by torch")
     tune.add_argument(
         "--build-only", type=Path, metavar="DIR", help="compile the candidates, on a machine without a GPU"
@@ -206,6 +207,7 @@ def _tune(args: argparse.Namespace) -> int:
 
         count = tune(
             Target(args.target).arch, families=args.family, op=args.op, label=args.label, most=args.max_configs,
+            top=args.top,
             baselines=args.baselines, build_only=args.build_only, bundle=args.bundle, rows=args.rows, cache=args.cache,
             progress=built,
         )  # fmt: skip

@@ -69,6 +69,16 @@ def choices_of(workload: Workload, schedules: Sequence[Schedule], arch: str, mos
     return sorted(out, key=lambda choice: choice.seconds)
 
 
+def shortlist(choices: Sequence[Choice], workload: Workload, top: int) -> list[Choice]:
+    """The `top` cheapest by the cost model, and every schedule's own first; only those where nothing is timed."""
+    kept, seen = [], set()
+    for place, choice in enumerate(choices):
+        if choice.schedule not in seen or (place < top and "bench" in workload.purpose):
+            kept.append(choice)
+        seen.add(choice.schedule)
+    return kept
+
+
 def build(
     families: Sequence[str],
     out: Path,
@@ -79,6 +89,7 @@ def build(
     keep: Callable[[Workload], bool] = lambda workload: True,
     keep_schedule: Callable[[Schedule], bool] = lambda schedule: True,
     most: int = 12,
+    top: int = 1000,
     tuned: Tuned | None = None,
     progress: Progress | None = None,
 ) -> int:
@@ -88,7 +99,7 @@ def build(
     for family in families:
         schedules = [s for s in schedules_of((family, *extra)) if keep_schedule(s)]
         for workload in filter(keep, workloads_of(family)):
-            found = choices_of(workload, schedules, arch, most)
+            found = shortlist(choices_of(workload, schedules, arch, most), workload, top)
             if tuned is not None and found:
                 found = [select(workload.node, arch, workload.symbols, tuned)]
             for choice in found:
@@ -139,14 +150,14 @@ def measure(
     for (family, op, label), group in groups.items():
         workload = next(w for w in workloads_of(family) if (w.op, w.label) == (op, label))
         schedules = {s.name: s for s in schedules_of((family, *data["extra"]))}
-        trial = Trial(workload, ceilings)
+        trial = Trial(workload, ceilings if "bench" in workload.purpose else None)
         first = len(rows)
         for entry in group:
             choice = choose(schedules[entry.schedule], workload.node, data["arch"], workload.symbols, "", entry.config)
             row = trial.run(choice, kernels[entry.kernel], native, checking=checking)
             if row is not None:
                 rows.append(row)
-        if baselines and timing:
+        if baselines and trial.ceilings:
             times = trial.baselines(others)
             print("     " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)
             rows[first:] = [dataclasses.replace(row, baselines=times) for row in rows[first:]]
@@ -163,6 +174,7 @@ def tune(
     op: str | None = None,
     label: str = "",
     most: int = 12,
+    top: int = 12,
     baselines: bool = False,
     build_only: Path | None = None,
     bundle: Path | None = None,
@@ -184,7 +196,7 @@ def tune(
         folder = bundle or build_only or Path(scratch)
         if bundle is None:
             count = build(
-                families or FAMILIES, folder, cache, arch, extra=("tile",), most=most, progress=progress,
+                families or FAMILIES, folder, cache, arch, extra=("tile",), most=most, top=top, progress=progress,
                 keep=lambda w: (op is None or w.op == op) and label in w.label,
             )  # fmt: skip
             if build_only is not None:
@@ -214,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--label", help="only workloads whose label contains this")
     one.add_argument("--schedule", help="only schedules whose name contains this")
     one.add_argument("--max-configs", type=int, default=12)
+    one.add_argument("--top", type=int, default=1000, help="of all schedules' configs, by the cost model")
     one.add_argument("--arch", default="sm_90a")
     one.add_argument("--cache", type=Path, default=Path("build/.tune-cache"))
     one.add_argument("--out", type=Path, required=True)
@@ -227,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "build":
             count = build(
-                args.family, args.out, args.cache, args.arch, extra=args.extra, most=args.max_configs,
+                args.family, args.out, args.cache, args.arch, extra=args.extra, most=args.max_configs, top=args.top,
                 keep=lambda w: (not args.op or w.op == args.op) and (not args.label or args.label in w.label),
                 keep_schedule=lambda s: not args.schedule or args.schedule in s.name, progress=_progress,
             )  # fmt: skip
