@@ -1,4 +1,4 @@
-"""Runs candidates of a family in Triton's interpreter, on a CPU: `interpret.py FAMILY [LABEL ...]`, each beside the reference.
+"""Runs candidates in Triton's interpreter, on a CPU, beside the references: `interpret.py FAMILY [LABEL ...]`.
 
 In a process of its own: Triton reads TRITON_INTERPRET when a kernel is decorated. One line a candidate, `ok` or `FAIL`.
 """
