@@ -66,6 +66,7 @@ class Few:
     bt: int
     ctas: int
     stages: int
+    warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,22 @@ def few_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     """Tiles of 64 or 128 rows; as many blocks share one as put one to four blocks on each multiprocessor."""
     m, tokens = _Map.of(node), max(1, symbols["T"])
     if tokens > _MOST_FEW and m.k % 512 == 0:
-        return ({"bn": 64, "bt": 128, "ctas": 1, "stages": 4},)
+        return (asdict(Few(64, 128, 1, 4)),)
     bt = _power(tokens, 16, 128)
     slots = m.k // m.step
     found: list[Few] = []
-    for bn in (64, 128):
+    for bn, warps in ((128, 4), (64, 4), (256, 8), (128, 8)):
+        # two products of a tile take at most 128 registers of a thread; smaller tiles need no second warp group
+        if bn * bt > 64 * 32 * warps or (warps == 8 and bn * bt <= 64 * 128):
+            continue
         tiles = _cdiv(m.n, bn) * _cdiv(tokens, bt)
-        fitting = [c for c in (1, 2, 4, 8) if slots % c == 0 and bn * bt <= 8192]
-        for ctas in [c for c in fitting if SMS * 0.7 <= tiles * c <= 4.5 * SMS] or fitting[-1 if tiles < SMS else 0 :][
-            :1
-        ]:
-            for blocks in (2, 3):  # a multiprocessor should hold, each with its ring
+        fitting = [c for c in (1, 2, 4, 8) if slots % c == 0]
+        spread = [c for c in fitting if 0.7 * SMS <= tiles * c <= 4.5 * SMS]
+        for ctas in spread[:2] or [fitting[-1] if tiles < SMS else 1]:
+            for blocks in (1, 2) if bn == 256 else (2, 3):  # a multiprocessor should hold, each with its ring
                 stages = (_SHARED // blocks - _BLOCK_SHARED - 2048) // ((bn + bt) * 128)
-                found.append(Few(bn, bt, ctas, max(2, min(stages, slots // ctas, 16))))
+                if stages >= 2:
+                    found.append(Few(bn, bt, ctas, min(stages, slots // ctas, 16), warps))
     return tuple(asdict(few) for few in dict.fromkeys(found))
 
 
@@ -146,7 +150,7 @@ def few_launch(node: OpNode, config: Config, out: int) -> TritonLaunch:
         args,
         constants,
         (f"cdiv(a0_0, {c.bt}) * {_cdiv(m.n, c.bn)}", 1, 1),
-        num_warps=4,
+        num_warps=c.warps,
         num_ctas=c.ctas,
         pdl=True,
     )

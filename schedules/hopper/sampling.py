@@ -1,6 +1,7 @@
-"""Sampling on Hopper: a cluster of blocks cuts each row's tail in registers, one block a row draws from what is left.
+"""Sampling on Hopper: four small kernels a batch, whatever its rows ask for.
 
-A row is read once; the search costs rounds of counting registers and meeting in the cluster, about a microsecond each.
+The logits are read twice at the card's bandwidth, by chunks of a row, and never sorted; what a row's filters need is
+decided on lists of candidates in one block's registers.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dsv4c.schedules._launch import LaunchArg, TritonLaunch, ptr
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work
 
 HOPPER = frozenset({"sm_90a"})
-SEGMENT = 128  # tokens of one partial sum: one load of a warp, 4 floats a lane
-_PER_THREAD = 64  # most weights of a thread: beyond it registers spill
+CHUNK = 4096  # tokens of one program: 32 a thread, and 32 programs a row of 129280
+BINS = 128  # of a quarter nat each
+LISTED = 512  # of a chunk's tokens: 32 chunks make 32 candidates a thread of the drawing block
 _KERNELS = "dsv4c.schedules.triton.sampling"
 _PENALTIES = ("slots", "counts", "repetition", "frequency", "presence")
+_FILTERS = ("top_k", "top_p", "min_p")
 
 
 def _vocab(node: OpNode) -> int:
@@ -24,19 +27,12 @@ def _vocab(node: OpNode) -> int:
     return int(logits.shape[1])
 
 
-def _segments(vocab: int) -> int:
-    """Segments that cover the vocabulary: a power of two."""
-    return 1 << max(0, -(-vocab // SEGMENT) - 1).bit_length()
+def _chunks(node: OpNode) -> int:
+    return -(-_vocab(node) // CHUNK)
 
 
-def _fits(vocab: int, config: Config) -> bool:
-    threads = 32 * config["ctas"] * config["warps"]
-    return SEGMENT * _segments(vocab) <= _PER_THREAD * threads and config["ctas"] * config["warps"] <= _segments(vocab)
-
-
-_CONFIGS: tuple[dict[str, int], ...] = tuple(
-    {"ctas": ctas, "warps": warps} for ctas, warps in ((8, 16), (8, 8), (4, 16), (2, 8), (1, 8), (1, 4), (1, 1))
-)
+def _power(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
 
 
 def _accepts(node: OpNode) -> str | None:
@@ -44,55 +40,82 @@ def _accepts(node: OpNode) -> str | None:
     assert logits is not None
     if logits.strides is not None:
         return "logits are strided"
-    if not any(_fits(_vocab(node), config) for config in _CONFIGS):
-        return f"{_vocab(node)} logits of a row do not fit a cluster's registers"
-    return None
+    return f"{_vocab(node)} logits of a row are more than 64 chunks" if _chunks(node) > 64 else None
 
 
 def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    return tuple(config for config in _CONFIGS if _fits(_vocab(node), config))[:3]
+    """Warps of the scanning and of the drawing blocks."""
+    return ({"scan": 4, "draw": 16}, {"scan": 8, "draw": 16}, {"scan": 4, "draw": 8})
 
 
 def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
-    """Best and cut of each row, and the kept weight of each segment."""
-    return Value(("S",), "float32"), Value(("S",), "float32"), Value(("S", _segments(_vocab(node))), "float32")
+    """Of chunks: bests, sums, bins; of rows: best, total, bound, mode; of chunks: listed logits, their ids, numbers."""
+    chunks = _chunks(node)
+    return (
+        Value(("T", chunks), "float32"), Value(("T", chunks), "float32"), Value(("T", chunks, BINS), "int32"),
+        Value(("T",), "float32"), Value(("T",), "float32"), Value(("T",), "float32"), Value(("T",), "int32"),
+        Value(("T", chunks, LISTED), "float32"), Value(("T", chunks, LISTED), "int32"), Value(("T", chunks), "int32"),
+    )  # fmt: skip
 
 
 def _build(node: OpNode, config: Config) -> Build:
-    vocab, inputs = _vocab(node), len(node.inputs)
-    best, cut, sums, out = (ptr(inputs + i) for i in range(4))
-    common: dict[str, LaunchArg] = {"logits": ptr(0), "temperature": ptr(1), "min_p": ptr(4)}
-    constants: dict[str, Any] = {
-        "V": vocab, "G": _segments(vocab), "W": SEGMENT, "PENALISED": node.op == "sample_penalised",
-    }  # fmt: skip
-    if constants["PENALISED"]:
-        common |= {name: ptr(7 + i) for i, name in enumerate(_PENALTIES)}
+    vocab, chunks, inputs = _vocab(node), _chunks(node), len(node.inputs)
+    bests, sums, bins, best, total, bound, mode, listed, places, numbers, out = (ptr(inputs + i) for i in range(11))
+    penalised = node.op == "sample_penalised"
+    rows: dict[str, LaunchArg] = {"logits": ptr(0)}
+    constants: dict[str, Any] = {"V": vocab, "C": chunks, "W": CHUNK, "PENALISED": penalised}
+    if penalised:
+        rows |= {name: ptr(7 + i) for i, name in enumerate(_PENALTIES)}
     else:
         constants |= dict.fromkeys(_PENALTIES)
-    cutting = TritonLaunch(
-        f"{_KERNELS}:cut_rows",
-        {**common, "top_k": ptr(2), "top_p": ptr(3), "best_out": best, "cut_out": cut, "sums_out": sums},
-        constants,
-        ("a0_0", 1, 1),
-        num_warps=config["warps"],
-        num_ctas=config["ctas"],
+    asked: dict[str, LaunchArg] = {"temperature": ptr(1), **{name: ptr(2 + i) for i, name in enumerate(_FILTERS)}}
+    padded = {"PC": _power(chunks)}
+    scan = TritonLaunch(
+        f"{_KERNELS}:scan_rows",
+        {**rows, **asked, "bests": bests, "sums": sums, "bins": bins},
+        {**constants, "B": BINS},
+        ("a0_0", chunks, 1),
+        num_warps=config["scan"],
+        pdl=True,
     )
-    drawing = TritonLaunch(
-        f"{_KERNELS}:draw_rows",
-        {**common, "keys": ptr(5), "counters": ptr(6), "bests": best, "cuts": cut, "sums": sums, "out": out},
-        constants,
+    limit = TritonLaunch(
+        f"{_KERNELS}:bound_rows",
+        {
+            **asked, "bests": bests, "sums": sums, "bins": bins, "best_out": best, "total_out": total,
+            "bound_out": bound, "mode_out": mode,
+        },
+        {"V": vocab, "C": chunks, "B": BINS, **padded},
         ("a0_0", 1, 1),
         num_warps=4,
+        pdl=True,
+    )  # fmt: skip
+    pick = TritonLaunch(
+        f"{_KERNELS}:list_rows",
+        {**rows, "bounds": bound, "modes": mode, "listed": listed, "places": places, "numbers": numbers},
+        {**constants, "L": LISTED},
+        ("a0_0", chunks, 1),
+        num_warps=config["scan"],
+        pdl=True,
     )
-    return Build("gpu", launches=(cutting, drawing))
+    draw = TritonLaunch(
+        f"{_KERNELS}:draw_rows",
+        {
+            **rows, **asked, "keys": ptr(5), "counters": ptr(6), "bests": bests, "sums": sums, "best_in": best,
+            "total_in": total, "modes": mode, "listed": listed, "places": places, "numbers": numbers, "out": out,
+        },
+        {**constants, "L": LISTED, **padded},
+        ("a0_0", 1, 1),
+        num_warps=config["draw"],
+        pdl=True,
+    )  # fmt: skip
+    return Build("gpu", launches=(scan, limit, pick, draw))
 
 
 def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
-    """One pass over the logits, and about 20 rounds of 4 operations on each weight."""
-    rows, vocab = symbols["S"], _vocab(node)
-    penalised = node.op == "sample_penalised"
-    moved = rows * vocab * (6.0 if penalised else 4.0)
-    return Work(moved, 80.0 * rows * vocab, "gpu", 0.5, launches=2)
+    """Two passes over the logits (and counts)."""
+    rows, vocab = symbols["T"], _vocab(node)
+    moved = 2.0 * rows * vocab * (6 if node.op == "sample_penalised" else 4)
+    return Work(moved, 0.0, "gpu", launches=4)
 
 
 def _edit_build(node: OpNode, config: Config) -> Build:
@@ -112,7 +135,7 @@ _TOLERANCE = 1e-5
 SCHEDULES = (
     *(
         Schedule(
-            f"{op}.triton_cut", op, HOPPER, _build, _cost, _accepts,
+            f"{op}.triton_lists", op, HOPPER, _build, _cost, _accepts,
             workspace=_workspace, space=_space, tolerance=_TOLERANCE,
         )
         for op in ("sample", "sample_penalised")

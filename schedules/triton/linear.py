@@ -1,6 +1,6 @@
 """Linear maps on Hopper for few tokens: FP8 with block scales, and BF16 with float32 sums.
 
-The weight is the left operand, 64 or 128 of its rows a tile; the tokens are the right one, so a batch of 1 pads to 16
+The weight is the left operand, 64 to 256 of its rows a tile; the tokens are the right one, so a batch of 1 pads to 16
 and not to 64. Where a weight has too few rows to fill the card, the blocks of a cluster share a tile, each with its
 part of K: every block streams its weights through a ring of tensor-map copies, then the blocks exchange their partial
 sums through each other's shared memory and add them in order. One launch, no atomics, no partial sums in memory.
@@ -38,14 +38,9 @@ def _block(CTAS: gl.constexpr):
 
 
 @gluon.jit
-def _wait_for_inputs():
-    """What the kernel in front writes may be read from here on; the kernel behind may start."""
-    gl.inline_asm("griddepcontrol.wait;")
-    gl.inline_asm("griddepcontrol.launch_dependents;")
-
-
-@gluon.jit
 def _barriers(STAGES: gl.constexpr):
+    """One barrier a ring slot. The kernel behind may start as soon as there is room for it."""
+    gl.inline_asm("griddepcontrol.launch_dependents;")
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -59,15 +54,16 @@ def _write(out, sums, column, token, tokens, N: gl.constexpr, CTAS: gl.constexpr
     """Adds the sums [BN, BT] of a cluster's blocks, a part of the rows each, and writes them transposed."""
     BN: gl.constexpr = sums.shape[0]
     BT: gl.constexpr = sums.shape[1]
+    WARPS: gl.constexpr = gl.num_warps()
     if CTAS == 1:
-        wide: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, 4], [0, 1])
+        wide: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, WARPS], [0, 1])
         y = gl.convert_layout(sums, wide)
     else:
         # blocks are a dimension: first each holds its own sums, then all blocks' sums of its own rows
         lanes: gl.constexpr = BN // CTAS if BN // CTAS < 32 else 32
-        own: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 32, 1], [1, 1, 4], [1, 2, 0], _bases(CTAS, 3, 0))
+        own: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 32, 1], [1, 1, WARPS], [1, 2, 0], _bases(CTAS, 3, 0))
         part: gl.constexpr = gl.BlockedLayout(
-            [CTAS, 1, 1], [1, lanes, 32 // lanes], [1, 1, 4], [1, 2, 0], _bases(CTAS, 3, 1)
+            [CTAS, 1, 1], [1, lanes, 32 // lanes], [1, 1, WARPS], [1, 2, 0], _bases(CTAS, 3, 1)
         )
         mine = gl.expand_dims(gl.convert_layout(sums, gl.SliceLayout(0, own)), 0)
         every, _ = gl.broadcast(mine, gl.zeros([CTAS, BN, BT], gl.float32, own))
@@ -88,6 +84,7 @@ def few_fp8(
     """data [T, G * K] by weight [N, K] of ROWS = N / G rows a group; out bfloat16 [T, N]."""
     BLOCKS: gl.constexpr = K // 128 // CTAS
     SCALES: gl.constexpr = N // ROWS * (K // 128)
+    WARPS: gl.constexpr = gl.num_warps()
     PAD: gl.constexpr = triton.next_power_of_2(BLOCKS)
     COLUMNS: gl.constexpr = (N + BN - 1) // BN
     column = gl.program_id(0) % COLUMNS * BN
@@ -104,11 +101,11 @@ def few_fp8(
     for i in gl.static_range(STAGES):
         mbarrier.expect(full.index(i), size)
         tma.async_load(weight, [column, (first + i) * 128], full.index(i), w_ring.index(i))
-    _wait_for_inputs()
+    gl.inline_asm("griddepcontrol.wait;")  # until here nothing was read that the kernel in front may write
     for i in gl.static_range(STAGES):
         tma.async_load(data, [token, (start + i) * 128], full.index(i), x_ring.index(i))
     # the scales of all blocks of K at once: one by one, each would cost a trip to memory
-    table: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [0, 1], _bases(CTAS, 2, None))
+    table: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [0, 1], _bases(CTAS, 2, None))
     b = gl.arange(0, PAD, gl.SliceLayout(1, table))
     t = token + gl.arange(0, BT, gl.SliceLayout(0, table))
     live = b < BLOCKS
@@ -116,7 +113,7 @@ def few_fp8(
     ws = gl.load(weight_scale + column // 128 * (K // 128) + first + b, live, 0.0)
     factors.store(s * ws[:, None])
     by_block = factors.reinterpret(gl.float32, [PAD, BT], row)
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 32], _bases(CTAS, 2, None))
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BT, 32], _bases(CTAS, 2, None))
     sums = gl.zeros([BN, BT], gl.float32, mma)
     nothing = gl.zeros([BN, BT], gl.float32, mma)
     for k in range(BLOCKS):
@@ -128,7 +125,7 @@ def few_fp8(
         part = warpgroup_mma_wait(0, [part])
         sums += part * factor[None, :]
         if STAGES < BLOCKS:
-            gl.barrier()  # all four warps have read the slot
+            gl.barrier()  # all warps have read the slot
             more = k + STAGES < BLOCKS
             mbarrier.expect(full.index(slot), size, pred=more)
             at = k + STAGES
@@ -144,6 +141,7 @@ def few_mixed(
 ):  # fmt: skip
     """x [T, K] by weight [N, K], bfloat16; out float32 [T, N]."""
     BLOCKS: gl.constexpr = K // 64 // CTAS
+    WARPS: gl.constexpr = gl.num_warps()
     COLUMNS: gl.constexpr = (N + BN - 1) // BN
     column = gl.program_id(0) % COLUMNS * BN
     token = gl.program_id(0) // COLUMNS * BT
@@ -155,17 +153,17 @@ def few_mixed(
     for i in gl.static_range(STAGES):
         mbarrier.expect(full.index(i), size)
         tma.async_load(weight, [column, (first + i) * 64], full.index(i), w_ring.index(i))
-    _wait_for_inputs()
+    gl.inline_asm("griddepcontrol.wait;")  # until here nothing was read that the kernel in front may write
     for i in gl.static_range(STAGES):
         tma.async_load(x, [token, (first + i) * 64], full.index(i), x_ring.index(i))
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16], _bases(CTAS, 2, None))
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BT, 16], _bases(CTAS, 2, None))
     sums = gl.zeros([BN, BT], gl.float32, mma)
     for k in range(BLOCKS):
         slot = k % STAGES
         mbarrier.wait(full.index(slot), k // STAGES & 1)
         sums = warpgroup_mma(w_ring.index(slot), x_ring.index(slot).permute((1, 0)), sums)
         if STAGES < BLOCKS:
-            gl.barrier()  # all four warps have read the slot
+            gl.barrier()  # all warps have read the slot
             more = k + STAGES < BLOCKS
             mbarrier.expect(full.index(slot), size, pred=more)
             at = (first + k + STAGES) * 64

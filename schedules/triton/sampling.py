@@ -1,36 +1,167 @@
-"""Sampling on the device: a row's filters by threshold search in registers, then one draw by its inverse distribution.
+"""Sampling on the device without a sort: candidates by histogram, an exact cut by bisection, a draw by inverse sums.
 
-`cut_rows`: a cluster of blocks holds one row of the vocabulary in registers (read once) as weights p = exp((x - best) /
-temperature), at most 1. top_k and top_p both keep the tokens with p >= some cut, so each is a bisection over the bits
-of p: a round counts and sums what lies above the middle, over the whole cluster. No sort, no atomics; sums have a
-fixed order. It leaves the cut and the kept weight of each segment of 128 tokens.
-`draw_rows`: finds the segment, then the token, where the running sum passes a uniform number times the total.
+    scan_rows    every chunk of 4096 tokens: its best, the sum of its weights, and (rows with filters) how many tokens
+                 lie in each quarter nat below its best
+    bound_rows   every row: its best and total; a logit below which no token can survive the row's filters
+    list_rows    every chunk: its tokens above that bound, in the order of ids
+    draw_rows    every row: the cut, a weight p = exp((x - best) / temperature) that top_k and top_p keep all above,
+                 by bisection over the bits of p; then the token where the running sum passes a uniform number
 
-Legend: S rows, V vocabulary, G segments of W tokens.
+Lists hold 512 tokens a chunk; a row with more in some chunk (a flat distribution) is bisected over all its logits.
+Sums have a fixed order and rows do not meet. A NaN, or a best that is not finite, makes a row's total no number.
+
+Legend: T rows, V vocabulary, C chunks of W tokens, B bins, L most listed tokens of a chunk.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)  # as the reference
 MOST: tl.constexpr = tl.constexpr((1 << 14) - 1)  # of a token's count; the bit above marks the prompt's tokens
+BIN: tl.constexpr = tl.constexpr(0.25)  # nats; 128 bins reach 32 nats, beyond which 2^17 tokens weigh 2e-9
+UNSOUND: tl.constexpr = tl.constexpr(0)
+WHOLE: tl.constexpr = tl.constexpr(1)  # greedy, or no filter
+LISTED: tl.constexpr = tl.constexpr(2)
+FLAT: tl.constexpr = tl.constexpr(3)  # no bound found
 
 
 @triton.jit
-def _penalised(x, count, repetition, frequency, presence):
-    """The logit of a token that was generated `count & MOST` times."""
-    generated = (count & MOST).to(tl.float32)
-    repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
-    x = tl.where(count != 0, repeated, x)
-    return x - frequency * generated - presence * (generated > 0).to(tl.float32)
+def _logits(logits, slots, counts, repetition, frequency, presence, s, at, V: tl.constexpr, PENALISED: tl.constexpr):
+    """Logits `at` of row s, less what their tokens' counts cost; -inf beyond the vocabulary."""
+    live = at < V
+    x = tl.load(logits + s * V + at, live, float("-inf"))
+    if PENALISED:
+        slot = tl.load(slots + s)
+        count = tl.load(counts + slot * V + at, live & (slot != 0), 0)
+        generated = (count & MOST).to(tl.float32)
+        rate = tl.load(repetition + s)
+        x = tl.where(count != 0, tl.where(x > 0, tl.div_rn(x, rate), x * rate), x)
+        spent = tl.load(frequency + s) * generated + tl.load(presence + s) * (generated > 0).to(tl.float32)
+        x = tl.where(generated > 0, x - spent, x)
+    return x
 
 
 @triton.jit
 def _weight(x, best, temperature):
-    """exp((x - best) / temperature); for a greedy row 1 at the best and 0 elsewhere."""
+    """exp((x - best) / temperature): 1 at the best, NaN for a NaN, exactly 0 for -inf."""
     p = tl.exp2((x - best) * (LOG2E / tl.maximum(temperature, GREEDY_BELOW)))
-    return tl.where(temperature < GREEDY_BELOW, tl.where(x == best, 1.0, p * 0.0), p)
+    return tl.where(x == float("-inf"), 0.0, p)
+
+
+@triton.jit
+def _filtered(temperature, top_k, top_p, min_p, V: tl.constexpr):
+    some = ((top_k > 0) & (top_k < V)) | (top_p < 1) | (min_p > 0)
+    return some & (temperature >= GREEDY_BELOW)
+
+
+@triton.jit
+def scan_rows(
+    logits, temperature, top_k, top_p, min_p, slots, counts, repetition, frequency, presence, bests, sums, bins,
+    V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, B: tl.constexpr, PENALISED: tl.constexpr,
+):  # fmt: skip
+    """bests and sums float32 [T, C], bins int32 [T, C, B]."""
+    s = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1)
+    gdc_wait()
+    gdc_launch_dependents()
+    at = c * W + tl.arange(0, W)
+    x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+    best = tl.max(x, 0)
+    degree = tl.load(temperature + s)
+    tl.store(bests + s * C + c, best)
+    tl.store(sums + s * C + c, tl.sum(_weight(x, best, degree), 0))
+    if _filtered(degree, tl.load(top_k + s), tl.load(top_p + s), tl.load(min_p + s), V):
+        below = (best - x) / (BIN * degree)
+        bin = tl.minimum(below, B - 1.0).to(tl.int32)  # NaN rows are not sampled, whatever their bins
+        bin = tl.minimum(tl.maximum(bin, 0), B - 1)
+        tl.store(bins + (s * C + c) * B + tl.arange(0, B), tl.histogram(bin, B, mask=x > float("-inf")))
+
+
+@triton.jit
+def bound_rows(
+    temperature, top_k, top_p, min_p, bests, sums, bins, best_out, total_out, bound_out, mode_out,
+    V: tl.constexpr, C: tl.constexpr, PC: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """best, total, bound float32 [T], mode int32 [T]. PC: C as a power of two."""
+    s = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, PC)
+    gdc_wait()
+    gdc_launch_dependents()
+    degree, k, share, least = tl.load(temperature + s), tl.load(top_k + s), tl.load(top_p + s), tl.load(min_p + s)
+    chunk_best = tl.load(bests + s * C + c, c < C, float("-inf"))
+    best = tl.max(chunk_best, 0)
+    total = tl.sum(tl.load(sums + s * C + c, c < C, 0.0) * _weight(chunk_best, best, degree), 0)
+    mode = tl.where(total > 0, WHOLE, UNSOUND)
+    bound = float("-inf")
+    if _filtered(degree, k, share, least, V) & (total > 0):
+        b = tl.arange(0, B)
+        number = tl.load(bins + (s * C + c)[:, None] * B + b[None, :], (c < C)[:, None], 0).to(tl.float32)
+        # bins from the row's best that a chunk's bin ends at; it begins one before
+        step = BIN * degree
+        ends = tl.where(chunk_best > float("-inf"), (best - chunk_best) / step, 1e9)[:, None] + b[None, :] + 1.0
+        heaviest = number * tl.exp2((1.0 - ends) * (BIN * LOG2E))
+        ends = tl.where(b[None, :] == B - 1, 1e9, ends)  # the last bin has no end
+        by_count = (k > 0) & (k < V)
+        by_tail = (share < 1) & (least == 0) & (by_count == 0)
+        low = 0.0
+        high = 512.0  # more than the bins of a row whose chunks differ by up to 384 bins, 96 nats
+        if by_count | by_tail:
+            mode = LISTED + (FLAT - LISTED) * (
+                1 - _enough(ends, number, heaviest, high, by_count, k, (1.0 - share) * total).to(tl.int32)
+            )
+            while high - low > 1.0:
+                middle = (low + high) * 0.5
+                if _enough(ends, number, heaviest, middle, by_count, k, (1.0 - share) * total):
+                    high = middle
+                else:
+                    low = middle
+            # what rounding of logits and bins may hide
+            bound = best - high * step - (0.01 * step + 1e-6 * (tl.abs(best) + high * step))
+        else:
+            mode = LISTED
+        if least > 0:
+            lowest = best + degree * tl.log(least)
+            bound = tl.maximum(bound, lowest - (1e-3 * degree + 1e-6 * (tl.abs(best) + tl.abs(lowest))))
+            mode = LISTED
+    tl.store(best_out + s, best)
+    tl.store(total_out + s, total)
+    tl.store(bound_out + s, bound)
+    tl.store(mode_out + s, mode)
+
+
+@triton.jit
+def _enough(ends, number, heaviest, depth, by_count, k, tail):
+    """Whether surely k tokens lie within `depth` bins of the best, or surely at most `tail` of the weight below."""
+    inside = ends <= depth
+    if by_count:
+        result = tl.sum(tl.sum(tl.where(inside, number, 0.0), 1), 0) >= k.to(tl.float32)
+    else:
+        result = tl.sum(tl.sum(tl.where(inside, 0.0, heaviest), 1), 0) <= tail * 0.9999
+    return result
+
+
+@triton.jit
+def list_rows(
+    logits, slots, counts, repetition, frequency, presence, bounds, modes, listed, places, numbers,
+    V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, L: tl.constexpr, PENALISED: tl.constexpr,
+):  # fmt: skip
+    """listed float32 and places int32 [T, C, L]: logits and ids; numbers int32 [T, C]: how many there are, L or not."""
+    s = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1)
+    gdc_wait()
+    gdc_launch_dependents()
+    if tl.load(modes + s) == LISTED:
+        at = c * W + tl.arange(0, W)
+        x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+        keep = (x >= tl.load(bounds + s)) & (x > float("-inf"))
+        order = tl.cumsum(keep.to(tl.int32), 0)
+        to = (s * C + c) * L + order - 1
+        fits = keep & (order <= L)
+        tl.store(listed + to, x, fits)
+        tl.store(places + to, at, fits)
+        tl.store(numbers + s * C + c, tl.max(order, 0))
 
 
 @triton.jit
@@ -46,63 +177,21 @@ def _above(p, cut):
 
 
 @triton.jit
-def _search(p, low, count_low, mass_low, count_wanted, mass_wanted):
-    """(cut, count, mass) of the largest cut whose tokens are at least that many, or weigh at least that much.
-
-    `low` is a cut that has enough. Bits of floats that are not negative are ordered as the floats are.
-    """
-    least = low.to(tl.int32, bitcast=True)
-    most = 0x3F800001  # just above 1: no token
-    count_most = 0
-    while (most - least > 1) & (count_low - count_most > 1) & (count_low != count_wanted):
-        middle = least + (most - least) // 2
-        count, mass = _above(p, middle.to(tl.float32, bitcast=True))
-        if (count >= count_wanted) | (mass >= mass_wanted):
-            least = middle
-            count_low = count
-            mass_low = mass
-        else:
-            most = middle
-            count_most = count
-    return least.to(tl.float32, bitcast=True), count_low, mass_low
-
-
-@triton.jit
-def cut_rows(
-    logits, temperature, top_k, top_p, min_p, slots, counts, repetition, frequency, presence,
-    best_out, cut_out, sums_out,
-    V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, PENALISED: tl.constexpr,
+def _above_all(
+    logits, slots, counts, repetition, frequency, presence, s, best, degree, least, cut,
+    V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
-    """best and cut float32 [S], sums float32 [S, G]; a row that is not sound has best NaN. G * W >= V."""
-    s = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, G)[:, None] * W + tl.arange(0, W)[None, :]
-    live = at < V
-    x = tl.load(logits + s * V + at, live, float("-inf"))
-    if PENALISED:
-        slot = tl.load(slots + s)
-        count = tl.load(counts + slot * V + at, live & (slot != 0), 0)
-        rate, often, once = tl.load(repetition + s), tl.load(frequency + s), tl.load(presence + s)
-        x = tl.where(slot != 0, _penalised(x, count, rate, often, once), x)
-    best = tl.max(tl.max(x, 1), 0)
-    degree = tl.load(temperature + s)
-    p = _weight(x, best, degree)
-    p = tl.where(p < tl.load(min_p + s), 0.0, p)
-    flat = tl.reshape(p, (G * W,), can_reorder=True)
-    # NaN logits, and an infinite best, make the total NaN
-    count, mass = tl.reduce(((flat > 0).to(tl.int32), flat), 0, _both)
-    k = tl.load(top_k + s)
-    share = tl.load(top_p + s)
-    cut = 0.0
-    if mass == mass:
-        if (k > 0) & (k < count):
-            cut, count, mass = _search(flat, cut, count, mass, k, float("inf"))
-            mass -= (count - k) * cut  # the share is of the first k alone
-        if share < 1:
-            # no count is enough, so the search ends by weight
-            cut, count, mass = _search(flat, cut, count, mass, 0x7FFFFFFF, mass * share)
-    tl.store(sums_out + s * G + tl.arange(0, G), tl.sum(tl.where(p >= cut, p, 0.0), 1))
-    tl.store(cut_out + s, cut)
-    tl.store(best_out + s, tl.where(mass == mass, best, float("nan")))
+    """`_above` of all weights of a row, read again."""
+    count = 0
+    mass = 0.0
+    for first in range(0, C * W, 4 * W):
+        at = first + tl.arange(0, 4 * W)
+        x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+        p = _weight(x, best, degree)
+        more, weighing = _above(tl.where(p < least, 0.0, p), cut)
+        count += more
+        mass += weighing
+    return count, mass
 
 
 @triton.jit
@@ -115,39 +204,153 @@ def _uniform(key, counter):
 
 
 @triton.jit
-def draw_rows(
-    logits, temperature, min_p, keys, counters, slots, counts, repetition, frequency, presence, bests, cuts, sums, out,
-    V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, PENALISED: tl.constexpr,
-):  # fmt: skip
-    """out int64 [S]: the token of each row, -1 if it is not sound; its count in `counts` grows by one."""
-    s = tl.program_id(0).to(tl.int64)
-    g = tl.arange(0, G)
-    kept = tl.load(sums + s * G + g)
+def _find(kept, target, N: tl.constexpr):
+    """(index, sum before it) of the first of N weights where the running sum passes `target`, or the last above 0."""
+    i = tl.arange(0, N)
     running = tl.cumsum(kept.to(tl.float64), 0)
-    target = _uniform(tl.load(keys + s), tl.load(counters + s)) * tl.max(running, 0)
-    last = tl.max(tl.where(kept > 0, g, 0), 0)
-    segment = tl.minimum(tl.sum((running <= target).to(tl.int32), 0), last)  # the product may round up to the total
-    before = tl.max(tl.where(g < segment, running, 0.0), 0)
-    best = tl.load(bests + s)
-    w = tl.arange(0, W)
-    at = segment * W + w
-    live = at < V
-    x = tl.load(logits + s * V + at, live, float("-inf"))
+    last = tl.max(tl.where(kept > 0, i, 0), 0)
+    index = tl.minimum(tl.sum((running <= target).to(tl.int32), 0), last)
+    return index, tl.max(tl.where(i < index, running, 0.0), 0)
+
+
+@triton.jit
+def draw_rows(
+    logits, temperature, top_k, top_p, min_p, keys, counters, slots, counts, repetition, frequency, presence,
+    bests, sums, best_in, total_in, modes, listed, places, numbers, out,
+    V: tl.constexpr, C: tl.constexpr, PC: tl.constexpr, W: tl.constexpr, L: tl.constexpr, PENALISED: tl.constexpr,
+):  # fmt: skip
+    """out int64 [T]: the token of each row, -1 if it is not sound; its count in `counts` grows by one."""
+    s = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, PC)
+    gdc_wait()
+    gdc_launch_dependents()
+    mode = tl.load(modes + s)
+    best, total = tl.load(best_in + s), tl.load(total_in + s)
+    degree, k, share, least = tl.load(temperature + s), tl.load(top_k + s), tl.load(top_p + s), tl.load(min_p + s)
+    greedy = degree < GREEDY_BELOW
+    number = _uniform(tl.load(keys + s), tl.load(counters + s))
+    chunk_best = tl.load(bests + s * C + c, c < C, float("-inf"))
+    cut = 0.0
+    token = -1
+    if mode == LISTED:
+        many = tl.load(numbers + s * C + c, c < C, 0)
+        if tl.max(many, 0) > L:
+            mode = FLAT
+        else:
+            i = tl.arange(0, L)
+            at = (s * C + c)[:, None] * L + i[None, :]
+            p = _weight(tl.load(listed + at, i[None, :] < many[:, None], float("-inf")), best, degree)
+            p = tl.where(p < least, 0.0, p)
+            flat = tl.reshape(p, (PC * L,), can_reorder=True)
+            count, mass = tl.reduce(((flat > 0).to(tl.int32), flat), 0, _both)
+            wanted = tl.where(least > 0, mass, total) * share
+            if (k > 0) & (k < V):
+                if k < count:
+                    low = 0
+                    high = 0x3F800001  # bits just above 1: no token
+                    beyond = 0
+                    # bits of floats that are not negative are ordered as the floats are
+                    while (high - low > 1) & (count - beyond > 1) & (count != k):
+                        middle = low + (high - low) // 2
+                        more, weighing = _above(flat, middle.to(tl.float32, bitcast=True))
+                        if more >= k:
+                            low = middle
+                            count = more
+                            mass = weighing
+                        else:
+                            high = middle
+                            beyond = more
+                    cut = low.to(tl.float32, bitcast=True)
+                    mass -= (count - k) * cut  # the share is of the first k alone
+                wanted = mass * share
+            if share < 1:
+                low = cut.to(tl.int32, bitcast=True)
+                high = 0x3F800001
+                beyond = 0
+                while (high - low > 1) & (count - beyond > 1):
+                    middle = low + (high - low) // 2
+                    more, weighing = _above(flat, middle.to(tl.float32, bitcast=True))
+                    if weighing >= wanted:
+                        low = middle
+                        count = more
+                    else:
+                        high = middle
+                        beyond = more
+                cut = low.to(tl.float32, bitcast=True)
+            kept = tl.sum(tl.where(p >= cut, p, 0.0), 1)
+            target = number * tl.sum(kept.to(tl.float64), 0)
+            chunk, before = _find(kept, target, PC)
+            at = (s * C + chunk) * L + i
+            live = i < tl.load(numbers + s * C + chunk)
+            p = _weight(tl.load(listed + at, live, float("-inf")), best, degree)
+            index, _ = _find(tl.where((p >= cut) & (p >= least), p, 0.0), target - before, L)
+            token = tl.load(places + (s * C + chunk) * L + index)
+    if mode == FLAT:
+        count, mass = _above_all(
+            logits, slots, counts, repetition, frequency, presence, s, best, degree, least, 1e-45, V, C, W, PENALISED
+        )
+        if (k > 0) & (k < count):
+            low = 1
+            high = 0x3F800001
+            beyond = 0
+            while (high - low > 1) & (count - beyond > 1) & (count != k):
+                middle = low + (high - low) // 2
+                cut = middle.to(tl.float32, bitcast=True)
+                more, weighing = _above_all(
+                    logits, slots, counts, repetition, frequency, presence, s, best, degree, least, cut,
+                    V, C, W, PENALISED,
+                )  # fmt: skip
+                if more >= k:
+                    low = middle
+                    count = more
+                    mass = weighing
+                else:
+                    high = middle
+                    beyond = more
+            cut = low.to(tl.float32, bitcast=True)
+            mass -= (count - k) * cut
+        if share < 1:
+            wanted = mass * share
+            low = cut.to(tl.int32, bitcast=True)
+            high = 0x3F800001
+            beyond = 0
+            while (high - low > 1) & (count - beyond > 1):
+                middle = low + (high - low) // 2
+                cut = middle.to(tl.float32, bitcast=True)
+                more, weighing = _above_all(
+                    logits, slots, counts, repetition, frequency, presence, s, best, degree, least, cut,
+                    V, C, W, PENALISED,
+                )  # fmt: skip
+                if weighing >= wanted:
+                    low = middle
+                    count = more
+                else:
+                    high = middle
+                    beyond = more
+            cut = low.to(tl.float32, bitcast=True)
+    if (mode == WHOLE) | (mode == FLAT):
+        kept = tl.load(sums + s * C + c, c < C, 0.0) * _weight(chunk_best, best, degree)
+        if mode == FLAT:
+            for chunk in range(C):
+                at = chunk * W + tl.arange(0, W)
+                x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+                p = _weight(x, best, degree)
+                kept = tl.where(c == chunk, tl.sum(tl.where((p >= cut) & (p >= least), p, 0.0), 0), kept)
+        # a greedy row keeps its best tokens alone, and takes the first
+        kept = tl.where(greedy, (chunk_best == best).to(tl.float32), kept)
+        target = tl.where(greedy, 0.0, number * tl.sum(kept.to(tl.float64), 0))
+        chunk, before = _find(kept, target, PC)
+        at = chunk * W + tl.arange(0, W)
+        x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+        p = _weight(x, best, degree)
+        p = tl.where(greedy, (x == best).to(tl.float32), tl.where((p >= cut) & (p >= least), p, 0.0))
+        index, _ = _find(p, target - before, W)
+        token = chunk * W + index
+    tl.store(out + s, token.to(tl.int64))
     if PENALISED:
         slot = tl.load(slots + s)
-        count = tl.load(counts + slot * V + at, live & (slot != 0), 0)
-        rate, often, once = tl.load(repetition + s), tl.load(frequency + s), tl.load(presence + s)
-        x = tl.where(slot != 0, _penalised(x, count, rate, often, once), x)
-    p = _weight(x, best, tl.load(temperature + s))
-    p = tl.where((p >= tl.load(min_p + s)) & (p >= tl.load(cuts + s)), p, 0.0)
-    running = before + tl.cumsum(p.to(tl.float64), 0)
-    last = tl.max(tl.where(p > 0, w, 0), 0)
-    token = segment * W + tl.minimum(tl.sum((running <= target).to(tl.int32), 0), last)
-    sound = best == best
-    tl.store(out + s, tl.where(sound, token, -1).to(tl.int64))
-    if PENALISED:
         to = counts + slot * V + token
-        counting = sound & (slot != 0)
+        counting = (token >= 0) & (slot != 0)
         old = tl.load(to, counting, 0)
         tl.store(to, old + 1, counting & ((old & MOST) < MOST))
 
@@ -156,6 +359,8 @@ def draw_rows(
 def edit_rows(logits, starts, tokens, values, V: tl.constexpr, BLOCK: tl.constexpr):
     """Adds values[m] to token tokens[m] of row s, for starts[s] <= m < starts[s + 1]; tokens of a row are distinct."""
     s = tl.program_id(0).to(tl.int64)
+    gdc_wait()
+    gdc_launch_dependents()
     end = tl.load(starts + s + 1)
     for first in range(tl.load(starts + s), end, BLOCK):
         m = first + tl.arange(0, BLOCK)

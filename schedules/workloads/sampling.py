@@ -3,7 +3,7 @@
 A draw is right if the uniform number of its row falls into the token's interval of the float64 distribution over what
 the filters keep; the error is how far outside it falls, as a share of the whole.
 
-Legend: S rows, V vocabulary, Z seats, M edits.
+Legend: T rows, V vocabulary, Z seats, M edits.
 """
 
 from __future__ import annotations
@@ -141,12 +141,12 @@ def _error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _node(vocab: int, penalised: bool) -> OpNode:
-    row = {n: Value(("S",), n, "input") for n in ("float32", "int32", "int64")}
+    row = {n: Value(("T",), n, "input") for n in ("float32", "int32", "int64")}
     inputs = [
-        Value(("S", vocab), "float32"), row["float32"], row["int32"], row["float32"], row["float32"], row["int64"],
+        Value(("T", vocab), "float32"), row["float32"], row["int32"], row["float32"], row["float32"], row["int64"],
         row["int64"],
     ]  # fmt: skip
-    out = (Value(("S",), "int64"),)
+    out = (Value(("T",), "int64"),)
     if not penalised:
         return OpNode("sample", {}, tuple(inputs), out)
     counts = Value((SEATS, vocab), "int16", "pool")
@@ -185,7 +185,7 @@ def workload(model: str, kind: Kind, rows: int, penalised: bool = False, *, benc
     return Workload(
         label=f"{model} {kind.name} {rows}",
         node=_node(vocab, penalised),
-        symbols={"S": rows},
+        symbols={"T": rows},
         make=lambda generator: make(kind, rows, vocab, penalised, generator),
         bytes_moved=rows * (vocab * (6.0 if penalised else 4.0) + 56),
         unit="fp32",
@@ -213,16 +213,17 @@ def _edits(model: str, rows: int) -> Workload:
 
     total = sum((0, 1, 300, 128, 5)[i % 5] for i in range(rows))
     inputs = (
-        Value(("S", vocab), "float32"), Value(("S + 1",), "int64", "input"), Value(("M",), "int64", "input"),
+        Value(("T", vocab), "float32"), Value(("T + 1",), "int64", "input"), Value(("M",), "int64", "input"),
         Value(("M",), "float32", "input"),
     )  # fmt: skip
     return Workload(
         label=f"{model} edits {rows}",
         node=OpNode("edit_logits", {}, inputs, (), mutates=(0,)),
-        symbols={"S": rows, "S + 1": rows + 1, "M": total},
+        symbols={"T": rows, "T + 1": rows + 1, "M": total},
         make=make_edits,
         bytes_moved=20.0 * total,
         unit="fp32",
+        error=lambda outputs, expected: 0.0 if torch.equal(outputs[0], expected[0]) else math.inf,
     )
 
 
