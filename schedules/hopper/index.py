@@ -1,7 +1,8 @@
 """The lightning indexer on Hopper: queries, scores over paged keys, exact top-k, and scores and top-k as one call.
 
-Two ways to score. `tokens` deals tiles of keys out over the card, each for one token: decode, where reading the keys
+Three ways to score. `pages` deals pages of keys out over the card, each for one token: decode, where reading the keys
 binds. `keys` holds keys in registers and streams the tokens of a request past them: prefill, where products bind.
+`tokens` is `pages` for other numbers of heads and channels than the published models have.
 
 The whole op keeps its scores in a workspace of T / chunks rows and goes through the batch in `chunks` pieces, and one
 more for the rows that are left over, so any batch runs with any config and the config only bounds the memory.
@@ -9,7 +10,7 @@ more for the rows that are left over, so any batch runs with any config and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv4c.ops.formats import index_sizes
@@ -102,7 +103,7 @@ def _accepts_scores(node: OpNode) -> str | None:
     return None
 
 
-def _accepts_keys(node: OpNode) -> str | None:
+def _accepts_gluon(node: OpNode) -> str | None:
     data = _value(node, 0)
     if tuple(data.shape[1:]) != (64, 128):
         return f"needs 64 heads of 128 channels, not {data.shape[1]} of {data.shape[2]}"
@@ -130,40 +131,71 @@ def _tokens_launch(
     )  # fmt: skip
 
 
+def _pages_launch(
+    node: OpNode, config: Config, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
+) -> TritonLaunch:
+    args: dict[str, LaunchArg] = {
+        "data": ptr(0), "weight": ptr(1), "keys": _key_tiles(node),
+        # a page is a multiple of 256 bytes: its data, then 256 bytes of scales
+        "marks": Desc(2, (f"a2_0 * {_key_bytes(node) + 4} // 256", 64), (64, 1), (1, 64), "float32"),
+        "pages": ptr(3), "requests": ptr(4), "positions": ptr(5), "scores": ptr(scores), "columns": i32("a3_1"),
+        "first": i32(first), "count": i32(count), "maxima_at": i64(maxima_at or 0),
+    }  # fmt: skip
+    constants = {
+        "RATIO": node.attrs["ratio"], "FP4": node.attrs["format"] == "fp4", "LEAST": least,
+        "MAXIMA": maxima_at is not None, "BT": 256,  # 256 tokens: a decode batch is one deal
+        "PS": config["pages"], "STAGES": config["stages"], "NUM_WARPS": 4,
+    }  # fmt: skip
+    return TritonLaunch(
+        "dsv4c.schedules.triton.index_keys:score_pages", args, constants,
+        grid=(f"min({count}, 1) * {SMS * config['blocks']}", 1, 1), num_warps=4,
+    )  # fmt: skip
+
+
 def _keys_launch(
     node: OpNode, config: Config, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
 ) -> TritonLaunch:
-    fp4 = node.attrs["format"] == "fp4"
-    key_bytes, scale_bytes = index_sizes(128, node.attrs["format"])
-    # the pool as rows of one key's data bytes: a page begins at a multiple of them
-    rows = f"a2_0 * {key_bytes + scale_bytes} // {key_bytes}"
+    step = config["step"]
     args: dict[str, LaunchArg] = {
-        "data": Desc(0, ("a0_0 * 64", 128), (128, 1), (64, 128), "float8_e4m3fn"),
-        "weight": Desc(1, ("a0_0", 64), (64, 1), (1, 64)),
-        "keys": Desc(2, (rows, key_bytes), (key_bytes, 1), (PAGE, key_bytes), "uint8" if fp4 else "float8_e4m3fn"),
+        "data": Desc(0, ("a0_0 * 64", 128), (128, 1), (64 * step, 128), "float8_e4m3fn"),
+        "weight": Desc(1, ("a0_0", 64), (64, 1), (step, 64)), "keys": _key_tiles(node),
         "pool": ptr(2), "pages": ptr(3), "requests": ptr(4), "positions": ptr(5), "scores": ptr(scores),
         "entries": i32(f"a3_1 * {PAGE}", PAGE), "columns": i32("a3_1"), "first": i32(first), "count": i32(count),
         "maxima_at": i64(maxima_at or 0),
     }  # fmt: skip
-    block = _block_keys(config)
     constants = {
-        "RATIO": node.attrs["ratio"], "FP4": fp4, "LEAST": least, "MAXIMA": maxima_at is not None,
-        "BT": config["tokens"], "MT": config["tiles"], "STAGES": config["stages"], "NUM_WARPS": config["warps"],
+        "RATIO": node.attrs["ratio"], "FP4": node.attrs["format"] == "fp4", "LEAST": least,
+        "MAXIMA": maxima_at is not None, "BT": config["tokens"], "TS": step, "MT": config["tiles"],
+        "STAGES": config["stages"], "NUM_WARPS": config["warps"],
     }  # fmt: skip
     return TritonLaunch(
         "dsv4c.schedules.triton.index_keys:score_keys", args, constants,
-        grid=(f"cdiv(a3_1 * {PAGE}, {block})", f"cdiv({count}, {config['tokens']})", 1),
+        grid=(f"cdiv(a3_1 * {PAGE}, {_block_keys(config)})", f"cdiv({count}, {config['tokens']})", 1),
         num_warps=config["warps"],
     )  # fmt: skip
 
 
+def _key_bytes(node: OpNode) -> int:
+    return index_sizes(int(_value(node, 0).shape[2]), node.attrs["format"])[0]
+
+
+def _key_tiles(node: OpNode) -> Desc:
+    """The pool as rows of one key's data bytes, in tiles of a page: a page begins at a multiple of a row."""
+    size = _key_bytes(node)
+    dtype = "uint8" if node.attrs["format"] == "fp4" else "float8_e4m3fn"
+    return Desc(2, (f"a2_0 * {size + 4} // {size}", size), (size, 1), (PAGE, size), dtype)
+
+
 def _block_keys(config: Config) -> int:
-    """Keys of a tile (`tokens`) or of a block (`keys`): rows are written in steps of them."""
-    return int(config["keys"]) if "keys" in config else 16 * int(config["warps"]) * int(config["tiles"])
+    """Keys of a tile or a block: rows are written in steps of them."""
+    return {"tokens": config.get("keys", 0), "pages": PAGE, "keys": 16 * config["warps"] * config.get("tiles", 0)}[
+        config["way"]
+    ]
 
 
 def _score_launch(node: OpNode, config: Config, *rest: Any) -> TritonLaunch:
-    return (_tokens_launch if "keys" in config else _keys_launch)(node, config, *rest)
+    make = {"tokens": _tokens_launch, "pages": _pages_launch, "keys": _keys_launch}[config["way"]]
+    return make(node, config, *rest)
 
 
 def _build_scores(node: OpNode, config: Config) -> Build:
@@ -179,17 +211,21 @@ def _build_scores(node: OpNode, config: Config) -> Build:
 
 def _tokens_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
     return (
-        {"keys": 64, "warps": 4, "stages": 4, "blocks": 4, "chunks": 1},
-        {"keys": 128, "warps": 8, "stages": 4, "blocks": 2, "chunks": 1},
-        {"keys": 128, "warps": 4, "stages": 3, "blocks": 2, "chunks": 1},
+        {"way": "tokens", "keys": 64, "warps": 4, "stages": 4, "blocks": 4},
+        {"way": "tokens", "keys": 128, "warps": 8, "stages": 4, "blocks": 2},
     )
 
 
+def _pages_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
+    # pages of a stage, stages of a block, blocks of an SM
+    shapes = ((2, 3, 3), (2, 4, 3), (2, 3, 4), (4, 2, 3))
+    return tuple({"way": "pages", "pages": p, "stages": s, "blocks": b, "warps": 4} for p, s, b in shapes)
+
+
 def _keys_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
-    return (
-        {"tokens": 128, "warps": 8, "tiles": 4, "stages": 4, "chunks": 1},
-        {"tokens": 128, "warps": 4, "tiles": 4, "stages": 4, "chunks": 1},
-        {"tokens": 128, "warps": 8, "tiles": 2, "stages": 4, "chunks": 1},
+    shapes = ((4, 4, 2, 3), (8, 4, 2, 3), (4, 4, 4, 2), (4, 2, 2, 3))
+    return tuple(
+        {"way": "keys", "tokens": 128, "warps": w, "tiles": m, "step": t, "stages": s} for w, m, t, s in shapes
     )
 
 
@@ -205,14 +241,19 @@ def _score_work(node: OpNode, symbols: Symbols, shared: bool) -> tuple[float, fl
 
 def _tokens_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
     moved, flops = _score_work(node, symbols, shared=False)
-    return Work(moved, flops, "gpu", 0.4, "fp8", launches=2 * config["chunks"])
+    return Work(moved, flops, "gpu", 0.4, "fp8", launches=2 * config.get("chunks", 1))
+
+
+def _pages_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
+    moved, flops = _score_work(node, symbols, shared=False)
+    return Work(moved, flops, "gpu", 0.6, "fp8", launches=2 * config.get("chunks", 1))
 
 
 def _keys_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
     moved, flops = _score_work(node, symbols, shared=True)
     # a run of few tokens pays for the loading of its keys: as if it had 32
     few = max(1.0, 32.0 * symbols["R"] / max(1, symbols["T"]))
-    return Work(moved, flops * few, "gpu", 0.75, "fp8", launches=2 * config["chunks"])
+    return Work(moved, flops * few, "gpu", 0.75, "fp8", launches=2 * config.get("chunks", 1))
 
 
 # --- top-k
@@ -237,10 +278,13 @@ def _select_launch(
     return TritonLaunch(
         "dsv4c.schedules.triton.topk:select_rows",
         args={
-            "scores": ptr(scores), "maxima": ptr(maxima), "positions": ptr(positions), "picks": ptr(picks),
+            "scores": ptr(scores), "maxima": ptr(maxima, "int32"), "positions": ptr(positions), "picks": ptr(picks),
             "entries": i32(entries, PAGE), "first": i32(first), "maxima_at": i64(maxima_at),
         },
-        constants={"RATIO": node.attrs["ratio"], "K": node.attrs["topk"], "LONG": config["long"]},
+        constants={
+            "RATIO": node.attrs["ratio"], "K": node.attrs["topk"], "LONG": config["long"],
+            "NUM_WARPS": config["select_warps"],
+        },
         grid=(count, 1, 1),
         num_warps=config["select_warps"],
     )  # fmt: skip
@@ -259,12 +303,13 @@ def _build_rows(node: OpNode, config: Config) -> Build:
 
 def _rows_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     tokens, columns, entries = _value(node, 0).shape
-    return (Value((tokens, columns, int(entries) // GROUP), "float32"),)
+    return (Value((tokens, columns, int(entries) // GROUP), "int32"),)
 
 
 def _select_space(node: OpNode, symbols: Symbols) -> tuple[dict[str, Any], ...]:
     long = symbols["P_index"] * PAGE > 1 << 15
-    return tuple({"long": long, "select_warps": warps} for warps in ((16, 8) if long else (8, 16)))
+    wide = long or node.attrs["topk"] > 512  # more than 32 keys a thread of 8 warps
+    return tuple({"long": long, "select_warps": warps} for warps in ((16, 8) if wide else (8, 16)))
 
 
 def _rows_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
@@ -289,8 +334,8 @@ def _accepts_topk(node: OpNode) -> str | None:
     return _accepts_scores(node)
 
 
-def _accepts_topk_keys(node: OpNode) -> str | None:
-    return _accepts_topk(node) or _accepts_keys(node)
+def _accepts_topk_gluon(node: OpNode) -> str | None:
+    return _accepts_topk(node) or _accepts_gluon(node)
 
 
 def _build_topk(node: OpNode, config: Config) -> Build:
@@ -321,18 +366,17 @@ def _chunks(symbols: Symbols) -> int:
     return next((c for c in _CHUNKS if whole <= c * SCORE_BYTES), _CHUNKS[-1])
 
 
-def _topk_tokens_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
-    fast = _select_space(node, symbols)
-    base = _tokens_space(node, symbols)
-    mixed = [(config, fast[0]) for config in base] + [(base[0], other) for other in fast[1:]]
-    return tuple({**config, **select, "chunks": _chunks(symbols)} for config, select in mixed)
+def _with_select(
+    space: Callable[[OpNode, Symbols], tuple[Config, ...]],
+) -> Callable[[OpNode, Symbols], tuple[Config, ...]]:
+    """The space of scores and top-k: every way to score with the best way to select, and the best with the others."""
 
+    def both(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
+        select, score = _select_space(node, symbols), space(node, symbols)
+        pairs = [(one, select[0]) for one in score] + [(score[0], other) for other in select[1:]]
+        return tuple({**one, **other, "chunks": _chunks(symbols)} for one, other in pairs)
 
-def _topk_keys_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
-    fast = _select_space(node, symbols)
-    base = _keys_space(node, symbols)
-    mixed = [(config, fast[0]) for config in base] + [(base[0], other) for other in fast[1:]]
-    return tuple({**config, **select, "chunks": _chunks(symbols)} for config, select in mixed)
+    return both
 
 
 QUERY_ERROR = 2e-3  # by norm: one value in 10^4 rounds to the other neighbour
@@ -343,12 +387,16 @@ SCHEDULES: tuple[Schedule, ...] = (
              space=_query_space, tolerance=QUERY_ERROR),
     Schedule("index_scores.triton_tokens", "index_scores", HOPPER, _build_scores, _tokens_cost, _accepts_scores,
              space=_tokens_space, tolerance=SCORE_ERROR),
-    Schedule("index_scores.gluon_keys", "index_scores", HOPPER, _build_scores, _keys_cost, _accepts_keys,
+    Schedule("index_scores.gluon_pages", "index_scores", HOPPER, _build_scores, _pages_cost, _accepts_gluon,
+             space=_pages_space, tolerance=SCORE_ERROR),
+    Schedule("index_scores.gluon_keys", "index_scores", HOPPER, _build_scores, _keys_cost, _accepts_gluon,
              space=_keys_space, tolerance=SCORE_ERROR),
-    Schedule("topk_rows.triton_groups", "topk_rows", HOPPER, _build_rows, _rows_cost, _accepts_rows,
+    Schedule("topk_rows.gluon_groups", "topk_rows", HOPPER, _build_rows, _rows_cost, _accepts_rows,
              workspace=_rows_workspace, space=_rows_space, tolerance=0.0),
     Schedule("index_topk_packed.triton_tokens", "index_topk_packed", HOPPER, _build_topk, _tokens_cost, _accepts_topk,
-             workspace=_topk_workspace, space=_topk_tokens_space, tolerance=SCORE_ERROR),
-    Schedule("index_topk_packed.gluon_keys", "index_topk_packed", HOPPER, _build_topk, _keys_cost, _accepts_topk_keys,
-             workspace=_topk_workspace, space=_topk_keys_space, tolerance=SCORE_ERROR),
+             workspace=_topk_workspace, space=_with_select(_tokens_space), tolerance=SCORE_ERROR),
+    Schedule("index_topk_packed.gluon_pages", "index_topk_packed", HOPPER, _build_topk, _pages_cost,
+             _accepts_topk_gluon, workspace=_topk_workspace, space=_with_select(_pages_space), tolerance=SCORE_ERROR),
+    Schedule("index_topk_packed.gluon_keys", "index_topk_packed", HOPPER, _build_topk, _keys_cost,
+             _accepts_topk_gluon, workspace=_topk_workspace, space=_with_select(_keys_space), tolerance=SCORE_ERROR),
 )  # fmt: skip

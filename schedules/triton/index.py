@@ -46,12 +46,13 @@ def power_of_two_inverse(x):
 
 @triton.jit
 def round_e2m1(x):
-    """Nearest E2M1 value of |x| <= 6, ties to even."""
-    size = tl.abs(x)
-    fine = tl.where(size < 2.0, 2.0, tl.where(size < 4.0, 1.0, 0.5))
-    # adding and taking away 1.5 * 2^23 rounds to the nearest even integer
-    size = ((size * fine + 12582912.0) - 12582912.0) * tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
-    return tl.where(x < 0.0, -size, size)
+    """Nearest E2M1 value of |x| <= 6, ties to even: adding 1.5 * 2^23 steps and taking them away rounds to a step.
+
+    The step is 0.5 below 2, then 1, then 2 from 4 on: the power of two at or below |x|, at least 1, halved.
+    """
+    power = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    magic = (power + ((22 << 23) + 0x400000)).to(tl.float32, bitcast=True)
+    return (x + magic) - magic
 
 
 @triton.jit
@@ -196,13 +197,15 @@ def score_tokens(
                 keys, scale = load_keys(pool, page, live, C, FP4, BN)
                 dots = tl.maximum(tl.dot(keys, q), 0.0, propagate_nan=tl.PropagateNan.ALL)
                 score = tl.sum(dots * w[None, :], axis=1) * scale
-                score = tl.where((entry < seen) & (score == score), score, float("-inf"))
+                score = tl.where((entry < seen) & (score == score), score + 0.0, float("-inf"))
                 tl.store(scores + line * entries + entry, score, mask=entry < entries)
                 if MAXIMA:
                     group = tile * (BN // GROUP) + tl.arange(0, BN // GROUP)
                     most = tl.max(tl.reshape(score, (BN // GROUP, GROUP)), axis=1)
+                    bits = most.to(tl.int32, bitcast=True)  # in their order, as `ordered` of topk.py
                     at_group = maxima_at + line * (entries // GROUP) + group
-                    tl.store(scores + at_group, most, mask=group < entries // GROUP)
+                    to = (scores + at_group).to(tl.pointer_type(tl.int32))
+                    tl.store(to, bits ^ ((bits >> 31) & 0x7FFFFFFF), mask=group < entries // GROUP)
             at = stop
 
 

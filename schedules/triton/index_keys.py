@@ -16,7 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -24,34 +23,71 @@ PAGE = gl.constexpr(64)  # keys
 NAN = gl.constexpr(tl.PropagateNan.ALL)
 GROUP = gl.constexpr(16)  # entries whose maximum top-k asks for: the rows of a warp's tile
 
-# One word of E2M1 codes to two words of E4M3 in channel order (see triton/index.py).
+# One word of E2M1 codes to two words of E4M3 in channel order: the low 3 bits of a nibble select one of the eight
+# magnitudes in ($3, $4), and a `prmt` with constants spreads the sign bits of the nibbles over bytes.
 _E2M1_TO_E4M3 = gl.constexpr("""
 {
-.reg .b32 low, high, code, s;
+.reg .b32 low, high, code, s, even;
 and.b32 code, $2, 0x77777777;
-shr.u32 high, code, 16;
 prmt.b32 low, $3, $4, code;
-prmt.b32 high, $3, $4, high;
-prmt.b32 s, 0x80808080, 0x80808080, $2;
-shl.b32 s, s, 1;
+shr.u32 code, code, 16;
+prmt.b32 high, $3, $4, code;
+shl.b32 even, $2, 4;
+prmt.b32 s, even, $2, 0xD9C8;
 lop3.b32 $0, s, 0x80808080, low, 0xEA;
-shr.u32 code, $2, 16;
-prmt.b32 s, 0x80808080, 0x80808080, code;
-shl.b32 s, s, 1;
+prmt.b32 s, even, $2, 0xFBEA;
 lop3.b32 $1, s, 0x80808080, high, 0xEA;
+}
+""")
+# The same for tensors of bytes, four at a time: $3 and $7 are the words of magnitudes.
+_E2M1_BYTES_TO_E4M3 = gl.constexpr(_E2M1_TO_E4M3.value.replace("$4", "$7"))
+
+
+@gluon.jit
+def largest_exponent(word):
+    """Of the four E8M0 bytes of a key (the unused ones are 0)."""
+    upper = gl.maximum((word >> 16) & 0xFF, (word >> 24) & 0xFF)
+    return gl.maximum(gl.maximum(word & 0xFF, (word >> 8) & 0xFF), upper)
+
+
+@gluon.jit
+def power_of_two(exponent):
+    """The scale of a key whose largest E8M0 byte is `exponent`: its E4M3 values carry 2^6 more."""
+    return (exponent << 23).to(gl.float32, bitcast=True) * 0.015625
+
+
+# Words with the E4M3 magnitudes of the E2M1 codes 0-3 and 4-7 times 2^(e - 6), for e up to 12. Below 2^-6 E4M3 is a
+# multiple of 2^-9 and what is finer is cut off: exponents under -2 lose bits, which differ by 2^14 from the largest.
+_MAGNITUDES = gl.constexpr("""
+{
+.reg .b32 step, down, keep, x;
+.reg .pred normal;
+mul.lo.s32 step, $2, 0x08080808;
+and.b32 x, step, 0xFFFFFF00;
+add.s32 $0, x, 0x0C080000;
+add.s32 $1, step, 0x1C181410;
+setp.gt.s32 normal, $2, 0;
+@normal bra DONE;
+neg.s32 down, $2;
+min.s32 down, down, 8;
+shr.u32 keep, 0xFF, down;
+mul.lo.u32 keep, keep, 0x01010101;
+shr.u32 x, 0x0C080400, down;
+and.b32 $0, x, keep;
+shr.u32 x, 0x30201810, down;
+and.b32 x, x, keep;
+setp.gt.s32 normal, $2, -2;
+selp.b32 $1, $1, x, normal;
+DONE:
 }
 """)
 
 
 @gluon.jit
 def magnitudes(exponent):
-    """Words with the E4M3 magnitudes of the E2M1 codes 0-3 and 4-7 times 2^(exponent - 6) (see triton/index.py)."""
-    step = exponent * 0x08080808
-    down = gl.minimum(gl.maximum(0 - exponent, 0), 8)
-    keep = (0xFF >> down) * 0x01010101
-    low = gl.where(exponent > 0, (step & -256) + 0x0C080000, (0x0C080400 >> down) & keep)
-    high = gl.where(exponent > -2, step + 0x1C181410, (0x30201810 >> down) & keep)
-    return low, high
+    return gl.inline_asm_elementwise(
+        _MAGNITUDES, "=&r,=&r,r", [exponent], dtype=[gl.int32, gl.int32], is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -73,6 +109,11 @@ def widen_page(packed, keys, pool, at, NUM_WARPS: gl.constexpr):
     )
     wide = gl.reshape(gl.join(first, second), [PAGE, 32])
     keys.reinterpret(gl.int32, [PAGE, 32], gl.NVMMASharedLayout(128, 32, 2)).store(wide)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
 
 
 @gluon.constexpr_function
@@ -100,14 +141,13 @@ def _weighted_sum(outputs, inputs):
     return "\n".join(text)
 
 
+# The highest of a warp's scores as an integer in their order (topk.py: `ordered`).
 _WARP_MAXIMUM = gl.constexpr("""
 {
 .reg .b32 x, s;
 shr.s32 s, $1, 31;
 lop3.b32 x, s, 0x7fffffff, $1, 0x6A;
-redux.sync.max.s32 x, x, -1;
-shr.s32 s, x, 31;
-lop3.b32 $0, s, 0x7fffffff, x, 0x6A;
+redux.sync.max.s32 $0, x, -1;
 }
 """)
 
@@ -121,31 +161,43 @@ def one_row_layout(num_warps):
 
 @gluon.jit
 def finish(
-    done, w, scale, scores, maxima, entry, seen, entries, MAXIMA: gl.constexpr, NUM_WARPS: gl.constexpr
+    done, w, scale, row, groups, left, inside, ahead, key_of, MAXIMA: gl.constexpr, NUM_WARPS: gl.constexpr
 ):  # fmt: skip
-    """Scores of a tile of keys from their products with one token's heads, written to its row."""
-    row: gl.constexpr = one_row_layout(NUM_WARPS)
-    kind: gl.constexpr = gl.distributed_type(gl.float32, [16 * NUM_WARPS], row)
-    score = gl.inline_asm(_weighted_sum, ("=f", "f", "f"), [done, w], kind, is_pure=True) * scale
-    score = gl.where((entry < seen) & (score == score), score, float("-inf"))
-    gl.store(scores + entry, score, mask=entry < entries)
+    """Scores of a tile of keys from their products with one token's heads.
+
+    row, groups: where the scores go, and (a whole group alike) the maxima of their groups; `inside`: if they go there.
+    The token sees the keys with `ahead` < left.
+    """
+    layout: gl.constexpr = one_row_layout(NUM_WARPS)
+    kind: gl.constexpr = gl.distributed_type(gl.float32, [16 * NUM_WARPS], layout)
+    total = gl.inline_asm(_weighted_sum, ("=f", "f", "f"), [done, w], kind, is_pure=True)
+    # + 0 makes a zero positive, and the maximum takes -inf for NaN
+    score = gl.where(ahead < left, gl.maximum(gl.fma(total, scale, 0.0), float("-inf")), float("-inf"))
+    gl.store(row, score, mask=inside)
     if MAXIMA:
         bits = score.to(gl.int32, bitcast=True)
         most = gl.inline_asm_elementwise(_WARP_MAXIMUM, "=r,r", [bits], dtype=gl.int32, is_pure=True, pack=1)
-        first = (entry % GROUP == 0) & (entry < entries)
-        gl.store(maxima + entry // GROUP, most.to(gl.float32, bitcast=True), mask=first)
+        gl.store(groups, most, mask=inside & (key_of % GROUP == 0))
+
+
+@gluon.jit
+def ask_tokens(data, weight, token, bar, q_stage, w_stage, TS: gl.constexpr):
+    """Queries and weights of TS tokens into one stage of their rings."""
+    mbarrier.expect(bar, TS * (64 * 128 + 64 * 4))
+    tma.async_load(data, [token * 64, 0], bar, q_stage)
+    tma.async_load(weight, [token, 0], bar, w_stage)
 
 
 @gluon.jit
 def score_keys(
     data, weight, keys, pool, pages, requests, positions, scores, entries, columns, first, count, maxima_at,
     RATIO: gl.constexpr, FP4: gl.constexpr, LEAST: gl.constexpr, MAXIMA: gl.constexpr,
-    BT: gl.constexpr, MT: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr,
+    BT: gl.constexpr, TS: gl.constexpr, MT: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Rows `first` to `first + count` of the batch to rows 0 to `count` of scores; maxima lie `maxima_at` behind.
 
-    data: tiles [64, 128] of E4M3 [T * H, C]; weight: tiles [1, 64] of float32 [T, H]; keys: tiles of one page of the
-    pool's data bytes, pool: all its bytes. Tokens that see at most LEAST entries may be left out.
+    data: tiles [TS * 64, 128] of E4M3 [T * H, C]; weight: tiles [TS, 64] of float32 [T, H]; keys: tiles of one page of
+    the pool's data bytes, pool: all its bytes. Tokens that see at most LEAST entries may be left out.
     """
     H: gl.constexpr = 64
     C: gl.constexpr = 128
@@ -159,8 +211,9 @@ def score_keys(
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     wide: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
 
-    q_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, H, C], data.layout)
-    w_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, H], weight.layout)
+    q_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TS * H, C], data.layout)
+    w_ring = gl.allocate_shared_memory(gl.float32, [STAGES, TS, H], weight.layout)
+    seen_list = gl.allocate_shared_memory(gl.int32, [BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     key_tile = gl.allocate_shared_memory(gl.float8e4nv, [ROWS, C], wide)
     if FP4:
         packed = gl.allocate_shared_memory(gl.uint8, [TILE_PAGES, PAGE, KEY_BYTES], keys.layout)
@@ -181,8 +234,10 @@ def score_keys(
     position_of = gl.load(positions + first + begin + slot, mask=inside, other=-1)
     seen_of = gl.minimum((position_of + 1) // RATIO, entries).to(gl.int32)
     wanted = inside & (seen_of > gl.maximum(block_key, LEAST))
+    seen_list.store(seen_of)
+    key_of = gl.arange(0, ROWS, layout=row)
 
-    issued = 0  # tokens whose query was asked for
+    issued = 0  # stages asked for
     turn = 0  # tiles of keys loaded
     at = 0
     while at < stop - begin:
@@ -193,14 +248,13 @@ def score_keys(
         high = gl.max(gl.where(mine, slot, -1), axis=0)
         live = gl.cdiv(gl.max(gl.where(mine, seen_of, 0), axis=0), PAGE)
         if low <= high:
-            tokens = high - low + 1
+            steps = gl.cdiv(high - low + 1, TS)
             token = first + begin + low
             for s in gl.static_range(STAGES):
-                if s < tokens:
-                    bar = ready.index((issued + s) % STAGES)
-                    mbarrier.expect(bar, H * C + 4 * H)
-                    tma.async_load(data, [(token + s) * H, 0], bar, q_ring.index((issued + s) % STAGES))
-                    tma.async_load(weight, [token + s, 0], bar, w_ring.index((issued + s) % STAGES))
+                if s < steps:
+                    stage = (issued + s) % STAGES
+                    ask_tokens(data, weight, token + s * TS, ready.index(stage), q_ring.index(stage),
+                               w_ring.index(stage), TS)  # fmt: skip
             table = pages + request * columns
             operands = ()
             scales = ()
@@ -220,45 +274,242 @@ def score_keys(
                         page = gl.load(table + gl.minimum(column, live - 1))
                         widen_page(packed.index(p), key_tile.slice(p * PAGE, PAGE), pool, page * PAGE_BYTES, NUM_WARPS)
                     gl.barrier()
-                entry = block_key + m * ROWS + gl.arange(0, ROWS, layout=row)
-                page_of = gl.load(table + gl.minimum(entry // PAGE, live - 1))
-                where_scale = page_of * PAGE_BYTES + PAGE * KEY_BYTES + entry % PAGE * 4
+                page_of = gl.load(table + gl.minimum((block_key + m * ROWS + key_of) // PAGE, live - 1))
+                where_scale = page_of * PAGE_BYTES + PAGE * KEY_BYTES + key_of % PAGE * 4
                 if FP4:
                     word = gl.load((pool + where_scale).to(gl.pointer_type(gl.int32)))
-                    upper = gl.maximum((word >> 16) & 0xFF, (word >> 24) & 0xFF)
-                    most = gl.maximum(gl.maximum(word & 0xFF, (word >> 8) & 0xFF), upper)
-                    scale = (most << 23).to(gl.float32, bitcast=True) * 0.015625
+                    scale = power_of_two(largest_exponent(word))
                 else:
                     scale = gl.load((pool + where_scale).to(gl.pointer_type(gl.float32)))
                 scales = scales + (scale,)  # noqa: RUF005 (the kernel language knows no unpacking)
                 operands = operands + (key_tile.load(operand),)  # noqa: RUF005
 
             spare = gl.zeros([ROWS, H], gl.float32, mma)
-            busy = warpgroup_mma_init(gl.zeros([ROWS, H], gl.float32, mma))
-            for i in range(tokens):
+            for i in range(steps):
                 stage = (issued + i) % STAGES
                 mbarrier.wait(ready.index(stage), ((issued + i) // STAGES) & 1)
-                q = q_ring.index(stage).permute((1, 0))
-                w = w_ring.index(stage).load(mma)
-                here = (begin + low + i).to(gl.int64)
-                seen = gl.minimum((gl.load(positions + first + here) + 1) // RATIO, entries).to(gl.int32)
-                row_here = scores + here * entries
-                group_here = scores + maxima_at + here * (entries // GROUP)
-                busy = warpgroup_mma(operands[0], q, spare, use_acc=False, is_async=True)
-                for m in gl.static_range(1, MT):
-                    product = warpgroup_mma(operands[m], q, spare, use_acc=False, is_async=True)
-                    done = warpgroup_mma_wait(1, deps=[busy])
-                    entry = block_key + (m - 1) * ROWS + gl.arange(0, ROWS, layout=row)
-                    finish(done, w, scales[m - 1], row_here, group_here, entry, seen, entries, MAXIMA, NUM_WARPS)
-                    busy = product
-                done = warpgroup_mma_wait(0, deps=[busy])
-                gl.barrier()  # all products of the token are done: its stage is free
-                if i + STAGES < tokens:
-                    mbarrier.expect(ready.index(stage), H * C + 4 * H)
-                    tma.async_load(data, [(token + i + STAGES) * H, 0], ready.index(stage), q_ring.index(stage))
-                    tma.async_load(weight, [token + i + STAGES, 0], ready.index(stage), w_ring.index(stage))
-                entry = block_key + (MT - 1) * ROWS + gl.arange(0, ROWS, layout=row)
-                finish(done, w, scales[MT - 1], row_here, group_here, entry, seen, entries, MAXIMA, NUM_WARPS)
-            issued += tokens
+                busy = warpgroup_mma(operands[0], q_ring.index(stage).slice(0, H).permute((1, 0)), spare,
+                                     use_acc=False, is_async=True)  # fmt: skip
+                for j in gl.static_range(TS):
+                    here = low + i * TS + j
+                    w = w_ring.index(stage).slice(j, 1).load(mma)
+                    seen = seen_list.gather(gl.full_like(key_of, 0) + gl.minimum(here, BT - 1), 0)
+                    left = seen - block_key - key_of
+                    line = (begin + here).to(gl.int64)
+                    to = scores + line * entries + block_key + key_of
+                    groups = scores + maxima_at + line * (entries // GROUP) + (block_key + key_of) // GROUP
+                    groups = groups.to(gl.pointer_type(gl.int32))
+                    for m in gl.static_range(MT):
+                        if j * MT + m + 1 < TS * MT:
+                            # the next product is on its way while this one is summed up
+                            q = q_ring.index(stage).slice((j * MT + m + 1) // MT * H, H).permute((1, 0))
+                            product = warpgroup_mma(operands[(m + 1) % MT], q, spare, use_acc=False, is_async=True)
+                            done = warpgroup_mma_wait(1, deps=[busy])
+                            busy = product
+                        else:
+                            done = warpgroup_mma_wait(0, deps=[busy])
+                            gl.barrier()  # all products of these tokens are done: their stage is free
+                            if i + STAGES < steps:
+                                ask_tokens(data, weight, token + (i + STAGES) * TS, ready.index(stage),
+                                           q_ring.index(stage), w_ring.index(stage), TS)  # fmt: skip
+                        fits = (here <= high) & (block_key + (m + 1) * ROWS <= entries)
+                        finish(done, w, scales[m], to + m * ROWS, groups + m * ROWS // GROUP, left, fits, m * ROWS,
+                               key_of, MAXIMA, NUM_WARPS)  # fmt: skip
+                        spare = done
+            issued += steps
             gl.barrier()  # every query is read: the next run may overwrite its stage
         at = after
+
+
+@gluon.jit
+def find_pages(table, column, last, PS: gl.constexpr):
+    """The numbers of PS pages from `column` of a table on; behind `last`, that one again."""
+    found = ()
+    for p in gl.static_range(PS):
+        page = gl.load(table + gl.minimum(column + p, last)).to(gl.int32)
+        found = found + (page,)  # noqa: RUF005 (the kernel language knows no unpacking)
+    return found
+
+
+@gluon.jit
+def ask_pages(keys, marks, found, bar, key_ring, mark_ring, at, KEY_BYTES: gl.constexpr, PS: gl.constexpr):
+    """The keys and scales of PS pages into their rings from `at` on."""
+    PAGE_BYTES: gl.constexpr = PAGE * (KEY_BYTES + 4)
+    mbarrier.expect(bar, PS * PAGE_BYTES)
+    for p in gl.static_range(PS):
+        tma.async_load(keys, [found[p] * (PAGE_BYTES // KEY_BYTES), 0], bar, key_ring.index(at + p))
+        # in rows of 256 bytes a page is its data, then one row of scales
+        row = found[p] * (PAGE_BYTES // 256) + PAGE * KEY_BYTES // 256
+        tma.async_load(marks, [row, 0], bar, mark_ring.index(at + p))
+
+
+_PICK_ROW = gl.constexpr("""
+{
+.reg .b32 lane;
+.reg .pred odd;
+mov.u32 lane, %laneid;
+and.b32 lane, lane, 1;
+setp.ne.u32 odd, lane, 0;
+selp.b32 $0, $2, $1, odd;
+}
+""")
+
+
+@gluon.jit
+def widen_tile(codes, bits, mma: gl.constexpr):
+    """The E2M1 keys of a page as an operand of E4M3 in registers, and their scales in `one_row_layout`.
+
+    A thread holds the 16 bytes of one group of two keys. Its 8 words of 4 channels are columns 4t and 16 + 4t of the
+    four steps of the product, so channel (t, i, h, b) of the digits 4, 4, 2, 4 is column (i, h, t, b): `load_query`.
+    """
+    group: gl.constexpr = packed_layout(3)
+    codes = gl.convert_layout(gl.reshape(codes, [PAGE, 4, 16]), group, assert_trivial=True)
+    place = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, group)))
+    most = largest_exponent(bits)
+    exponent = (gl.expand_dims(bits, 1) >> (gl.expand_dims(place, 0) * 8)) & 0xFF
+    low, high = magnitudes(exponent - gl.expand_dims(most, 1) + 12)
+    low, _ = gl.broadcast(gl.expand_dims(low, 2), codes)
+    high, _ = gl.broadcast(gl.expand_dims(high, 2), codes)
+    first, second = gl.inline_asm_elementwise(
+        _E2M1_BYTES_TO_E4M3, "=&r,=&r,r,r,r,r,r,r,r,r,r", [codes, low, high], dtype=[gl.uint8, gl.uint8], is_pure=True,
+        pack=4,
+    )  # fmt: skip
+    first = gl.reshape(first, [PAGE, 4, 4, 4])
+    second = gl.reshape(second, [PAGE, 4, 4, 4])
+    wide = gl.permute(gl.join(first, second), [0, 2, 4, 1, 3])  # key, i, h, t, b
+    wide = gl.reshape(wide, [PAGE, 128]).to(gl.float8e4nv, bitcast=True)
+    kind: gl.constexpr = gl.distributed_type(gl.int32, [PAGE], one_row_layout(4))
+    scale = power_of_two(gl.inline_asm(_PICK_ROW, ("=r", "r"), [most], kind, is_pure=True))
+    return gl.convert_layout(wide, gl.DotOperandLayout(0, mma, 4), assert_trivial=True), scale
+
+
+@gluon.constexpr_function
+def packed_layout(rank):
+    """[64, 64] bytes of E2M1 keys, or [64, 4, 16] by groups: 16 bytes of rows g and g + 8 a thread."""
+    if rank == 2:
+        return gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]],
+            [], [64, 64],
+        )  # fmt: skip
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]],
+        [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[16, 0, 0], [32, 0, 0]], [], [64, 4, 16],
+    )  # fmt: skip
+
+
+@gluon.jit
+def multiply_page(keys, marks, q_tile, spare, FP4: gl.constexpr, mma: gl.constexpr):
+    """Starts the product of a page with the query; also the scales of its keys."""
+    if FP4:
+        rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, packed_layout(3)))
+        bits = marks.reshape([PAGE]).load(rows).to(gl.int32, bitcast=True)
+        operand, scale = widen_tile(keys.load(packed_layout(2)), bits, mma)
+        return warpgroup_mma(operand, q_tile.permute((1, 0)), spare, use_acc=False, is_async=True), scale
+    else:
+        scale = marks.reshape([PAGE]).load(one_row_layout(4))
+        return warpgroup_mma(keys, q_tile.permute((1, 0)), spare, use_acc=False, is_async=True), scale
+
+
+@gluon.jit
+def score_pages(
+    data, weight, keys, marks, pages, requests, positions, scores, columns, first, count, maxima_at,
+    RATIO: gl.constexpr, FP4: gl.constexpr, LEAST: gl.constexpr, MAXIMA: gl.constexpr,
+    BT: gl.constexpr, PS: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """Scores of tokens that share no keys: all pages of BT tokens are dealt out evenly over the blocks.
+
+    As `score_tokens` of triton/index.py, with a ring of STAGES times PS pages on their way. keys: tiles of one page of
+    the pool's data bytes; marks: tiles [1, 64] of its scales, as float32.
+    """
+    H: gl.constexpr = 64
+    C: gl.constexpr = 128
+    KEY_BYTES: gl.constexpr = 64 if FP4 else 128
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, 64, 32])
+    entries = columns * PAGE
+
+    q_tile = gl.allocate_shared_memory(gl.float8e4nv, [H, C], gl.NVMMASharedLayout(128, 8, 2))
+    key_ring = gl.allocate_shared_memory(keys.dtype, [STAGES * PS, PAGE, KEY_BYTES], keys.layout)
+    mark_ring = gl.allocate_shared_memory(gl.float32, [STAGES * PS, 1, PAGE], marks.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+    fence_async_shared()
+
+    slot = gl.arange(0, BT, layout=gl.BlockedLayout([BT // 128 if BT > 128 else 1], [32], [NUM_WARPS], [0]))
+    key_of = gl.arange(0, PAGE, layout=one_row_layout(NUM_WARPS))
+    issued = 0
+    spare = gl.zeros([PAGE, H], gl.float32, mma)
+    for start in range(0, count, BT):
+        position = gl.load(positions + first + start + slot, mask=start + slot < count, other=-1)
+        seen_of = gl.minimum((position + 1) // RATIO, entries).to(gl.int32)
+        pages_of = gl.where(seen_of > LEAST, gl.cdiv(seen_of, PAGE), 0)
+        ends = gl.associative_scan(pages_of, 0, _add)
+        total = gl.sum(pages_of, axis=0).to(gl.int64)
+        at = (total * gl.program_id(0) // gl.num_programs(0)).to(gl.int32)
+        last = (total * (gl.program_id(0) + 1) // gl.num_programs(0)).to(gl.int32)
+        while at < last:
+            here = gl.sum((ends <= at).to(gl.int32), axis=0)  # the token of page `at`
+            end = gl.sum(gl.where(slot == here, ends, 0), axis=0)
+            seen = gl.sum(gl.where(slot == here, seen_of, 0), axis=0)
+            line = (start + here).to(gl.int64)
+            token = first + line
+            low = at - end + gl.cdiv(seen, PAGE)  # the page's column of the token's table
+            number = gl.minimum(end, last) - at
+            steps = gl.cdiv(number, PS)
+            table = pages + gl.load(requests + token) * columns + low
+            for s in gl.static_range(STAGES):
+                if s < steps:
+                    stage = (issued + s) % STAGES
+                    found = find_pages(table, s * PS, number - 1, PS)
+                    ask_pages(keys, marks, found, ready.index(stage), key_ring, mark_ring, stage * PS, KEY_BYTES, PS)
+            load_query(data + token * (H * C), q_tile, FP4, NUM_WARPS)
+            w = gl.expand_dims(gl.load(weight + token * H + gl.arange(0, H, layout=gl.SliceLayout(0, mma))), 0)
+            to = scores + line * entries + low * PAGE + key_of
+            groups = scores + maxima_at + line * (entries // GROUP) + (low * PAGE + key_of) // GROUP
+            groups = groups.to(gl.pointer_type(gl.int32))
+            left = seen - low * PAGE - key_of  # entries from this key on
+            after = find_pages(table, STAGES * PS, number - 1, PS)
+            for i in range(steps):
+                stage = (issued + i) % STAGES
+                found = after
+                after = find_pages(table, (i + 1 + STAGES) * PS, number - 1, PS)
+                mbarrier.wait(ready.index(stage), ((issued + i) // STAGES) & 1)
+                busy, scale = multiply_page(key_ring.index(stage * PS), mark_ring.index(stage * PS), q_tile, spare,
+                                            FP4, mma)  # fmt: skip
+                for p in gl.static_range(PS):
+                    if p + 1 < PS:
+                        product, scale_after = multiply_page(key_ring.index(stage * PS + p + 1),
+                                                             mark_ring.index(stage * PS + p + 1), q_tile, spare, FP4,
+                                                             mma)  # fmt: skip
+                        done = warpgroup_mma_wait(1, deps=[busy])
+                        busy = product
+                    else:
+                        scale_after = scale
+                        done = warpgroup_mma_wait(0, deps=[busy])
+                        gl.barrier()  # everyone has read the stage
+                        if i + STAGES < steps:
+                            ask_pages(keys, marks, found, ready.index(stage), key_ring, mark_ring, stage * PS,
+                                      KEY_BYTES, PS)  # fmt: skip
+                    ahead = (i * PS + p) * PAGE
+                    finish(done, w, scale, to + ahead, groups + ahead // GROUP, left, i * PS + p < number, ahead,
+                           key_of, MAXIMA, NUM_WARPS)  # fmt: skip
+                    scale = scale_after
+                    spare = done
+            issued += steps
+            at += number
+            gl.barrier()  # the next token's query replaces this one
+
+
+@gluon.jit
+def load_query(data, q_tile, FP4: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """One token's query into shared memory, its channels in the order of the operand that `widen_tile` makes."""
+    flat: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [NUM_WARPS, 1], [1, 0])
+    head = gl.arange(0, 64, layout=gl.SliceLayout(1, flat))
+    channel = gl.arange(0, 128, layout=gl.SliceLayout(0, flat))
+    q = gl.load(data + gl.expand_dims(head, 1) * 128 + gl.expand_dims(channel, 0))
+    if FP4:
+        q = gl.reshape(gl.permute(gl.reshape(q, [64, 4, 4, 2, 4]), [0, 2, 3, 1, 4]), [64, 128])
+    q_tile.store(q.to(gl.float8e4nv, bitcast=True))
+    fence_async_shared()
+    gl.barrier()

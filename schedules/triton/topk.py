@@ -4,168 +4,203 @@ Entries are taken in groups of 16. The k entries with the highest scores lie in 
 (a group outside them has k entries before all of its own; groups and entries are in one order, so ties agree), so
 
     group_maxima   reads the scores once and writes the maximum of every group (the score kernels write it themselves)
-    select_rows    finds the k-th largest maximum, lists the k groups in ascending order, and takes the k entries with
-                   the highest of their 16 k scores
+    select_rows    finds the k groups with the highest maxima, and the k highest of their 16 k scores
 
-The k-th largest of a set in registers is found by bisection on the ordered integer form of float32: a count for each
-step, and no step more once a threshold has exactly k above it. Scores: float32 [T, E]; maxima: float32 [T, E / 16].
+The k highest keys of a set in registers are found by counting them in 2048 bins between the lowest and the highest,
+and again within the bin of the k-th, until it is taken whole or all its keys are equal: two or three rounds. Bins are
+intervals of the order of the keys, and counts do not depend on who counts first.
+
+Scores: float32 [T, E]; maxima: int32 [T, E / 16], in the order of the scores (`ordered`).
 """
 
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
-LEAST: tl.constexpr = tl.constexpr(-(2**31))
-MOST: tl.constexpr = tl.constexpr(2**31 - 1)
-GROUP: tl.constexpr = tl.constexpr(16)  # entries: 64 bytes, two sectors of a cache line
+GROUP = tl.constexpr(16)  # entries: 64 bytes, two sectors of a cache line
+LEAST = gl.constexpr(-(2**31) + (1 << 23) - 1)  # `ordered` of -inf
+MOST = gl.constexpr(2**31 - 1)
+BINS = gl.constexpr(2048)  # 8 KB of shared memory; 8 bins a thread to scan
 
 
-@triton.jit
+@gluon.jit
 def ordered(x):
     """int32 in the order of the float32 values: -0 equals 0, and NaN and -inf are LEAST."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(x > float("-inf"), tl.where(bits < 0, bits ^ MOST, bits), LEAST)
+    bits = (x + 0.0).to(gl.int32, bitcast=True)
+    return gl.where(x > float("-inf"), gl.where(bits < 0, bits ^ MOST, bits), LEAST)
 
 
-@triton.jit
-def kth_largest(key, K: tl.constexpr):
-    """A threshold with at least K keys at or above it and fewer than K above; the least key if there are fewer.
-
-    LEAST counts as no key.
-    """
-    low = tl.min(tl.where(key == LEAST, MOST, key), axis=0).to(tl.int64)
-    high = tl.max(key, axis=0).to(tl.int64)
-    while low < high:
-        middle = low + ((high - low + 1) >> 1)
-        count = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), axis=0)
-        high = tl.where(count == K, middle, tl.where(count > K, high, middle - 1))
-        low = tl.where(count >= K, middle, low)
-    return low.to(tl.int32)
+@gluon.jit
+def value_of(key):
+    """The float32 value of a key that is not LEAST."""
+    return gl.where(key < 0, key ^ MOST, key).to(gl.float32, bitcast=True)
 
 
-@triton.jit
-def places(key, K: tl.constexpr):
-    """(whether a key is one of the K largest, its place among them in the order of positions, how many there are)."""
-    threshold = kth_largest(key, K)
-    above = key > threshold
-    equal = (key == threshold) & (key > LEAST)
-    room = K - tl.sum(above.to(tl.int32), axis=0)
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def bin_of_kth(bins, need, count, NUM_WARPS: gl.constexpr):
+    """(the bin with the `need`-th highest of `count` keys, how many lie in higher bins, how many in it)."""
+    layout: gl.constexpr = gl.BlockedLayout([BINS // (32 * NUM_WARPS)], [32], [NUM_WARPS], [0])
+    inside = bins.load(layout)
+    above = count - gl.associative_scan(inside, 0, _add)
+    found = (above < need) & (above + inside >= need)
+    at = gl.arange(0, BINS, layout=layout)
+    # one sum for both: fewer than 2^16 keys lie above
+    packed = gl.sum(gl.where(found, (at << 16) | above, 0), axis=0)
+    return packed >> 16, packed & 0xFFFF, gl.sum(gl.where(found, inside, 0), axis=0)
+
+
+@gluon.jit
+def threshold(key, bins, K: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """(t, room): the K highest keys are those above t, and `room` of those equal to it. LEAST counts as no key."""
+    clear: gl.constexpr = gl.BlockedLayout([BINS // (32 * NUM_WARPS)], [32], [NUM_WARPS], [0])
+    low = gl.min(gl.where(key == LEAST, MOST, key), axis=0)
+    high = gl.max(key, axis=0)
+    count = gl.sum((key != LEAST).to(gl.int32), axis=0)
+    need = gl.minimum(count, K)
+    linear = True
+    while (low < high) & (count > need):
+        inside = (key >= low) & (key <= high)
+        if linear:
+            # equal steps of the value: most scores lie around 0, where steps of the key are far too fine
+            bottom = value_of(low)
+            step = BINS / (value_of(high) - bottom)
+            place = (value_of(key) - bottom) * step
+        else:
+            # equal steps of the key: the lowest and the highest never share a bin, so each round gains
+            width = (high.to(gl.int64) - low.to(gl.int64)).to(gl.float32)
+            place = (key - low).to(gl.uint32, bitcast=True).to(gl.float32) * (BINS / (width + 1.0))
+        where = gl.minimum(gl.maximum(gl.where(inside, place, 0.0), 0.0), BINS - 1.0).to(gl.int32)
+        bins.store(gl.zeros([BINS], gl.int32, clear))
+        gl.barrier()
+        bins.atomic_scatter_add(gl.full_like(key, 1), where, 0, mask=inside)
+        gl.barrier()
+        chosen, above, count = bin_of_kth(bins, need, count, NUM_WARPS)
+        gl.barrier()
+        need -= above
+        inside = inside & (where == chosen)
+        low = gl.min(gl.where(inside, key, MOST), axis=0)
+        high = gl.max(gl.where(inside, key, LEAST), axis=0)
+        linear = False
+    whole = count == need
+    return gl.where(whole & (count > 0), low - 1, low), gl.where(whole, 0, need)
+
+
+@gluon.jit
+def places(key, t, room):
+    """(whether a key is taken, its place among the taken in the order of positions, how many are taken)."""
+    above = key > t
+    equal = (key == t) & (key > LEAST)
     # one scan for both counts: at most 2^14 keys, so they fit the halves of an int32
-    both = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)
+    counts = above.to(gl.int32) + (equal.to(gl.int32) << 16)
+    both = gl.associative_scan(counts, 0, _add)
+    total = gl.sum(counts, axis=0)
     taken_above, taken_equal = both & 0xFFFF, both >> 16
     taken = above | (equal & (taken_equal <= room))
-    total = tl.sum(taken.to(tl.int32), axis=0)
-    return taken, taken_above + tl.minimum(taken_equal, room) - 1, total
+    place = taken_above + gl.minimum(taken_equal, room) - 1
+    return taken, place, (total & 0xFFFF) + gl.minimum(total >> 16, room)
 
 
-@triton.jit
-def write_picks(picks, key, entry, K: tl.constexpr):
-    """The entries of the K largest keys in ascending order, then -1."""
-    taken, place, total = places(key, K)
-    tl.store(picks + place, entry, mask=taken)
-    at = tl.arange(0, K)
-    tl.store(picks + at, tl.full((K,), -1, tl.int32), mask=at >= total)
+@gluon.jit
+def list_groups(maxima, chosen, bins, groups, K: gl.constexpr, BLOCK: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """The K of at most BLOCK groups with the highest maxima, ascending, into `chosen`; returns how many they are."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [NUM_WARPS], [0])
+    group = gl.arange(0, BLOCK, layout=layout)
+    key = gl.load(maxima + group, mask=group < groups, other=LEAST)
+    t, room = threshold(key, bins, K, NUM_WARPS)
+    taken, place, total = places(key, t, room)
+    chosen.scatter(group, gl.where(taken, place, K), 0)  # what is not taken goes behind the list
+    gl.barrier()
+    return total
 
 
-@triton.jit
-def select_all(scores, picks, seen, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Straight from the scores, for rows that fit registers."""
-    entry = tl.arange(0, BLOCK)
-    key = ordered(tl.load(scores + entry, mask=entry < seen, other=float("-inf")))
-    write_picks(picks, key, entry, K)
-
-
-@triton.jit
-def select_chosen(scores, picks, seen, K: tl.constexpr):
-    """From the scores of the groups listed in the row of picks."""
-    tl.debug_barrier()  # the list is written by all threads and read by all
-    at = tl.arange(0, K * GROUP)
-    chosen = tl.load(picks + at // GROUP)
-    entry = chosen * GROUP + at % GROUP
-    inside = (chosen >= 0) & (entry < seen)
-    key = ordered(tl.load(scores + entry, mask=inside, other=float("-inf")))
-    tl.debug_barrier()
-    write_picks(picks, key, entry, K)
-
-
-@triton.jit
-def count_groups(maxima, groups, threshold, BLOCK: tl.constexpr):
-    """Groups with a maximum of at least `threshold`, and the least and the largest maximum, in passes of BLOCK."""
-    count = tl.zeros((BLOCK,), tl.int32)
-    least = tl.full((BLOCK,), MOST, tl.int32)
-    most = tl.full((BLOCK,), LEAST, tl.int32)
-    for start in range(0, groups, BLOCK):
-        group = start + tl.arange(0, BLOCK)
-        key = ordered(tl.load(maxima + group, mask=group < groups, other=float("-inf")))
-        count += (key >= threshold).to(tl.int32)
-        least = tl.minimum(least, tl.where(key == LEAST, MOST, key))
-        most = tl.maximum(most, key)
-    return tl.sum(count, axis=0), tl.min(least, axis=0), tl.max(most, axis=0)
-
-
-@triton.jit
-def list_groups(maxima, picks, groups, K: tl.constexpr, BLOCK: tl.constexpr):
-    """The K groups with the highest maxima, ascending, then -1: for rows of any length, reading them once a step."""
-    count, least, most = count_groups(maxima, groups, MOST, BLOCK)
-    low, high = least.to(tl.int64), most.to(tl.int64)
+@gluon.jit
+def list_many_groups(maxima, chosen, groups, K: gl.constexpr, BLOCK: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """The same for rows of any length: by bisection, reading the maxima once a step."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [NUM_WARPS], [0])
+    slot = gl.arange(0, BLOCK, layout=layout)
+    low = gl.full((), LEAST, gl.int32).to(gl.int64)
+    high = gl.full((), MOST, gl.int32).to(gl.int64)
     while low < high:
         middle = low + ((high - low + 1) >> 1)
-        count, least, most = count_groups(maxima, groups, middle.to(tl.int32), BLOCK)
-        high = tl.where(count == K, middle, tl.where(count > K, high, middle - 1))
-        low = tl.where(count >= K, middle, low)
-    threshold = low.to(tl.int32)
-    count, least, most = count_groups(maxima, groups, tl.minimum(threshold, MOST - 1) + 1, BLOCK)
-    room = K - count
-    done = tl.full((), 0, tl.int32)
+        counts = gl.zeros([BLOCK], gl.int32, layout)
+        for start in range(0, groups, BLOCK):
+            key = gl.load(maxima + start + slot, mask=start + slot < groups, other=LEAST)
+            counts += (key >= middle.to(gl.int32)).to(gl.int32)
+        count = gl.sum(counts, axis=0)
+        high = gl.where(count == K, middle, gl.where(count > K, high, middle - 1))
+        low = gl.where(count >= K, middle, low)
+    t = low.to(gl.int32)
+    counts = gl.zeros([BLOCK], gl.int32, layout)
     for start in range(0, groups, BLOCK):
-        group = start + tl.arange(0, BLOCK)
-        key = ordered(tl.load(maxima + group, mask=group < groups, other=float("-inf")))
-        above = key > threshold
-        equal = (key == threshold) & (key > LEAST)
-        both = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)
-        taken_above, taken_equal = both & 0xFFFF, both >> 16
-        taken = above | (equal & (taken_equal <= room))
-        place = done + taken_above + tl.minimum(taken_equal, room) - 1
-        tl.store(picks + place, group, mask=taken)
-        done += tl.sum(taken.to(tl.int32), axis=0)
-        room -= tl.minimum(tl.sum(equal.to(tl.int32), axis=0), room)
-    at = tl.arange(0, K)
-    tl.store(picks + at, tl.full((K,), -1, tl.int32), mask=at >= done)
+        key = gl.load(maxima + start + slot, mask=start + slot < groups, other=LEAST)
+        counts += (key > t).to(gl.int32)
+    room = K - gl.sum(counts, axis=0)
+    done = 0
+    for start in range(0, groups, BLOCK):
+        key = gl.load(maxima + start + slot, mask=start + slot < groups, other=LEAST)
+        taken, place, total = places(key, t, room)
+        chosen.scatter(start + slot, gl.where(taken, done + place, K), 0)
+        done += total
+        room -= gl.minimum(gl.sum(((key == t) & (key > LEAST)).to(gl.int32), axis=0), room)
+    gl.barrier()
+    return done
 
 
-@triton.jit
+@gluon.jit
 def select_rows(
     scores, maxima, positions, picks, entries, first, maxima_at,
-    RATIO: tl.constexpr, K: tl.constexpr, LONG: tl.constexpr,
+    RATIO: gl.constexpr, K: gl.constexpr, LONG: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     """picks[first + i] from row i of scores, and of maxima, which begin at `maxima_at`.
 
-    Rows over 2^15 entries are fast if LONG, and right anyway.
+    Picks are ascending, then -1. Rows over 2^15 entries are fast if LONG, and right anyway.
     """
-    row = tl.program_id(0)
-    seen = tl.minimum((tl.load(positions + first + row) + 1) // RATIO, entries).to(tl.int32)
-    picks += (first + row).to(tl.int64) * K
-    scores += row.to(tl.int64) * entries
-    maxima += maxima_at + row.to(tl.int64) * (entries // GROUP)
+    ROWS: gl.constexpr = K if K > 512 else 512  # groups whose scores fit the registers
+    EACH: gl.constexpr = ROWS // (32 * NUM_WARPS)
+    tile: gl.constexpr = gl.BlockedLayout([EACH, GROUP], [32, 1], [NUM_WARPS, 1], [1, 0])  # a thread: whole groups
+    flat: gl.constexpr = gl.BlockedLayout([EACH * GROUP], [32], [NUM_WARPS], [0])
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    row = gl.program_id(0)
+    seen = gl.minimum((gl.load(positions + first + row) + 1) // RATIO, entries).to(gl.int32)
+    picks += (first + row).to(gl.int64) * K
+    scores += row.to(gl.int64) * entries
+    maxima += maxima_at + row.to(gl.int64) * (entries // GROUP)
+    place = gl.arange(0, K, layout=line)
     if seen <= K:
-        at = tl.arange(0, K)
-        tl.store(picks + at, tl.where(at < seen, at, -1))
-    elif seen <= 2048:
-        select_all(scores, picks, seen, K, 2048)
-    elif seen <= 8192:
-        select_all(scores, picks, seen, K, 8192)
+        gl.store(picks + place, gl.where(place < seen, place, -1))
     else:
-        groups = tl.cdiv(seen, GROUP)
-        if groups <= 2048:
-            group = tl.arange(0, 2048)
-            key = ordered(tl.load(maxima + group, mask=group < groups, other=float("-inf")))
-            write_picks(picks, key, group, K)
-        elif LONG and groups <= 16384:
-            group = tl.arange(0, 16384)
-            key = ordered(tl.load(maxima + group, mask=group < groups, other=float("-inf")))
-            write_picks(picks, key, group, K)
-        else:
-            list_groups(maxima, picks, groups, K, 2048)
-        select_chosen(scores, picks, seen, K)
+        bins = gl.allocate_shared_memory(gl.int32, [BINS], plain)
+        chosen = gl.allocate_shared_memory(gl.int32, [2 * K], plain)
+        groups = gl.cdiv(seen, GROUP)
+        slot = gl.arange(0, ROWS, layout=gl.SliceLayout(1, tile))
+        group = slot
+        listed = groups
+        if groups > ROWS:
+            if groups <= 2048:
+                listed = list_groups(maxima, chosen, bins, groups, K, 2048, NUM_WARPS)
+            elif LONG and groups <= 16384:
+                listed = list_groups(maxima, chosen, bins, groups, K, 16384, NUM_WARPS)
+            else:
+                listed = list_many_groups(maxima, chosen, groups, K, 2048, NUM_WARPS)
+            group = chosen.gather(gl.minimum(slot, K - 1), 0)
+        entry = gl.expand_dims(group, 1) * GROUP + gl.expand_dims(
+            gl.arange(0, GROUP, layout=gl.SliceLayout(0, tile)), 0
+        )
+        inside = (gl.expand_dims(slot, 1) < listed) & (entry < seen)
+        key = ordered(gl.load(scores + entry, mask=inside, other=float("-inf")))
+        key = gl.convert_layout(gl.reshape(key, [ROWS * GROUP]), flat, assert_trivial=True)
+        entry = gl.convert_layout(gl.reshape(entry, [ROWS * GROUP]), flat, assert_trivial=True)
+        t, room = threshold(key, bins, K, NUM_WARPS)
+        taken, at, total = places(key, t, room)
+        gl.store(picks + at, entry, mask=taken)
+        gl.store(picks + place, gl.full_like(place, -1), mask=place >= total)
 
 
 @triton.jit
@@ -179,7 +214,7 @@ def group_maxima(scores, positions, maxima, entries, RATIO: tl.constexpr, BLOCK:
         for start in range(tl.program_id(1) * BLOCK, seen, tl.num_programs(1) * BLOCK):
             entry = start + tl.arange(0, BLOCK)
             x = tl.load(scores + entry, mask=entry < seen, other=float("-inf"))
-            x = tl.where(x == x, x, float("-inf"))
+            most = tl.max(tl.reshape(tl.where(x == x, x, float("-inf")), (BLOCK // GROUP, GROUP)), axis=1)
+            bits = (most + 0.0).to(tl.int32, bitcast=True)
             group = start // GROUP + tl.arange(0, BLOCK // GROUP)
-            most = tl.max(tl.reshape(x, (BLOCK // GROUP, GROUP)), axis=1)
-            tl.store(maxima + group, most, mask=group < entries // GROUP)
+            tl.store(maxima + group, bits ^ ((bits >> 31) & 0x7FFFFFFF), mask=group < entries // GROUP)
