@@ -22,14 +22,8 @@ SQUARES = tl.constexpr(24)
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x within 1 ulp."""
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-
-
-@triton.jit
 def sigmoid(x):
-    return reciprocal(1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -131,13 +125,13 @@ def sinkhorn(m, eps, ITERS: tl.constexpr):
         b = tl.exp(m[4 * j + 1] - top)
         c = tl.exp(m[4 * j + 2] - top)
         d = tl.exp(m[4 * j + 3] - top)
-        inverse = reciprocal((a + b) + (c + d))
+        inverse = 1.0 / ((a + b) + (c + d))
         e += (a * inverse + eps, b * inverse + eps, c * inverse + eps, d * inverse + eps)
     e = columns(e, eps)
     for _ in range(ITERS - 1):
         n = ()
         for j in tl.static_range(4):
-            inverse = reciprocal((e[4 * j] + e[4 * j + 1]) + (e[4 * j + 2] + e[4 * j + 3]) + eps)
+            inverse = 1.0 / ((e[4 * j] + e[4 * j + 1]) + (e[4 * j + 2] + e[4 * j + 3]) + eps)
             n += (e[4 * j] * inverse, e[4 * j + 1] * inverse, e[4 * j + 2] * inverse, e[4 * j + 3] * inverse)
         e = columns(n, eps)
     return e
@@ -148,7 +142,7 @@ def columns(e, eps):
     """The matrix with its columns divided by their sums."""
     i = ()
     for k in tl.static_range(4):
-        i += (reciprocal((e[k] + e[4 + k]) + (e[8 + k] + e[12 + k]) + eps),)
+        i += (1.0 / ((e[k] + e[4 + k]) + (e[8 + k] + e[12 + k]) + eps),)
     n = ()
     for jk in tl.static_range(16):
         n += (e[jk] * i[jk % 4],)

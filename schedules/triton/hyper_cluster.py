@@ -236,8 +236,10 @@ def _send_text(blocks, tokens):
     """
     copy = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [far], [from], {}, [bar];"
     shared, own = SHARED.value * tokens * 4, OWN.value * 4
-    lines = [".reg .pred p;", ".reg .u32 to, from, far, bar;", f"setp.ge.u32 p, t, {blocks};", "@p bra DONE;"]
-    lines += ["add.u32 to, t, $5;", f"and.b32 to, to, {blocks - 1};", "mapa.shared::cluster.u32 bar, $4, to;"]
+    each = blocks // 8  # of a warp
+    lines = [".reg .pred p;", ".reg .u32 to, from, far, bar;", "and.b32 to, t, 31;", f"setp.ge.u32 p, to, {each};"]
+    lines += ["@p bra DONE;", f"mad.lo.u32 to, w, {each}, to;", "add.u32 to, to, $5;"]
+    lines += [f"and.b32 to, to, {blocks - 1};", "mapa.shared::cluster.u32 bar, $4, to;"]
     lines += ["mapa.shared::cluster.u32 far, $2, to;", f"mad.lo.u32 far, $5, {shared}, far;", "mov.u32 from, $0;"]
     lines += [copy.format(shared), f"setp.ge.u32 p, to, {tokens};", "@p bra DONE;"]
     lines += ["mapa.shared::cluster.u32 far, $3, to;", f"mad.lo.u32 far, $5, {own}, far;"]
@@ -259,27 +261,34 @@ def _receive_text(blocks, tokens):
 
 
 @gluon.constexpr_function
-def _own_text(blocks):
-    """The own token's logits of comb as they are, and its post, by the first warp.
+def _own_text(blocks, tokens):
+    """The own token's logits of comb as they are, and its post. All warps do it, so that none is late; one stores.
 
     Operands: sums [C, OWN], rows [M, 16], base, scale, comb and post of the token, rank, whether there is a token,
     1 / (N * D), epsilon, shared memory for the last token's logits.
     """
-    lines = [".reg .pred p, q16;", ".reg .u32 a;", ".reg .u64 to, at;", ".reg .f32 x, y, r, r1, r2, r3;"]
-    lines += [f"setp.ge.u32 p, t, {OWN.value};", "setp.eq.or.u32 p, $7, 0, p;", "@p bra DONE;"]
-    lines += ["mad.lo.u32 a, t, 4, $0;", "ld.shared.f32 x, [a];"]
-    for block in range(1, blocks):
+    lines = [".reg .pred p, q16;", ".reg .u32 v, a;", ".reg .u64 to, at;", ".reg .f32 x, y, z, r, r1, r2, r3;"]
+    lines += [
+        "and.b32 v, t, 31;",
+        f"min.u32 v, v, {OWN.value - 1};",
+        "mad.lo.u32 a, v, 4, $0;",
+        "ld.shared.f32 x, [a];",
+    ]
+    lines += [f"ld.shared.f32 z, [a + {OWN.value * 4}];"]
+    for block in range(2, blocks, 2):
         lines += [f"ld.shared.f32 y, [a + {block * OWN.value * 4}];", "add.f32 x, x, y;"]
-    lines += ["mad.lo.u32 a, $6, 64, $1;", "ld.shared.v4.f32 {r, r1, r2, r3}, [a + 16];", "add.f32 r, r, r1;"]
-    lines += ["add.f32 r2, r2, r3;", "add.f32 r, r, r2;", "fma.rn.f32 r, r, $8, $9;"]
-    lines += ["rsqrt.approx.ftz.f32 r, r;", "mul.f32 x, x, r;", "setp.lt.u32 q16, t, 16;"]
+        lines += [f"ld.shared.f32 y, [a + {(block + 1) * OWN.value * 4}];", "add.f32 z, z, y;"]
+    lines += ["add.f32 x, x, z;", f"min.u32 a, $6, {tokens - 1};", "mad.lo.u32 a, a, 64, $1;"]
+    lines += ["ld.shared.v4.f32 {r, r1, r2, r3}, [a + 16];", "add.f32 r, r, r1;", "add.f32 r2, r2, r3;"]
+    lines += ["add.f32 r, r, r2;", "fma.rn.f32 r, r, $8, $9;", "rsqrt.approx.ftz.f32 r, r;", "mul.f32 x, x, r;"]
     # comb: gain 2 and base rows 8..23; post: gain 1 and base rows 4..7. 0fBFB8AA3B is -log2(e).
-    lines += ["selp.u32 a, 8, 4, q16;", "cvt.u64.u32 to, a;", "add.u64 at, $3, to;", "ld.global.nc.f32 r, [at];"]
-    lines += ["selp.s32 a, 8, -12, q16;", "add.s32 a, a, t;", "mul.wide.s32 to, a, 4;", "add.u64 at, $2, to;"]
-    lines += ["ld.global.nc.f32 y, [at];", "fma.rn.f32 x, x, r, y;", "mul.wide.u32 to, t, 4;", "@q16 bra COMB;"]
-    lines += ["mul.f32 x, x, 0fBFB8AA3B;", "ex2.approx.ftz.f32 x, x;", "add.f32 x, x, 0f3F800000;"]
-    lines += ["rcp.approx.ftz.f32 x, x;", "add.f32 x, x, x;", "add.u64 at, $5, to;", "st.global.f32 [at + -64], x;"]
-    lines += ["bra DONE;", "COMB:", "add.u64 at, $4, to;", "st.global.f32 [at], x;", "mad.lo.u32 a, t, 4, $10;"]
+    lines += ["setp.lt.u32 q16, v, 16;", "selp.u32 a, 8, 4, q16;", "cvt.u64.u32 to, a;", "add.u64 at, $3, to;"]
+    lines += ["ld.global.nc.f32 r, [at];", "selp.s32 a, 8, -12, q16;", "add.s32 a, a, v;", "mul.wide.s32 to, a, 4;"]
+    lines += ["add.u64 at, $2, to;", "ld.global.nc.f32 y, [at];", "fma.rn.f32 x, x, r, y;", "mul.f32 z, x, 0fBFB8AA3B;"]
+    lines += ["ex2.approx.ftz.f32 z, z;", "add.f32 z, z, 0f3F800000;", "rcp.approx.ftz.f32 z, z;", "add.f32 z, z, z;"]
+    lines += [f"setp.lt.u32 p, t, {OWN.value};", "setp.ne.and.u32 p, $7, 0, p;", "mul.wide.u32 to, v, 4;"]
+    lines += ["@!p bra DONE;", "@q16 bra COMB;", "add.u64 at, $5, to;", "st.global.f32 [at + -64], z;", "bra DONE;"]
+    lines += ["COMB:", "add.u64 at, $4, to;", "st.global.f32 [at], x;", "mad.lo.u32 a, v, 4, $10;"]
     return _text(*lines, "st.shared.f32 [a], x;", "DONE:")
 
 
@@ -409,7 +418,7 @@ def _columns(e, eps):
 
 @gluon.jit
 def _solve(comb_out, last, first, step, tokens, eps, ITERS: gl.constexpr):
-    """Turns the logits of tokens first, first + step, ... in place into comb: a token a thread. `last` has the last's."""
+    """Turns the logits of tokens first, first + step, ... in place into comb, one a thread; `last` has the last's."""
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
     T: gl.constexpr = _types(gl.float32, [32 * W], lane, 16)
     final = gl.inline_asm(_broadcast_text(), "=f," * 16 + "r", (last,), T)
@@ -494,10 +503,10 @@ def fused(
     mix_sums = gl.allocate_shared_memory(gl.float32, [8 * W, M], FLAT)
     gram_sums = gl.allocate_shared_memory(gl.float32, [10 * W, M], FLAT)
     shared = gl.allocate_shared_memory(gl.float32, [2 * C * SHARED, M], FLAT)
-    own = gl.allocate_shared_memory(gl.float32, [2 * C * OWN // 4, 4], FLAT)
+    own = gl.allocate_shared_memory(gl.float32, [4 * C * OWN // 4, 4], FLAT)
     shared_out = gl.allocate_shared_memory(gl.float32, [2 * SHARED, M], FLAT)
     own_out = gl.allocate_shared_memory(gl.float32, [2 * M * OWN // 4, 4], FLAT)
-    rows = gl.allocate_shared_memory(gl.float32, [M, 16], FLAT)
+    rows = gl.allocate_shared_memory(gl.float32, [2 * M, 16], FLAT)
     last = gl.allocate_shared_memory(gl.float32, [1, 16], FLAT)
     post_rows = gl.allocate_shared_memory(gl.float32, [M, 4], PLAIN)
     comb_rows = gl.allocate_shared_memory(gl.float32, [M, 16], PLAIN)
@@ -569,20 +578,10 @@ def fused(
         if n > 0:
             gl.inline_asm(
                 _receive_text(C, M), "r,r,r,r,r",
-                (_at(shared.index((1 - parity) * (C * SHARED)), rank), _at(rows.index(0), rank),
+                (_at(shared.index((1 - parity) * (C * SHARED)), rank), _at(rows.index((1 - parity) * M), rank),
                  _at(bars.index(1 - parity), rank), ((n - 1) >> 1) & 1, incoming), (),
             )  # fmt: skip
         gl.barrier()
-        if n > 0:
-            t0 = start + (n - 1) * step
-            mine = (t0 + rank).to(gl.int64)
-            has = ((rank < M) & (t0 + rank < tokens)).to(gl.int32)
-            gl.inline_asm(
-                _own_text(C), "r,r,l,l,l,l,r,r,f,f,r",
-                (_at(own.index((1 - parity) * (C * OWN // 4)), rank), _at(rows.index(0), rank), base, scale,
-                 comb_out + mine * 16, post_out + mine * 4, rank, has, gl.to_tensor(1.0 / (4 * D)),
-                 gl.to_tensor(NORM_EPS), _at(last.index(0), rank)), (),
-            )  # fmt: skip
         if n < count:
             gl.inline_asm(
                 _reduce_text(M), "r,r,r,r,r",
@@ -594,12 +593,23 @@ def fused(
             gl.inline_asm(
                 _send_text(C, M), "r,r,r,r,r,r",
                 (_at(shared_out.index(parity * SHARED), rank), _at(own_out.index(parity * (M * OWN // 4)), rank),
-                 shared.index(parity * (C * SHARED)), own.index(parity * (C * OWN // 4)), bars.index(parity), rank), (),
+                 shared.index(parity * (C * SHARED)), own.index((n & 3) * (C * OWN // 4)), bars.index(parity), rank),
+                (),
             )  # fmt: skip
         if n > 0:
             t0 = start + (n - 1) * step
+            mine = (t0 + rank).to(gl.int64)
+            has = ((rank < M) & (t0 + rank < tokens)).to(gl.int32)
+            gl.inline_asm(
+                _own_text(C, M), "r,r,l,l,l,l,r,r,f,f,r",
+                (_at(own.index(((n - 1) & 3) * (C * OWN // 4)), rank), _at(rows.index((1 - parity) * M), rank), base,
+                 scale, comb_out + mine * 16, post_out + mine * 4, rank, has, gl.to_tensor(1.0 / (4 * D)),
+                 gl.to_tensor(NORM_EPS), _at(last.index(0), rank)), (),
+            )  # fmt: skip
             TR: gl.constexpr = _types(gl.float32, [M], TL, 14)
-            r = gl.inline_asm(_columns_text(14, 16, M), "=f," * (14 * M // 8) + "r", (_at(rows.index(0), rank),), TR)
+            r = gl.inline_asm(
+                _columns_text(14, 16, M), "=f," * (14 * M // 8) + "r", (_at(rows.index((1 - parity) * M), rank),), TR
+            )
             a = _weights(r, base, scale, D, NORM, NORM_EPS, EPS, OUT_EPS)
             o = _spread(a[0]) * _unpack(h[0], L)
             for k in gl.static_range(1, 4):
