@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     compile_ = commands.add_parser("compile", help="compile a checkpoint folder or a preset to an artifact")
     compile_.add_argument("model", metavar="MODEL", help="a checkpoint folder, or flash, pro, nano")
-    compile_.add_argument("--target", required=True, help="what to compile for: cpu")
+    compile_.add_argument("--target", required=True, help="what to compile for: cpu, or sm_90a (Hopper)")
     compile_.add_argument("-o", "--output", type=Path, help="the artifact's folder")
     compile_.add_argument("--dry-run", action="store_true", help="everything but emitting; print the passes")
     compile_.add_argument("--max-context", type=_positive, help="longest request in tokens")

@@ -23,7 +23,7 @@ from dsv4c.config import ModelConfig
 from dsv4c.errors import ArtifactError, ConfigError, EngineError
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.kvpool import PoolSizes
-from dsv4c.runtime.loader import load
+from dsv4c.runtime.loader import check_host, load
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.params import SamplingParams
@@ -68,6 +68,7 @@ def launch(
     manifest = load_manifest(directory)
     if "step" not in manifest.programs:
         raise ArtifactError("the artifact has no program `step`", hint="compile it again with this version")
+    check_host(manifest)
     codec = _codec(directory, options)
     if codec.vocab_size > manifest.vocab_size:
         raise ArtifactError(
@@ -82,7 +83,7 @@ def launch(
             f"`--max-requests` is {options.max_requests}, the artifact was compiled for {symbols['R']}",
             hint="compile it with a larger `--max-requests`",
         )
-    budget = options.kv_memory_bytes or int(KV_SHARE * available_memory())
+    budget = options.kv_memory_bytes or int(KV_SHARE * available_memory(manifest.target))
     sizes = PoolSizes.for_bytes(
         manifest.kv_groups, manifest.state_groups, budget, requests, manifest.max_context, symbols["T"]
     )
@@ -157,8 +158,10 @@ def _check_model(manifest: Manifest, config: ModelConfig) -> None:
             )
 
 
-def available_memory() -> int:
-    """Bytes of memory that can be taken without swapping."""
+def available_memory(target: str) -> int:
+    """Bytes that can be taken: free on the card, or of host memory without swapping."""
+    if target != "cpu":
+        return int(torch.cuda.mem_get_info()[0])
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="ascii").splitlines():
