@@ -31,11 +31,6 @@ def _sizes(node: OpNode) -> tuple[int, int, int, int]:
     return int(x.shape[1]), int(w1.shape[1]), int(w1.shape[0]), int(chosen.shape[1])
 
 
-def _quad(channels: int) -> int:
-    """Scale bytes a thread reads at once: those of 4 blocks where they come in fours."""
-    return 4 if channels % (4 * _BLOCK) == 0 else 1
-
-
 def _accepts(node: OpNode) -> str | None:
     dim, inner, experts, _ = _sizes(node)
     if any(value is None or value.strides is not None for value in node.inputs):
@@ -60,16 +55,12 @@ def _layouts(node: OpNode) -> dict[int, Transforms]:
     up, down = (experts, inner // _BLOCK, 4, 4, 2, 2, 2), (experts, dim // 64, 4, 2, 8)
     out: dict[int, Transforms] = {}
     for data in (3, 5):
-        out[data] = _layout((*up, dim // _BLOCK, 4, 16), (0, 1, 3, 7, 5, 6, 2, 4, 8, 9), (experts, inner, dim // 2))
-        out[data + 1] = _layout(
-            (*up, dim // _BLOCK // _quad(dim), _quad(dim), 4), (0, 1, 3, 7, 5, 6, 2, 4, 9, 8),
-            (experts, inner, dim // _GROUP),
-        )  # fmt: skip
-    out[7] = _layout((*down, inner // _BLOCK, 4, 16), (0, 1, 3, 5, 2, 4, 6, 7), (experts, dim, inner // 2))
-    out[8] = _layout(
-        (*down, inner // _BLOCK // _quad(inner), _quad(inner), 4), (0, 1, 3, 5, 2, 4, 7, 6),
-        (experts, dim, inner // _GROUP),
-    )  # fmt: skip
+        order = (0, 1, 3, 7, 5, 6, 2, 4, 8)
+        out[data] = _layout((*up, dim // _BLOCK, 4, 16), (*order, 9), (experts, inner, dim // 2))
+        out[data + 1] = _layout((*up, dim // _BLOCK, 4), order, (experts, inner, dim // _GROUP))
+    order = (0, 1, 3, 5, 2, 4, 6)
+    out[7] = _layout((*down, inner // _BLOCK, 4, 16), (*order, 7), (experts, dim, inner // 2))
+    out[8] = _layout((*down, inner // _BLOCK, 4), order, (experts, dim, inner // _GROUP))
     return out
 
 
@@ -87,29 +78,32 @@ def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
         return (_config(1, 1, 4, (8, 32, 64), 2, few), _config(2, 1, 3, (32, 64, 128), 1, few))
     if mean <= 2:
         return (
-            _config(1, 4, 3, (8, 16), 2, few), _config(1, 2, 6, (8, 16), 2, few), _config(1, 4, 4, (8,), 2, few),
-            _config(1, 4, 2, (8, 16), 3, few), _config(1, 2, 5, (8,), 3, few), _config(2, 4, 4, (8, 16), 1, few),
-            _config(2, 2, 8, (8, 16), 1, few),
+            _config(1, 4, 2, (16,), 3, few), _config(1, 4, 2, (8,), 3, few), _config(1, 2, 4, (16,), 3, few),
+            _config(1, 4, 3, (16,), 2, few), _config(1, 8, 2, (8,), 2, few), _config(1, 2, 3, (16,), 4, few),
+            _config(2, 4, 4, (16,), 1, few), _config(2, 4, 2, (16,), 2, few),
         )  # fmt: skip
     if mean <= 24:
         return (
-            _config(1, 2, 4, (8, 16, 32), 2, few), _config(2, 2, 4, (8, 16, 32, 64), 1, few),
-            _config(1, 4, 3, (8, 16), 2, few), _config(2, 2, 6, (8, 16, 32), 1, few),
-            _config(1, 1, 6, (16, 32, 48), 2, few), _config(2, 1, 8, (16, 32, 48), 1, few),
+            _config(1, 4, 3, (16,), 2, few), _config(1, 4, 2, (16,), 3, few), _config(1, 2, 4, (16, 32), 2, few),
+            _config(2, 2, 4, (16, 32, 64), 1, few), _config(2, 2, 3, (16, 32), 2, few),
+            _config(4, 2, 4, (16, 32), 1, few), _config(4, 1, 7, (16, 32), 1, few), _config(2, 4, 3, (16, 32), 1, few),
+            _config(4, 2, 3, (32, 48), 1, few),
         )  # fmt: skip
     if mean <= 72:
         return (
-            _config(2, 1, 4, (32, 48, 64, 96), 1, few), _config(2, 1, 6, (32, 48, 64), 1, few),
-            _config(2, 1, 3, (48, 64, 96, 128), 1, few),
+            _config(4, 1, 5, (32, 64), 1, few), _config(4, 2, 3, (32, 48), 1, few), _config(4, 1, 5, (64,), 1, few),
+            _config(4, 1, 4, (48, 64), 1, few), _config(2, 1, 6, (32, 48, 64), 1, few),
+            _config(2, 2, 4, (32, 48, 64), 1, few),
         )  # fmt: skip
     if mean <= 144:
         return (
-            _config(2, 1, 3, (80, 96, 112, 128), 1, few), _config(2, 1, 4, (64, 96, 112, 128), 1, few),
-            _config(2, 1, 3, (64, 96, 128, 160), 1, few),
+            _config(2, 1, 3, (80, 96, 112, 128), 1, few), _config(2, 1, 4, (80, 96, 112), 1, few),
+            _config(2, 1, 4, (64, 96, 112, 128), 1, few), _config(2, 1, 5, (80, 96, 112), 1, few),
         )  # fmt: skip
     return (
         _config(2, 1, 3, (160, 192, 208, 224), 1, few), _config(2, 1, 3, (176, 192, 208, 224), 1, few),
-        _config(2, 1, 3, (128, 192, 224), 1, few), _config(2, 1, 3, (64, 128, 192, 224), 1, few),
+        _config(2, 1, 3, (128, 160, 192, 208, 224), 1, few),
+        _config(2, 1, 3, (64, 128, 192, 224), 1, few),
     )  # fmt: skip
 
 
@@ -183,16 +177,18 @@ def _gemm(node: OpNode, config: Config, x: int, out: int, weights: tuple[int, ..
     row_weight, tiles, meta = 12, 13, 14
     channels, tall, share = (dim if up else inner), int(config["tiles"]), int(config["share"])
     wa, sa, wb, sb = weights
+    columns = tuple(config["columns"])
     return TritonLaunch(
         _GEMM,
         args={
-            "x": ptr(x), "wa": ptr(wa), "sa": ptr(sa), "wb": ptr(wb), "sb": ptr(sb), "tiles": ptr(tiles),
-            "meta": ptr(meta), "row_weight": ptr(row_weight), "out": ptr(out), "rows": i32(f"a1_0 * {topk}"),
+            "x": ptr(x), "chosen": ptr(1), "wa": ptr(wa), "sa": ptr(sa), "wb": ptr(wb), "sb": ptr(sb),
+            "tiles": ptr(tiles), "meta": ptr(meta), "row_weight": ptr(row_weight), "out": ptr(out),
+            "rows": i32(f"a1_0 * {topk}"),
         },
         constants={
             "UP": up, "LIMIT": float(node.attrs["limit"]), "M": inner if up else dim, "K": channels, "V": tall,
-            "KB": math.gcd(int(config["blocks"]), channels // _BLOCK), "S": _quad(channels),
-            "STAGES": config["stages"], "VARIANTS": tuple(config["columns"]),
+            "KB": math.gcd(int(config["blocks"]), channels // _BLOCK), "STAGES": config["stages"],
+            "VARIANTS": columns, "EARLY": min(64, columns[-1] * topk) if up and config["fused"] else 0,
         },
         grid=(f"min({_SMS * share}, a1_0 * {_SMS * share})", 1, 1),
         num_warps=4 * tall,

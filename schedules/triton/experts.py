@@ -7,14 +7,14 @@ no tensor maps: every operand is stored in the order in which shared memory need
 straight into the A fragment of the matrix instruction: FP4 is never expanded in memory.
 
 Weights  [E][M / 32][K / 128][warp][row of 8][group][16 bytes]: a thread's 16 bytes are the 32 channels of one scale
-         group of one row, and its own part of the A fragment. Scales: [E][M / 32][K / 128 / S][warp][row][group][S].
+         group of one row, and its own part of the A fragment. Scales: [E][M / 32][K / 128][warp][row of 8][group].
 Tokens   panels [K / 64][rows][64] bf16. The 16-byte chunk c of the r-th row of an expert stands at c ^ (r % 8), the
          128-byte swizzle of wgmma. Channels are permuted within 128: position 32 q + 16 j + 8 h + 2 t + c holds channel
          32 t + 8 q + 4 c + 2 j + h (t < 4, q < 4, j, h, c < 2), because thread t of four owns scale group t.
 Tiles    (expert, first row, rows, -) of rows of one expert, from moe_sort.
 
 Legend: M weight rows of an expert, K channels, V 64-row tiles a CTA takes at once, N columns of a tile, KB 128-channel
-blocks a stage, S scale bytes a thread reads at once.
+blocks a stage.
 """
 
 from triton.experimental import gluon
@@ -35,7 +35,7 @@ def _dequantised(words, scales, panel):
     """
     lines = []
     for half in range(2):
-        lines += [f"and.b32 s, {scales[half]}, 255;", "mad.lo.u32 s, s, 0x00800080, 0x3F003F00;"]
+        lines += [f"mad.lo.u32 s, {scales[half]}, 0x00800080, 0x3F003F00;"]
         for q in range(2):
             word = words[4 * half + 2 * panel + q]
             for pair in range(4):
@@ -130,48 +130,83 @@ def _columns(rows, VARIANTS: gl.constexpr):
 
 
 @gluon.jit
-def _produce_weights(
-    wa, sa, wb, sb, tiles, units, w_smem, s_smem, full, empty,
-    UP: gl.constexpr, M: gl.constexpr, K: gl.constexpr, V: gl.constexpr, KB: gl.constexpr, S: gl.constexpr,
+def _stream_weights(
+    expert, m, count, wa, sa, wb, sb, w_smem, s_smem, full, empty,
+    UP: gl.constexpr, M: gl.constexpr, K: gl.constexpr, V: gl.constexpr, KB: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    """All stages of one unit: rows m of an expert."""
     BLOCKS: gl.constexpr = K // 128
+    first = expert.to(gl.int64) * (M // 32)
+    for it in range(BLOCKS // KB):
+        stage = count % STAGES
+        mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        _expect(bar, V * 2 * KB * (2048 + 128))
+        for v in gl.static_range(V):
+            for half in gl.static_range(2):
+                block = first + (m * V + v if UP else 2 * (m * V + v) + half)
+                data = wa if half == 0 else wb
+                scale = sa if half == 0 else sb
+                at = data + (block * BLOCKS + it * KB) * 2048
+                _bulk_load(w_smem.index(stage), (2 * v + half) * KB * 2048, at, KB * 2048, bar)
+                at = scale + (block * BLOCKS + it * KB) * 128
+                _bulk_load(s_smem.index(stage), (2 * v + half) * KB * 128, at, KB * 128, bar)
+        count += 1
+
+
+@gluon.jit
+def _produce_weights(
+    chosen, wa, sa, wb, sb, tiles, meta, rows, w_smem, s_smem, full, empty,
+    UP: gl.constexpr, M: gl.constexpr, K: gl.constexpr, V: gl.constexpr, KB: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """With at most EARLY pairs (a tile an expert), the experts are found here: the sort may still be running."""
+    ITERS: gl.constexpr = K // (128 * KB)
     TILES_M: gl.constexpr = M // 32 // V if UP else M // 64 // V
+    NONE: gl.constexpr = 1 << 30
     count = 0
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        m = unit % TILES_M
-        expert = gl.load(tiles + 4 * (unit // TILES_M)).to(gl.int64)
-        for it in range(BLOCKS // KB):
-            stage = count % STAGES
-            mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
-            bar = full.index(stage)
-            _expect(bar, V * 2 * (KB * 2048 + S * 128))
-            for v in gl.static_range(V):
-                for half in gl.static_range(2):
-                    if UP:
-                        block = expert * (M // 32) + m * V + v
-                    else:
-                        block = expert * (M // 32) + 2 * (m * V + v) + half
-                    data = wa if half == 0 else wb
-                    scale = sa if half == 0 else sb
-                    at = data + (block * BLOCKS + it * KB) * 2048
-                    _bulk_load(w_smem.index(stage), (2 * v + half) * KB * 2048, at, KB * 2048, bar)
-                    at = scale + (block * BLOCKS + it * KB // S * S) * 128
-                    _bulk_load(s_smem.index(stage), (2 * v + half) * S * 128, at, S * 128, bar)
-            count += 1
+    unit = gl.program_id(0)
+    if rows <= EARLY:
+        lane = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+        ids = gl.load(chosen + lane, mask=lane < rows, other=NONE)
+        expert = gl.min(ids, 0)
+        tile = 0
+        while expert < NONE:
+            if unit // TILES_M > tile:
+                expert = gl.min(gl.where(ids > expert, ids, NONE), 0)
+                tile += 1
+            else:
+                _stream_weights(
+                    expert, unit % TILES_M, count, wa, sa, wb, sb, w_smem, s_smem, full, empty, UP, M, K, V, KB, STAGES
+                )  # fmt: skip
+                count += ITERS
+                unit += gl.num_programs(0)
+    else:
+        if UP:
+            gdc_wait()
+        units = gl.load(meta) * TILES_M
+        while unit < units:
+            expert = gl.load(tiles + 4 * (unit // TILES_M))
+            _stream_weights(
+                expert, unit % TILES_M, count, wa, sa, wb, sb, w_smem, s_smem, full, empty, UP, M, K, V, KB, STAGES
+            )  # fmt: skip
+            count += ITERS
+            unit += gl.num_programs(0)
 
 
 @gluon.jit
 def _produce_tokens(
-    x, tiles, units, rows, x_smem, full, empty,
+    x, tiles, meta, rows, x_smem, full, empty,
     UP: gl.constexpr, M: gl.constexpr, K: gl.constexpr, V: gl.constexpr, KB: gl.constexpr, STAGES: gl.constexpr,
     VARIANTS: gl.constexpr,
 ):  # fmt: skip
+    """Tokens are what the launch before this one makes; weights are on their way already."""
     TILES_M: gl.constexpr = M // 32 // V if UP else M // 64 // V
     NMAX: gl.constexpr = VARIANTS[len(VARIANTS) - 1]
-    if not UP:  # x is what the launch before this one makes; the weights are on their way already
-        gdc_wait()
-        gdc_launch_dependents()
+    gdc_wait()
+    gdc_launch_dependents()
+    units = gl.load(meta) * TILES_M
     count = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         tile = unit // TILES_M
@@ -196,12 +231,25 @@ def _zeros(V: gl.constexpr, N: gl.constexpr):
     return gl.zeros([64 * V, N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4 * V, 1], [16, N, 16]))
 
 
+@gluon.constexpr_function
+def _spread(v, low, shape):
+    """Layout of [2 v, shape]: a row is a half of 64 weight rows; warps of a group, then groups, are the high bits."""
+    registers = [[0, 1], [0, 2], [1, 0]] if low == 4 else [[1, 0]]
+    lanes = [[0, low << i] for i in range(5)]
+    warps = [[0, 32 * low], [0, 64 * low], *([2 << i, 0] for i in range(v.bit_length() - 1))]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [2 * v, shape])
+
+
 @gluon.jit
-def _words(w_stage, kb: gl.constexpr, V: gl.constexpr):
-    LANES: gl.constexpr = [[0, 4], [0, 8], [0, 16], [0, 32], [0, 64]]
-    WARPS: gl.constexpr = [[0, 128], [0, 256]] if V == 1 else [[0, 128], [0, 256], [2, 0]]
-    L: gl.constexpr = gl.DistributedLinearLayout([[0, 1], [0, 2], [1, 0]], LANES, WARPS, [], [2 * V, 512])
-    return w_stage.slice(kb * 512, 512, dim=1).load(L)
+def _words(stage, kb: gl.constexpr, V: gl.constexpr):
+    """Packed weights of block kb: 4 words for each of a thread's two rows."""
+    return stage.slice(kb * 512, 512, dim=1).load(_spread(V, 4, 512))
+
+
+@gluon.jit
+def _scales(stage, kb: gl.constexpr, V: gl.constexpr):
+    """Scale bytes of block kb: one for each of a thread's two rows."""
+    return stage.slice(kb * 128, 128, dim=1).load(_spread(V, 1, 128)).to(gl.int32)
 
 
 @gluon.jit
@@ -213,13 +261,6 @@ def _step(words, scales, slot, panel: gl.constexpr, accs, V: gl.constexpr, N: gl
 @gluon.jit
 def _wait(accs, V: gl.constexpr, N: gl.constexpr):
     return gl.inline_asm("wgmma.wait_group.sync.aligned 0;", _tied_only(N), accs, _accumulator_types(V, N))
-
-
-@gluon.jit
-def _scales(s_stage, V: gl.constexpr):
-    LANES: gl.constexpr = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]
-    WARPS: gl.constexpr = [[0, 32], [0, 64]] if V == 1 else [[0, 32], [0, 64], [2, 0]]
-    return s_stage.load(gl.DistributedLinearLayout([[1, 0]], LANES, WARPS, [], [2 * V, 128])).to(gl.int32)
 
 
 @gluon.jit
@@ -236,7 +277,7 @@ def _release(bar, needed):
 @gluon.jit
 def _accumulate(
     count, w_smem, s_smem, x_smem, full, empty,
-    ITERS: gl.constexpr, V: gl.constexpr, KB: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr,
+    ITERS: gl.constexpr, V: gl.constexpr, KB: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr,
     NMAX: gl.constexpr,
 ):  # fmt: skip
     """The accumulators [64 V, part] of one tile, by powers of two in N: ITERS stages from the count-th on.
@@ -249,15 +290,14 @@ def _accumulate(
     for it in range(ITERS):
         stage = count % STAGES
         mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-        scales = _scales(s_smem.index(stage), V)
         for kb in gl.static_range(KB):
             words = _words(w_smem.index(stage), kb, V)
-            shifted = scales >> (8 * (it * KB % S + kb))
+            scales = _scales(s_smem.index(stage), kb, V)
             slot = x_smem.index((stage * KB + kb) * (NMAX // 8))
-            accs = _step(words, shifted, slot, 0, accs, V, N)
+            accs = _step(words, scales, slot, 0, accs, V, N)
             if kb == 0:
                 _release(empty.index((count + STAGES - 1) % STAGES), it)
-            accs = _step(words, shifted, slot, 1, accs, V, N)
+            accs = _step(words, scales, slot, 1, accs, V, N)
         count += 1
     accs = _wait(accs, V, N)
     _release(empty.index((count + STAGES - 1) % STAGES), 1)
@@ -336,10 +376,10 @@ def _bulk_store(dst, src, offset, size):
 @gluon.jit
 def _tile(
     count, m, first, live, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full, empty,
-    UP: gl.constexpr, LIMIT: gl.constexpr, ITERS: gl.constexpr, V: gl.constexpr, KB: gl.constexpr, S: gl.constexpr,
+    UP: gl.constexpr, LIMIT: gl.constexpr, ITERS: gl.constexpr, V: gl.constexpr, KB: gl.constexpr,
     STAGES: gl.constexpr, N: gl.constexpr, NMAX: gl.constexpr,
 ):  # fmt: skip
-    accs = _accumulate(count, w_smem, s_smem, x_smem, full, empty, ITERS, V, KB, S, STAGES, N, NMAX)
+    accs = _accumulate(count, w_smem, s_smem, x_smem, full, empty, ITERS, V, KB, STAGES, N, NMAX)
     for part in gl.static_range(len(_parts(N))):
         _finish(accs[part], out, row_weight, m, first, live, rows, out_smem, UP, LIMIT, V, _parts(N)[part])
         first += _parts(N)[part]
@@ -350,35 +390,38 @@ def _tile(
 def _dispatch(
     i: gl.constexpr, columns, count, m, first, live, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full,
     empty, UP: gl.constexpr, LIMIT: gl.constexpr, ITERS: gl.constexpr, V: gl.constexpr, KB: gl.constexpr,
-    S: gl.constexpr, STAGES: gl.constexpr, VARIANTS: gl.constexpr,
+    STAGES: gl.constexpr, VARIANTS: gl.constexpr,
 ):  # fmt: skip
     LAST: gl.constexpr = len(VARIANTS) - 1
     if i == LAST:
         _tile(
             count, m, first, live, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full, empty, UP, LIMIT,
-            ITERS, V, KB, S, STAGES, VARIANTS[i], VARIANTS[LAST],
+            ITERS, V, KB, STAGES, VARIANTS[i], VARIANTS[LAST],
         )  # fmt: skip
     else:
         if columns == VARIANTS[i]:
             _tile(
                 count, m, first, live, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full, empty, UP, LIMIT,
-                ITERS, V, KB, S, STAGES, VARIANTS[i], VARIANTS[LAST],
+                ITERS, V, KB, STAGES, VARIANTS[i], VARIANTS[LAST],
             )  # fmt: skip
         else:
             _dispatch(
                 i + 1, columns, count, m, first, live, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full,
-                empty, UP, LIMIT, ITERS, V, KB, S, STAGES, VARIANTS,
+                empty, UP, LIMIT, ITERS, V, KB, STAGES, VARIANTS,
             )  # fmt: skip
 
 
 @gluon.jit
 def _consume(
-    tiles, units, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full, empty,
+    tiles, meta, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full, empty,
     UP: gl.constexpr, LIMIT: gl.constexpr, M: gl.constexpr, K: gl.constexpr, V: gl.constexpr, KB: gl.constexpr,
-    S: gl.constexpr, STAGES: gl.constexpr, VARIANTS: gl.constexpr,
+    STAGES: gl.constexpr, VARIANTS: gl.constexpr,
 ):  # fmt: skip
     ITERS: gl.constexpr = K // (128 * KB)
     TILES_M: gl.constexpr = M // 32 // V if UP else M // 64 // V
+    if UP:
+        gdc_wait()
+    units = gl.load(meta) * TILES_M
     count = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         tile = unit // TILES_M
@@ -388,7 +431,7 @@ def _consume(
         columns = _columns(live, VARIANTS)
         _dispatch(
             0, columns, count, m, first, live, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full, empty, UP,
-            LIMIT, ITERS, V, KB, S, STAGES, VARIANTS,
+            LIMIT, ITERS, V, KB, STAGES, VARIANTS,
         )  # fmt: skip
         count += ITERS
     _first_thread("cp.async.bulk.wait_group 0;")
@@ -396,18 +439,19 @@ def _consume(
 
 @gluon.jit
 def grouped_gemm(
-    x, wa, sa, wb, sb, tiles, meta, row_weight, out, rows,
+    x, chosen, wa, sa, wb, sb, tiles, meta, row_weight, out, rows,
     UP: gl.constexpr, LIMIT: gl.constexpr, M: gl.constexpr, K: gl.constexpr, V: gl.constexpr, KB: gl.constexpr,
-    S: gl.constexpr, STAGES: gl.constexpr, VARIANTS: gl.constexpr,
+    STAGES: gl.constexpr, VARIANTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """UP: out = weight * swiglu(wa x, wb x) (M rows in each of wa, wb). Else out = wa x (wb is wa, M rows).
 
-    meta[0] is the number of token tiles, `rows` the rows of a panel, VARIANTS the numbers of columns, ascending.
+    meta[0] is the number of token tiles, `rows` the pairs and rows of a panel, VARIANTS the numbers of columns,
+    ascending.
     """
     NMAX: gl.constexpr = VARIANTS[len(VARIANTS) - 1]
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     w_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * V, KB * 512], FLAT)
-    s_smem = gl.allocate_shared_memory(gl.int32 if S == 4 else gl.uint8, [STAGES, 2 * V, 128], FLAT)
+    s_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, 2 * V, KB * 128], FLAT)
     x_smem = gl.allocate_shared_memory(gl.uint8, [STAGES * KB * NMAX // 8, 2048], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     CHANNELS: gl.constexpr = 32 * V if UP else 64 * V
     OUT: gl.constexpr = 16 if CHANNELS % 64 else 2 * CHANNELS * min(64, _parts(NMAX)[0])
@@ -418,24 +462,20 @@ def grouped_gemm(
         mbarrier.init(full.index(stage), count=2)
         mbarrier.init(empty.index(stage), count=4 * V)
     fence_async_shared()
-    TILES_M: gl.constexpr = M // 32 // V if UP else M // 64 // V
-    if UP:
-        gdc_wait()
-        gdc_launch_dependents()
-    units = gl.load(meta) * TILES_M
     gl.warp_specialize(
         [
             (
                 _consume,
-                (tiles, units, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full, empty, UP, LIMIT, M, K, V,
-                 KB, S, STAGES, VARIANTS),
+                (tiles, meta, out, row_weight, rows, w_smem, s_smem, x_smem, out_smem, full, empty, UP, LIMIT, M, K, V,
+                 KB, STAGES, VARIANTS),
             ),
             (
                 _produce_weights,
-                (wa, sa, wb, sb, tiles, units, w_smem, s_smem, full, empty, UP, M, K, V, KB, S, STAGES),
+                (chosen, wa, sa, wb, sb, tiles, meta, rows, w_smem, s_smem, full, empty, UP, M, K, V, KB, STAGES,
+                 EARLY),
             ),
-            (_produce_tokens, (x, tiles, units, rows, x_smem, full, empty, UP, M, K, V, KB, STAGES, VARIANTS)),
+            (_produce_tokens, (x, tiles, meta, rows, x_smem, full, empty, UP, M, K, V, KB, STAGES, VARIANTS)),
         ],
         [1, 1],
-        [40, 40],
+        [24, 24],
     )  # fmt: skip

@@ -6,7 +6,7 @@ of the input alone. One program an expert counts all pairs itself, so one launch
     place[pair]  8 * row + rank % 8: the pair's row among all pairs, and its rank within the expert (the swizzle phase)
     pair[row], row_weight[row]
     tiles[i]     (expert, first row, rows, 0): at most TILE rows of one expert; an expert's tiles are of even size
-    meta         (number of tiles, experts hit)
+    meta[0]      number of tiles
 
 With programmatic launches a kernel lets the next one start once its own predecessor is done, so that each may read what
 came two kernels before it without waiting.
@@ -29,27 +29,32 @@ def _counted(chosen, pairs, EP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _split(count, TILE: tl.constexpr):
+    """Number and size of the tiles of `count` rows. Sizes are multiples of 8: a tile starts with swizzle phase 0."""
+    many = tl.maximum((count + TILE - 1) // TILE, 1)
+    size = ((count + many - 1) // many + 7) // 8 * 8
+    return tl.where(count > 0, (count + size - 1) // tl.maximum(size, 1), 0), size
+
+
+@triton.jit
 def _tiled(counts, e, tiles, meta, EP: tl.constexpr, TILE: tl.constexpr, MOST_TILES: tl.constexpr):
     """Writes the tiles of expert e; returns its first row and its number of rows."""
     bins = tl.arange(0, EP)
-    split = tl.maximum((counts + TILE - 1) // TILE, 1)
-    size = ((counts + split - 1) // split + 7) // 8 * 8  # multiples of 8: a tile starts with swizzle phase 0
-    split = tl.where(counts > 0, (counts + size - 1) // tl.maximum(size, 1), 0)
-    row = tl.sum(tl.where(bins < e, counts, 0))
-    tile = tl.sum(tl.where(bins < e, split, 0))
+    many, _ = _split(counts, TILE)
+    both = counts.to(tl.int64) + (many.to(tl.int64) << 32)  # one reduction for two sums
+    before = tl.sum(tl.where(bins < e, both, 0))
+    row, tile = before.to(tl.int32), (before >> 32).to(tl.int32)
     count = tl.sum(tl.where(bins == e, counts, 0))
-    many = tl.sum(tl.where(bins == e, split, 0))
-    each = tl.sum(tl.where(bins == e, size, 0))
     if row == 0:
-        tl.store(meta, tl.sum(split))
-        tl.store(meta + 1, tl.sum((counts > 0).to(tl.int32)))
+        tl.store(meta, (tl.sum(both) >> 32).to(tl.int32))
+    many, size = _split(count, TILE)
     for start in range(0, many, MOST_TILES):
         i = start + tl.arange(0, MOST_TILES)
         to = tiles + 4 * (tile + i)
         kept = i < many
         tl.store(to, tl.zeros_like(i) + e, mask=kept)
-        tl.store(to + 1, row + i * each, mask=kept)
-        tl.store(to + 2, tl.minimum(each, count - i * each), mask=kept)
+        tl.store(to + 1, row + i * size, mask=kept)
+        tl.store(to + 2, tl.minimum(size, count - i * size), mask=kept)
         tl.store(to + 3, tl.zeros_like(i), mask=kept)
     return row, count
 
@@ -92,9 +97,9 @@ def sort_gather(
     gdc_launch_dependents()
     bins = tl.arange(0, EP)
     counts = _counted(chosen, pairs, EP, BLOCK)
-    nth = tl.cumsum((counts > 0).to(tl.int32)) - 1
-    if tl.program_id(0) <= tl.max(nth):
-        e = tl.sum(tl.where((nth == tl.program_id(0)) & (counts > 0), bins, 0))
+    nth = tl.cumsum((counts > 0).to(tl.int32))
+    e = tl.sum(tl.where((nth == tl.program_id(0) + 1) & (counts > 0), bins + 1, 0)) - 1
+    if e >= 0:
         row, _ = _tiled(counts, e, tiles, meta, EP, TILE, MOST_TILES)  # equal stores by all s do no harm
         block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
         rank = 0
