@@ -6,6 +6,7 @@ all of fn, 1.5 MB: 19 us of copying a thousand tokens against 1.6 GFLOP of produ
     triton_split   project (post and partial products of a tile, channels split over programs), then finish (Sinkhorn,
                    weighted sum, norm), which reads the streams again: cheap while they are in L2
     triton_tiles   hc_post alone, elementwise
+    tile_split     the same in TileLang, for the fused op of the decoder layers
     gluon_cluster  a cluster of 16 blocks keeps fn and a tile of tokens on the chip and reads the streams once
 """
 
@@ -15,7 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4c.schedules._launch import TritonLaunch, i32, ptr
+from dsv4c.schedules._launch import TileLaunch, TritonLaunch, i32, ptr
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work, dense_rows
 
 _HOPPER = frozenset({"sm_90a"})
@@ -210,6 +211,44 @@ def _cluster_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> W
     return Work(_bytes(node, tokens) / full + 8e6, 0.0, "gpu")  # 8 MB: two microseconds to fill and drain
 
 
+_TILE = 64  # tokens of a TileLang tile: the rows of one warpgroup's product
+
+
+def _tile_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+    tiles = max(1, math.ceil(symbols["T"] / _TILE))
+    most = [max(s for s in _splits(_dim(node)) if s == 1 or s * tiles <= programs * _SMS) for programs in (2, 4)]
+    return tuple({"splits": splits} for splits in dict.fromkeys(most))
+
+
+def _tile_build(node: OpNode, config: Config) -> Build:
+    dim, splits = _dim(node), int(config["splits"])
+    # arguments: y, x, post, comb, fn, base, scale, weight | part | streams, x, post, comb
+    project = TileLaunch(
+        "dsv4c.schedules.tilelang.hyper:project",
+        tensors=(0, 1, 2, 3, 4, 9, 8),
+        constants={"D": dim, "DS": dim // splits},
+        grid=(f"cdiv(a0_0, {_TILE})", splits, 1),
+        threads=128,
+        symbols={"M": "a0_0"},
+    )
+    finish = TileLaunch(
+        "dsv4c.schedules.tilelang.hyper:finish",
+        tensors=(9, 8, 5, 6, 7, 10, 11, 12),
+        constants={
+            "D": dim, "S": splits, "iters": _attr(node, "iters"), "norm_eps": _attr(node, "norm_eps"),
+            "eps": _attr(node, "eps"), "out_eps": _attr(node, "out_eps"),
+        },
+        grid=("a0_0", 1, 1),
+        threads=128,
+        symbols={"M": "a0_0"},
+    )  # fmt: skip
+    return Build("gpu", launches=(project, finish))
+
+
+def _tile_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    return _split_cost(node, symbols, {"tile": _TILE, "splits": config["splits"]})
+
+
 def _post_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     tokens, dim = max(1, symbols["T"]), _dim(node)
     wide = [{"tile": t, "width": w, "warps": 4} for t, w in ((1, 2048), (1, 1024), (2, 1024), (4, 512), (1, 512))]
@@ -254,6 +293,10 @@ SCHEDULES: tuple[Schedule, ...] = (
             tolerance=_TOLERANCE,
         )
         for op in sorted(_PRE | (_POST - {"hc_post"}))
+    ),
+    Schedule(
+        "hc_post_pre_norm.tile_split", "hc_post_pre_norm", _HOPPER, _tile_build, _tile_cost, _accepts,
+        workspace=_split_workspace, space=_tile_space, tolerance=_TOLERANCE,
     ),
     Schedule(
         "hc_post.triton_tiles", "hc_post", _HOPPER, _post_build, _post_cost, _accepts, space=_post_space,
