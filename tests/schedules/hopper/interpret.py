@@ -16,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -23,8 +24,9 @@ from dsv4c.ops import OPS
 from dsv4c.runtime import layouts
 from dsv4c.runtime.gpu import _Sizes
 from dsv4c.schedules._launch import Ptr, Scalar, TritonLaunch
-from dsv4c.schedules._schedule import Build, Schedule, Transforms
+from dsv4c.schedules._schedule import Build, Schedule, Transforms, Value
 from dsv4c.schedules._workload import Args, Workload
+from dsv4c.schedules.triton import compress, rows
 from dsv4c.trial import largest_error
 
 _convert = interpreter._convert_float
@@ -52,6 +54,22 @@ def _masked(name: str) -> None:
     setattr(interpreter.InterpreterBuilder, name, masked)
 
 
+def _wide_dot() -> None:
+    """Products of bfloat16 in float32; the interpreter's own multiplies their bits as integers."""
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = np.ascontiguousarray(handle.data.view(np.uint16)).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
 class _Order:
     """Which program runs at each step: the launch order, or its reverse."""
 
@@ -62,14 +80,27 @@ class _Order:
         builder.set_grid_idx = lambda x, y, z: plain(builder.grid_dim[0] - 1 - x if self.reverse else x, y, z)
 
 
+@triton.jit
+def rounded(x):
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def fast_exp(x):
+    return tl.exp(x)
+
+
 interpreter._convert_float = _nearest
+for texts in (rows, compress):  # inline assembly is the card's
+    texts.rounded, texts.fast_exp = rounded, fast_exp
 _masked("create_masked_load")
 _masked("create_masked_store")
+_wide_dot()
 _order = _Order()
 
 
 def outputs_of(
-    workload: Workload, build: Build, by_index: Mapping[int, Transforms], seed: int
+    workload: Workload, build: Build, by_index: Mapping[int, Transforms], seed: int, workspace: Sequence[Value] = ()
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(what the kernels give, what the reference gives), outputs updated in place included."""
     op = OPS[workload.op]
@@ -79,17 +110,17 @@ def outputs_of(
     expected = (workload.reference or op.reference)(
         *[a if a is None else a.clone() for a in args], **workload.node.attrs
     )
-    outputs = []
-    for value in workload.node.outputs:
+    buffers = []
+    for value in (*workspace, *workload.node.outputs):
         tensor = torch.empty(value.sizes(workload.symbols), dtype=getattr(torch, value.dtype))
         tensor.view(torch.uint8).fill_(0xFF)
-        outputs.append(tensor)
+        buffers.append(tensor)
     laid = [a if a is None or i not in by_index else layouts.apply(a, by_index[i]) for i, a in enumerate(args)]
-    call: Args = [*laid, *outputs]
+    call: Args = [*laid, *buffers]
     for launch in build.launches:
         assert isinstance(launch, TritonLaunch)
         run(launch, call)
-    fresh = iter(outputs)
+    fresh = iter(buffers[len(workspace) :])
     results = [
         args[op.parameters.index(op.in_place[i])] if i in op.in_place else next(fresh) for i in range(op.outputs)
     ]
@@ -128,8 +159,13 @@ def main(family: str, parts: Sequence[str]) -> int:
                 continue
             for config in schedule.space(workload.node, workload.symbols)[:1]:
                 build, error = schedule.build(workload.node, config), 0.0
+                if not all(isinstance(one, TritonLaunch) and one.cluster == 1 for one in build.launches):
+                    continue  # TileLang, and PTX that blocks of a cluster talk in
+                workspace = schedule.workspace(workload.node, config)
                 for _order.reverse in (False, True):  # programs of a launch have no order
-                    results, expected = outputs_of(workload, build, schedule.layouts(workload.node), seed=17)
+                    results, expected = outputs_of(
+                        workload, build, schedule.layouts(workload.node), seed=17, workspace=workspace
+                    )
                     error = max(error, (workload.error or largest_error)(results, expected))
                 good = error <= schedule.tolerance
                 failed += not good
