@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from dsv4c.schedules._launch import TritonLaunch, i32, ptr
+from dsv4c.schedules._launch import LaunchArg, TritonLaunch, i32, ptr
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Transforms, Value, Work
 
 _HOPPER = frozenset({"sm_90a"})
@@ -55,7 +55,7 @@ def _layouts(node: OpNode) -> dict[int, Transforms]:
     up, down = (experts, inner // _BLOCK, 4, 4, 2, 2, 2), (experts, dim // 64, 4, 2, 8)
     out: dict[int, Transforms] = {}
     for data in (3, 5):
-        order = (0, 1, 3, 7, 5, 6, 2, 4, 8)
+        order: tuple[int, ...] = (0, 1, 3, 7, 5, 6, 2, 4, 8)
         out[data] = _layout((*up, dim // _BLOCK, 4, 16), (*order, 9), (experts, inner, dim // 2))
         out[data + 1] = _layout((*up, dim // _BLOCK, 4), order, (experts, inner, dim // _GROUP))
     order = (0, 1, 3, 5, 2, 4, 6)
@@ -69,50 +69,46 @@ def _layout(split: tuple[int, ...], order: tuple[int, ...], shape: tuple[int, ..
 
 
 def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    """Columns around the tokens an expert gets; deep rings of small stages while the weights' bytes are the limit."""
+    """Columns around the tokens an expert gets; deep rings of small stages while the weights' bytes are the limit.
+
+    First what won on an H200 at this mean number of rows of an expert that is hit.
+    """
     dim, inner, experts, topk = _sizes(node)
     pairs = symbols["T"] * topk
     mean = pairs / max(1.0, hit(experts, topk, symbols["T"]))
-    few = pairs <= 512  # one block of the sort
+    sort = 64 if pairs <= 64 else 512 if pairs <= 512 else 0
     if dim % 512 or inner % 512:
-        return (_config(1, 1, 4, (8, 32, 64), 2, few), _config(2, 1, 3, (32, 64, 128), 1, few))
-    if mean <= 2:
+        return (_config(1, 1, 4, (8, 32, 64), 2, sort), _config(2, 1, 3, (32, 64, 128), 1, sort))
+    if mean <= 2.5:
         return (
-            _config(1, 4, 2, (16,), 3, few), _config(1, 4, 2, (8,), 3, few), _config(1, 2, 4, (16,), 3, few),
-            _config(1, 4, 3, (16,), 2, few), _config(1, 8, 2, (8,), 2, few), _config(1, 2, 3, (16,), 4, few),
-            _config(2, 4, 4, (16,), 1, few), _config(2, 4, 2, (16,), 2, few),
+            _config(1, 4, 2, (8,), 3, sort), _config(1, 4, 3, (8, 16), 2, sort), _config(1, 8, 2, (8,), 2, sort),
+            _config(1, 2, 5, (8,), 3, sort), _config(2, 4, 2, (16,), 2, sort),
         )  # fmt: skip
-    if mean <= 24:
+    if mean <= 20:
         return (
-            _config(1, 4, 3, (16,), 2, few), _config(1, 4, 2, (16,), 3, few), _config(1, 2, 4, (16, 32), 2, few),
-            _config(2, 2, 4, (16, 32, 64), 1, few), _config(2, 2, 3, (16, 32), 2, few),
-            _config(4, 2, 4, (16, 32), 1, few), _config(4, 1, 7, (16, 32), 1, few), _config(2, 4, 3, (16, 32), 1, few),
-            _config(4, 2, 3, (32, 48), 1, few),
+            _config(1, 4, 3, (8, 16), 2, sort), _config(4, 2, 4, (16, 32), 1, sort),
+            _config(2, 2, 3, (16, 32), 2, sort), _config(1, 4, 2, (16,), 3, sort), _config(2, 4, 3, (16, 32), 1, sort),
         )  # fmt: skip
     if mean <= 72:
         return (
-            _config(4, 1, 5, (32, 64), 1, few), _config(4, 2, 3, (32, 48), 1, few), _config(4, 1, 5, (64,), 1, few),
-            _config(4, 1, 4, (48, 64), 1, few), _config(2, 1, 6, (32, 48, 64), 1, few),
-            _config(2, 2, 4, (32, 48, 64), 1, few),
+            _config(4, 2, 3, (32, 48), 1, sort), _config(4, 1, 4, (48, 64), 1, sort),
+            _config(2, 2, 4, (32, 48, 64), 1, sort), _config(4, 1, 5, (32, 64), 1, sort),
         )  # fmt: skip
     if mean <= 144:
         return (
-            _config(2, 1, 3, (80, 96, 112, 128), 1, few), _config(2, 1, 4, (80, 96, 112), 1, few),
-            _config(2, 1, 4, (64, 96, 112, 128), 1, few), _config(2, 1, 5, (80, 96, 112), 1, few),
+            _config(2, 1, 3, (80, 96, 112, 128), 1, sort), _config(2, 1, 4, (64, 96, 112, 128), 1, sort),
+            _config(2, 1, 4, (64, 80, 96, 112), 1, sort),
         )  # fmt: skip
     return (
-        _config(2, 1, 3, (160, 192, 208, 224), 1, few), _config(2, 1, 3, (176, 192, 208, 224), 1, few),
-        _config(2, 1, 3, (128, 160, 192, 208, 224), 1, few),
-        _config(2, 1, 3, (64, 128, 192, 224), 1, few),
+        _config(2, 1, 3, (160, 192, 208, 224), 1, sort), _config(2, 1, 3, (176, 192, 208, 224), 1, sort),
+        _config(2, 1, 3, (128, 160, 192, 208, 224), 1, sort), _config(2, 1, 3, (64, 128, 192, 224), 1, sort),
     )  # fmt: skip
 
 
-def _config(tiles: int, blocks: int, stages: int, columns: tuple[int, ...], share: int, fused: bool) -> Config:
-    """`tiles` of 64 rows a block, `blocks` of 128 channels a stage, `share` blocks a multiprocessor; `fused`: sort and
-    gather are one launch."""
-    return {
-        "tiles": tiles, "blocks": blocks, "stages": stages, "columns": list(columns), "share": share, "fused": fused,
-    }  # fmt: skip
+def _config(tiles: int, blocks: int, stages: int, columns: tuple[int, ...], share: int, sort: int) -> Config:
+    """`tiles` of 64 rows a block, `blocks` of 128 channels a stage, `share` blocks a multiprocessor; `sort`: pairs that
+    one launch sorts at once and gathers, 0 for a launch each."""
+    return {"tiles": tiles, "blocks": blocks, "stages": stages, "columns": list(columns), "share": share, "sort": sort}
 
 
 def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
@@ -129,20 +125,21 @@ def _build(node: OpNode, config: Config) -> Build:
     dim, _, experts, topk = _sizes(node)
     place, pair, row_weight, tiles, meta, rows, hidden, out = range(10, 18)
     pairs = f"a1_0 * {topk}"
-    fused = bool(config["fused"])
-    sort_args = {
+    at_once = int(config["sort"])
+    sort_args: dict[str, LaunchArg] = {
         "chosen": ptr(1), "weight": ptr(2), "place": ptr(place), "pair": ptr(pair), "row_weight": ptr(row_weight),
         "tiles": ptr(tiles), "meta": ptr(meta), "pairs": i32(pairs),
     }  # fmt: skip
     sort_constants = {
-        "EP": _power(experts), "TILE": list(config["columns"])[-1], "BLOCK": 512 if fused else 4096, "MOST_TILES": 16,
+        "EP": _power(experts), "TILE": list(config["columns"])[-1], "BLOCK": at_once or 4096, "MOST_TILES": 16,
     }  # fmt: skip
-    if fused:
+    if at_once:
         sort = TritonLaunch(
             f"{_SORT}:sort_gather",
             args={"x": ptr(0), **sort_args, "out": ptr(rows)},
             constants={**sort_constants, "K": topk, "D": dim, "ROWS": 4, "BLOCKS": 4},
             grid=(f"min({experts}, {pairs})", math.ceil(dim / _BLOCK / 4), 1),
+            num_warps=1 if at_once <= 64 else 4,
         )
         before: tuple[TritonLaunch, ...] = (sort,)
     else:
@@ -161,8 +158,9 @@ def _build(node: OpNode, config: Config) -> Build:
     combine = TritonLaunch(
         f"{_SORT}:combine_rows",
         args={"y": ptr(rows), "place": ptr(place), "shared": ptr(9), "out": ptr(out), "rows": i32(pairs)},
-        constants={"K": topk, "D": dim, "PANELS": 8 if fused else 16},
-        grid=("a1_0", math.ceil(dim / 64 / (8 if fused else 16)), 1),
+        constants={"K": topk, "D": dim, "PANELS": 8 if at_once else 16},
+        grid=("a1_0", math.ceil(dim / 64 / (8 if at_once else 16)), 1),
+        num_warps=2 if at_once else 4,
         pdl=True,
     )
     gemms = (
@@ -188,7 +186,7 @@ def _gemm(node: OpNode, config: Config, x: int, out: int, weights: tuple[int, ..
         constants={
             "UP": up, "LIMIT": float(node.attrs["limit"]), "M": inner if up else dim, "K": channels, "V": tall,
             "KB": math.gcd(int(config["blocks"]), channels // _BLOCK), "STAGES": config["stages"],
-            "VARIANTS": columns, "EARLY": min(64, columns[-1] * topk) if up and config["fused"] else 0,
+            "VARIANTS": columns, "EARLY": min(64, columns[-1] * topk) if int(config["sort"]) == 64 else 0,
         },
         grid=(f"min({_SMS * share}, a1_0 * {_SMS * share})", 1, 1),
         num_warps=4 * tall,
@@ -225,7 +223,7 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     padded = next((c for c in columns if c >= mean / split), columns[-1])
     flops = 6.0 * dim * inner * some * split * padded
     bound = 0.85 if int(config["share"]) > 1 or mean > 24 else 0.7
-    return Work(moved / bound, flops, "gpu", 0.8, "bf16", launches=4 if config["fused"] else 5)
+    return Work(moved / bound, flops, "gpu", 0.8, "bf16", launches=4 if config["sort"] else 5)
 
 
 # hidden and each expert's result are rounded to bfloat16 (2**-9), sums are float32
