@@ -197,7 +197,7 @@ def _cluster_build(node: OpNode, config: Config) -> Build:
             "OUT_EPS": _attr(node, "out_eps"),
         },
         grid=(f"{_CLUSTER} * min({config['clusters']}, cdiv(a0_0, {tile}))", 1, 1),
-        num_warps=8,
+        num_warps=tile,
         cluster=_CLUSTER,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
@@ -249,6 +249,10 @@ def _tile_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
     return _split_cost(node, symbols, {"tile": _TILE, "splits": config["splits"]})
 
 
+# what hyper_rows.py declares its schedules with
+accepts, dim_of, bytes_moved = _accepts, _dim, _bytes
+
+
 def _post_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     tokens, dim = max(1, symbols["T"]), _dim(node)
     wide = [{"tile": t, "width": w, "warps": 4} for t, w in ((1, 2048), (1, 1024), (2, 1024), (4, 512), (1, 512))]
@@ -275,9 +279,9 @@ def _post_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
     return Work(_bytes(node, symbols["T"]), 0.0, "gpu")
 
 
-# Coefficients carry the products' error, 2**-17 of their terms, and Sinkhorn's 40 roundings; the workloads' error
-# allows bfloat16 results one rounding more.
-_TOLERANCE = 1e-4
+# Coefficients carry the products' error, 2**-17 of their terms, which Sinkhorn multiplies where a matrix is nearly
+# decomposable: 2e-4 at most over 8192 tokens. The workloads' error allows bfloat16 results one rounding more.
+_TOLERANCE = 5e-4
 
 SCHEDULES: tuple[Schedule, ...] = (
     *(

@@ -17,8 +17,9 @@ are bfloat16 and so exact.
 What the language lacks is written as PTX, each block with its operands in its docstring: packed pairs of bfloat16 that
 feed both operands of a product, sums that warps send to other blocks, and a wait without barriers around it.
 
-Legend: T tokens, N = 4 streams, D channels, C blocks of a cluster, W = 8 warps of a block, M tokens of a tile.
-Thread (w, g, q) = (id / 32, id / 4 % 8, id % 4) holds channels 32 w + 8 q + 0..7 of tokens g + 8 s, s < M / 8.
+Legend: T tokens, N = 4 streams, D channels, C blocks of a cluster, M tokens of a tile and warps of a block, W = 8 parts
+of its channels. Thread (s, w, g, q) = (id / 256, id / 32 % 8, id / 4 % 8, id % 4) holds channels 32 w + 8 q + 0..7 of
+token m = 8 s + g.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ _GRAM = gl.constexpr(((0, 0, 1, 0, 4), (0, 2, 3, 5, 6), (1, 1, 2, 1, 7), (3, 3, 
 @gluon.constexpr_function
 def _wide(tokens):
     """Layout of [W, K, M]."""
-    regs = [[0, 1, 0], [0, 2, 0], [0, 4, 0]] + [[0, 0, 8]] * (tokens // 16)
+    regs, warps = [[0, 1, 0], [0, 2, 0], [0, 4, 0]], [[1, 0, 0], [2, 0, 0], [4, 0, 0]] + [[0, 0, 8]] * (tokens // 16)
     lanes = [[0, 8, 0], [0, 16, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
-    return gl.DistributedLinearLayout(regs, lanes, [[1, 0, 0], [2, 0, 0], [4, 0, 0]], [], [8, 32, tokens])
+    return gl.DistributedLinearLayout(regs, lanes, warps, [], [8, 32, tokens])
 
 
 @gluon.constexpr_function
 def _pairs(tokens):
     """Layout of [W, K / 2, M]: the same, two channels a register."""
-    regs = [[0, 1, 0], [0, 2, 0]] + [[0, 0, 8]] * (tokens // 16)
+    regs, warps = [[0, 1, 0], [0, 2, 0]], [[1, 0, 0], [2, 0, 0], [4, 0, 0]] + [[0, 0, 8]] * (tokens // 16)
     lanes = [[0, 4, 0], [0, 8, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
-    return gl.DistributedLinearLayout(regs, lanes, [[1, 0, 0], [2, 0, 0], [4, 0, 0]], [], [8, 16, tokens])
+    return gl.DistributedLinearLayout(regs, lanes, warps, [], [8, 16, tokens])
 
 
 @gluon.constexpr_function
@@ -67,9 +68,10 @@ def _types(dtype, shape, layout, count):
 
 @gluon.constexpr_function
 def _text(*lines):
-    """A block of PTX with the thread's place in it: t, w, g, q."""
-    head = [".reg .u32 t, w, g, q;", "mov.u32 t, %tid.x;", "shr.u32 w, t, 5;", "shr.u32 g, t, 2;", "and.b32 g, g, 7;"]
-    return "\n".join(["{", *head, "and.b32 q, t, 3;", *lines, "}"])
+    """A block of PTX with the thread's place in it: t, w, g, q, and its token m of the tile."""
+    head = [".reg .u32 t, w, g, q, m;", "mov.u32 t, %tid.x;", "shr.u32 w, t, 5;", "and.b32 w, w, 7;"]
+    head += ["shr.u32 g, t, 2;", "and.b32 g, g, 7;", "and.b32 q, t, 3;", "shr.u32 m, t, 8;", "mad.lo.u32 m, m, 8, g;"]
+    return "\n".join(["{", *head, *lines, "}"])
 
 
 @gluon.constexpr_function
@@ -92,25 +94,21 @@ def _start_text():
 @gluon.constexpr_function
 def _read_text(count, tokens):
     """`count` tensors of pairs from shared memory $last [count, W, M, K / 2]: what this thread copied there."""
-    sets = tokens // 8
-    lines = [".reg .u32 a;", f"mad.lo.u32 a, w, {tokens * 64}, ${count * 4 * sets};", "mad.lo.u32 a, g, 64, a;"]
+    lines = [".reg .u32 a;", f"mad.lo.u32 a, w, {tokens * 64}, ${count * 4};", "mad.lo.u32 a, m, 64, a;"]
     lines.append("mad.lo.u32 a, q, 16, a;")
-    for i in range(count * sets):
+    for i in range(count):
         out = _group(f"${4 * i + r}" for r in range(4))
-        lines.append(f"ld.shared.v4.b32 {out}, [a + {i // sets * 8 * tokens * 64 + i % sets * 512}];")
+        lines.append(f"ld.shared.v4.b32 {out}, [a + {i * 8 * tokens * 64}];")
     return _text(*lines)
 
 
 @gluon.constexpr_function
-def _columns_text(count, width, tokens):
+def _columns_text(count, width):
     """`count` tensors [M] from the rows of shared memory $last [M, width]."""
-    sets = tokens // 8
-    lines = [".reg .u32 a;", f"mad.lo.u32 a, g, {4 * width}, ${count * sets};"]
-    for s in range(sets):
-        for v in range(0, count, 4):
-            size = min(4, count - v)
-            out = _group(f"${(v + i) * sets + s}" for i in range(size))
-            lines.append(f"ld.shared.v{size}.f32 {out}, [a + {s * 32 * width + v * 4}];")
+    lines = [".reg .u32 a;", f"mad.lo.u32 a, m, {4 * width}, ${count};"]
+    for v in range(0, count, 4):
+        size = min(4, count - v)
+        lines.append(f"ld.shared.v{size}.f32 {_group(f'${v + i}' for i in range(size))}, [a + {v * 4}];")
     return _text(*lines)
 
 
@@ -145,17 +143,10 @@ def _sums_text(tokens):
     Operands after the pairs: fn's part [12, W, 16, K], sums of comb [16, W, M], of pre and post [8, W, M], of the
     products of streams [10, W, M].
     """
-    sets = tokens // 8
-    kept, comb, mix, gram = (f"${16 * sets + i}" for i in range(4))
+    kept, comb, mix, gram = "$16", "$17", "$18", "$19"
     row = 8 * tokens * 4
-    lines = [
-        ".reg .u32 a, b;",
-        ".reg .pred p, odd;",
-        ".reg .b32 f<4>;",
-        ".reg .f32 x, zero;",
-        "mov.f32 zero, 0f00000000;",
-    ]
-    lines += [f".reg .f32 h<{4 * sets}>, l<{4 * sets}>, m<{4 * sets}>, c<20>;"]
+    lines = [".reg .u32 a, b, eight;", ".reg .pred p, odd;", ".reg .b32 f<4>;", ".reg .f32 x, zero;"]
+    lines += ["mov.f32 zero, 0f00000000;", ".reg .f32 h<4>, l<4>, n<4>, c<20>;", "sub.u32 eight, m, g;"]
     lines += [f"mad.lo.u32 a, w, 1024, {kept};", "and.b32 b, t, 31;", "mad.lo.u32 a, b, 16, a;"]
 
     def product(to, a, b, first):
@@ -163,38 +154,31 @@ def _sums_text(tokens):
         operands = ", ".join(map(_group, (to, a, b, added)))
         return f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {operands};"
 
-    def pair(j, s, r):
-        return f"${4 * (j * sets + s) + r}"
-
     for j in range(4):
-        for part, name in enumerate("hlm"):  # comb's rows high and low; those of pre and post high over low
+        for part, name in enumerate("hln"):  # comb's rows high and low; those of pre and post high over low
+            to = [f"{name}{i}" for i in range(4)]
             for k in (0, 2):
                 lines.append(f"ld.shared.v4.b32 {{f0, f1, f2, f3}}, [a + {(3 * j + part) * 8 * 1024 + k * 256}];")
-                for s in range(sets):
-                    to = [f"{name}{4 * s + i}" for i in range(4)]
-                    right = (pair(j, s, k), pair(j, s, k + 1))
-                    lines.append(product(to, ("f0", "f1", "f2", "f3"), right, j == 0 and k == 0))
-    lines += [f"mad.lo.u32 a, w, {tokens * 4}, {comb};", f"mad.lo.u32 a, g, {row}, a;", "mad.lo.u32 a, q, 8, a;"]
-    lines += [f"mad.lo.u32 b, w, {tokens * 4}, {mix};", f"mad.lo.u32 b, g, {row}, b;", "mad.lo.u32 b, q, 8, b;"]
-    for s in range(sets):
-        lines += [f"add.f32 h{4 * s + i}, h{4 * s + i}, l{4 * s + i};" for i in range(4)]
-        lines += [f"add.f32 m{4 * s + i}, m{4 * s + i}, m{4 * s + i + 2};" for i in range(2)]
-        lines.append(f"st.shared.v2.f32 [a + {32 * s}], {{h{4 * s}, h{4 * s + 1}}};")
-        lines.append(f"st.shared.v2.f32 [a + {32 * s + 8 * row}], {{h{4 * s + 2}, h{4 * s + 3}}};")
-        lines.append(f"st.shared.v2.f32 [b + {32 * s}], {{m{4 * s}, m{4 * s + 1}}};")
+                right = (f"${4 * j + k}", f"${4 * j + k + 1}")
+                lines.append(product(to, ("f0", "f1", "f2", "f3"), right, j == 0 and k == 0))
+    for to, base in (("a", comb), ("b", mix)):
+        lines += [f"mad.lo.u32 {to}, w, {tokens * 4}, {base};", f"mad.lo.u32 {to}, g, {row}, {to};"]
+        lines += [f"mad.lo.u32 {to}, q, 8, {to};", f"mad.lo.u32 {to}, eight, 4, {to};"]
+    lines += [f"add.f32 h{i}, h{i}, l{i};" for i in range(4)] + [f"add.f32 n{i}, n{i}, n{i + 2};" for i in range(2)]
+    lines += ["st.shared.v2.f32 [a], {h0, h1};", f"st.shared.v2.f32 [a + {8 * row}], {{h2, h3}};"]
+    lines += ["st.shared.v2.f32 [b], {n0, n1};"]
     # Rows are one stream's tokens, columns another's: the products wanted are on the diagonals.
-    lines += [f"mad.lo.u32 a, w, {tokens * 4}, {gram};", "mad.lo.u32 a, g, 4, a;", "shr.u32 b, g, 1;"]
+    lines += [f"mad.lo.u32 a, w, {tokens * 4}, {gram};", "mad.lo.u32 a, m, 4, a;", "shr.u32 b, g, 1;"]
     lines += ["setp.eq.u32 p, b, q;", "and.b32 b, g, 1;", "setp.eq.u32 odd, b, 1;"]
-    for s in range(sets):
-        for k in (0, 2):
-            for i, (right, upper, lower, _, _) in enumerate(_GRAM.value):
-                left = (pair(upper, s, k), pair(lower, s, k), pair(upper, s, k + 1), pair(lower, s, k + 1))
-                to = [f"c{4 * i + n}" for n in range(4)]
-                lines.append(product(to, left, (pair(right, s, k), pair(right, s, k + 1)), k == 0))
-        for i, (_, _, _, upper, lower) in enumerate(_GRAM.value):
-            for n, at in ((0, upper), (2, lower)):
-                lines.append(f"selp.f32 x, c{4 * i + n + 1}, c{4 * i + n}, odd;")
-                lines.append(f"@p st.shared.f32 [a + {at * row + 32 * s}], x;")
+    for k in (0, 2):
+        for i, (right, upper, lower, _, _) in enumerate(_GRAM.value):
+            left = tuple(f"${4 * j + r}" for r in (k, k + 1) for j in (upper, lower))
+            to = [f"c{4 * i + n}" for n in range(4)]
+            lines.append(product(to, left, (f"${4 * right + k}", f"${4 * right + k + 1}"), k == 0))
+    for i, (_, _, _, upper, lower) in enumerate(_GRAM.value):
+        for n, at in ((0, upper), (2, lower)):
+            lines.append(f"selp.f32 x, c{4 * i + n + 1}, c{4 * i + n}, odd;")
+            lines.append(f"@p st.shared.f32 [a + {at * row}], x;")
     return _text(*lines)
 
 
@@ -221,11 +205,14 @@ def _reduce_text(tokens):
 
     lines += [f"setp.ge.u32 p, t, {SHARED.value * tokens};", "@p bra SHARED_DONE;", "setp.lt.u32 p, v, 4;"]
     lines += ["selp.u32 to, $1, $2, p;", "selp.u32 b, 0, 4, p;", "sub.u32 v, v, b;", *add("to")]
-    lines += ["mad.lo.u32 to, t, 4, $3;", "st.shared.f32 [to], x;", "SHARED_DONE:", f"shr.u32 v, t, {log};"]
+    lines += ["mad.lo.u32 to, t, 4, $3;", "st.shared.f32 [to], x;", "SHARED_DONE:"]
+    start = 256 if tokens == 16 else 0  # comb and post: warps that have no rows above, if there are any
+    lines += [f"setp.lt.u32 p, t, {start};", "@p bra POST_DONE;", f"sub.u32 b, t, {start};"]
+    lines += [f"setp.ge.u32 p, b, {16 * tokens};", "@p bra POST_DONE;", f"shr.u32 v, b, {log};"]
     own = [f"mad.lo.u32 to, k, {OWN.value * 4}, $4;", "mad.lo.u32 to, v, 4, to;"]
-    lines += [f"setp.ge.u32 p, t, {16 * tokens};", "@p bra COMB_DONE;", *add("$0"), *own, "st.shared.f32 [to], x;"]
-    lines += ["COMB_DONE:", f"setp.ge.u32 p, t, {4 * tokens};", "@p bra POST_DONE;", "add.u32 v, v, 4;", *add("$1")]
-    return _text(*lines, *own, "st.shared.f32 [to + 48], x;", "POST_DONE:", "fence.proxy.async.shared::cta;")
+    lines += [*add("$0"), *own, "st.shared.f32 [to], x;", "setp.ge.u32 p, v, 4;", "@p bra POST_DONE;"]
+    lines += ["add.u32 v, v, 4;", *add("$1"), *own, "st.shared.f32 [to + 48], x;"]
+    return _text(*lines, "POST_DONE:", "fence.proxy.async.shared::cta;")
 
 
 @gluon.constexpr_function
@@ -236,9 +223,9 @@ def _send_text(blocks, tokens):
     """
     copy = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [far], [from], {}, [bar];"
     shared, own = SHARED.value * tokens * 4, OWN.value * 4
-    each = blocks // 8  # of a warp
+    each = blocks // tokens  # of a warp: there are as many warps as tokens
     lines = [".reg .pred p;", ".reg .u32 to, from, far, bar;", "and.b32 to, t, 31;", f"setp.ge.u32 p, to, {each};"]
-    lines += ["@p bra DONE;", f"mad.lo.u32 to, w, {each}, to;", "add.u32 to, to, $5;"]
+    lines += ["@p bra DONE;", "shr.u32 bar, t, 5;", f"mad.lo.u32 to, bar, {each}, to;", "add.u32 to, to, $5;"]
     lines += [f"and.b32 to, to, {blocks - 1};", "mapa.shared::cluster.u32 bar, $4, to;"]
     lines += ["mapa.shared::cluster.u32 far, $2, to;", f"mad.lo.u32 far, $5, {shared}, far;", "mov.u32 from, $0;"]
     lines += [copy.format(shared), f"setp.ge.u32 p, to, {tokens};", "@p bra DONE;"]
@@ -330,7 +317,7 @@ def _pack(x, P: gl.constexpr):
 @gluon.jit
 def _load_fn(fn, first, D: gl.constexpr):
     """This block's channels of fn: for each stream comb's rows [W, 2, 8, K], and those of pre and post [W, 8, K]."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 2, 1, 4], [1, 1, 4, 8], [W, 1, 1, 1], [3, 2, 1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 2, 1, 4], [1, 1, 4, 8], [W, 1, gl.num_warps() // W, 1], [3, 2, 1, 0])
     w = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, wide))))[:, None, None, None]
     i = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, wide))))[None, :, None, None]
     r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, wide))))[None, None, :, None]
@@ -419,12 +406,13 @@ def _columns(e, eps):
 @gluon.jit
 def _solve(comb_out, last, first, step, tokens, eps, ITERS: gl.constexpr):
     """Turns the logits of tokens first, first + step, ... in place into comb, one a thread; `last` has the last's."""
-    lane: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
-    T: gl.constexpr = _types(gl.float32, [32 * W], lane, 16)
+    N: gl.constexpr = 32 * gl.num_warps()
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    T: gl.constexpr = _types(gl.float32, [N], lane, 16)
     final = gl.inline_asm(_broadcast_text(), "=f," * 16 + "r", (last,), T)
     t_last = first + (tokens - 1 - first) // step * step
-    for start in range(first, tokens, 32 * W * step):
-        t = start + gl.arange(0, 32 * W, lane) * step
+    for start in range(first, tokens, N * step):
+        t = start + gl.arange(0, N, lane) * step
         at = comb_out + t.to(gl.int64) * 16
         m = ()
         for jk in gl.static_range(16):
@@ -461,7 +449,7 @@ def _quantise(pairs, data, data_scale, t, ch, first, tokens, D: gl.constexpr, L:
     inverse = ((254 - byte) << 23).to(gl.float32, bitcast=True)
     small = gl.convert_layout(gl.reshape(groups * gl.expand_dims(inverse, 1), [W, K, M]), L)
     gl.store(data + (_spread(t.to(gl.int64)) * D + ch), small.to(gl.float8e4nv), mask=_spread(t < tokens))
-    flat: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, W], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, gl.num_warps()], [1, 0])
     g = gl.arange(0, 2, gl.SliceLayout(1, flat))
     tm = gl.convert_layout(t, gl.SliceLayout(0, flat))
     at = data_scale + tm.to(gl.int64)[None, :] * (D // 128) + (first // 128 + g)[:, None]
@@ -480,8 +468,7 @@ def fused(
     y, x, streams and out point to pairs of channels (int32).
     """
     gl.static_assert(D == C * W * K)
-    gl.static_assert(gl.num_warps() == W)
-    R: gl.constexpr = M // 8 * 4  # registers of a stream's pairs
+    gl.static_assert(gl.num_warps() == M)
     L: gl.constexpr = _wide(M)
     P: gl.constexpr = _pairs(M)
     TL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))
@@ -520,7 +507,7 @@ def fused(
     kl = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(2, L)))
     channel = first + wl[:, None] * K + kl[None, :]
     token = gl.arange(0, M, gl.SliceLayout(0, gl.SliceLayout(1, P)))
-    CR: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [W, 1], [1, 0])
+    CR: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [M, 1], [1, 0])
     cm = gl.arange(0, M, gl.SliceLayout(1, CR))
     c16 = gl.arange(0, 16, gl.SliceLayout(0, CR))
     c4 = gl.arange(0, 4, gl.SliceLayout(0, CR))
@@ -549,14 +536,14 @@ def fused(
             async_copy.wait_group(1)
             gl.barrier()
             T4: gl.constexpr = _types(gl.int32, [W, K // 2, M], P, 4)
-            z = gl.inline_asm(_read_text(4, M), "=r," * (4 * R) + "r", (_at(slots.index(parity * 4), rank),), T4)
+            z = gl.inline_asm(_read_text(4, M), "=r," * 16 + "r", (_at(slots.index(parity * 4), rank),), T4)
             if POST:
                 T1: gl.constexpr = _types(gl.int32, [W, K // 2, M], P, 1)
-                y_pairs = gl.inline_asm(_read_text(1, M), "=r," * R + "r", (_at(y_slot, rank),), T1)
+                y_pairs = gl.inline_asm(_read_text(1, M), "=r," * 4 + "r", (_at(y_slot, rank),), T1)
                 T16: gl.constexpr = _types(gl.float32, [M], TL, 16)
                 TP: gl.constexpr = _types(gl.float32, [M], TL, 4)
-                c = gl.inline_asm(_columns_text(16, 16, M), "=f," * (4 * R) + "r", (_at(comb_rows, rank),), T16)
-                c += gl.inline_asm(_columns_text(4, 4, M), "=f," * R + "r", (_at(post_rows, rank),), TP)
+                c = gl.inline_asm(_columns_text(16, 16), "=f," * 16 + "r", (_at(comb_rows, rank),), T16)
+                c += gl.inline_asm(_columns_text(4, 4), "=f," * 4 + "r", (_at(post_rows, rank),), TP)
                 ct = gl.minimum(t0 + step + cm, tokens - 1).to(gl.int64)
                 comb_next = gl.load(comb_in + ct[:, None] * 16 + c16[None, :])
                 post_next = gl.load(post_in + ct[:, None] * 4 + c4[None, :])
@@ -571,7 +558,7 @@ def fused(
             _copy_y(y, y_slot, t0 + step + token, pair, tokens, D, POST)
             _copy_streams(x, slots, parity, t0 + 2 * step + token, pair, tokens, D)
             gl.inline_asm(
-                _sums_text(M), "r," * (4 * R) + "r,r,r,r",
+                _sums_text(M), "r," * 16 + "r,r,r,r",
                 (z[0], z[1], z[2], z[3], _at(kept.index(0), rank), _at(comb_sums.index(0), rank),
                  _at(mix_sums.index(0), rank), _at(gram_sums.index(0), rank)), (),
             )  # fmt: skip
@@ -607,9 +594,7 @@ def fused(
                  gl.to_tensor(NORM_EPS), _at(last.index(0), rank)), (),
             )  # fmt: skip
             TR: gl.constexpr = _types(gl.float32, [M], TL, 14)
-            r = gl.inline_asm(
-                _columns_text(14, 16, M), "=f," * (14 * M // 8) + "r", (_at(rows.index((1 - parity) * M), rank),), TR
-            )
+            r = gl.inline_asm(_columns_text(14, 16), "=f," * 14 + "r", (_at(rows.index((1 - parity) * M), rank),), TR)
             a = _weights(r, base, scale, D, NORM, NORM_EPS, EPS, OUT_EPS)
             o = _spread(a[0]) * _unpack(h[0], L)
             for k in gl.static_range(1, 4):
