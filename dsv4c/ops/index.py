@@ -77,7 +77,8 @@ def index_scores(
     keys_TEC = keys_TEC.masked_fill(hidden.unsqueeze(-1), 0.0)
     dots = torch.einsum("tic,tec->tie", data_TIC.view(torch.float8_e4m3fn).float(), keys_TEC).relu()
     scores = torch.einsum("tie,ti->te", dots, weight_TI)
-    return scores.masked_fill(hidden | scores.isnan(), float("-inf")).unflatten(1, (-1, entries_per_page))
+    scores = scores.masked_fill(hidden | scores.isnan(), float("-inf"))
+    return scores.view(scores.shape[0], pages_SP.shape[1], entries_per_page)
 
 
 def topk_rows(scores_TPE: Tensor, positions: Tensor, *, ratio: int, topk: int) -> Tensor:

@@ -148,7 +148,7 @@ def _pages_launch(
     }  # fmt: skip
     return TritonLaunch(
         "dsv4c.schedules.triton.index_keys:score_pages", args, constants,
-        grid=(f"min({count}, 1) * {SMS * config['blocks']}", 1, 1), num_warps=4,
+        grid=(f"min({count}, 1) * {SMS * config['blocks']}", 1, 1), num_warps=4, maxnreg=config["registers"] or None,
     )  # fmt: skip
 
 
@@ -188,9 +188,9 @@ def _key_tiles(node: OpNode) -> Desc:
 
 def _block_keys(config: Config) -> int:
     """Keys of a tile or a block: rows are written in steps of them."""
-    return {"tokens": config.get("keys", 0), "pages": PAGE, "keys": 16 * config["warps"] * config.get("tiles", 0)}[
-        config["way"]
-    ]
+    if config["way"] == "keys":
+        return 16 * int(config["warps"]) * int(config["tiles"])
+    return PAGE if config["way"] == "pages" else int(config["keys"])
 
 
 def _score_launch(node: OpNode, config: Config, *rest: Any) -> TritonLaunch:
@@ -217,16 +217,15 @@ def _tokens_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
 
 
 def _pages_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
-    # pages of a stage, stages of a block, blocks of an SM
-    shapes = ((2, 3, 3), (2, 4, 3), (2, 3, 4), (4, 2, 3))
-    return tuple({"way": "pages", "pages": p, "stages": s, "blocks": b, "warps": 4} for p, s, b in shapes)
+    # pages of a stage, stages of a block, blocks of an SM, registers of a thread
+    shapes = ((2, 3, 3, 168), (2, 3, 4, 128), (1, 6, 4, 128), (1, 5, 5, 96), (4, 2, 2, 255), (2, 4, 3, 168))
+    return tuple({"way": "pages", "pages": p, "stages": s, "blocks": b, "registers": r} for p, s, b, r in shapes)
 
 
 def _keys_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
-    shapes = ((4, 4, 2, 3), (8, 4, 2, 3), (4, 4, 4, 2), (4, 2, 2, 3))
-    return tuple(
-        {"way": "keys", "tokens": 128, "warps": w, "tiles": m, "step": t, "stages": s} for w, m, t, s in shapes
-    )
+    # tokens of a block, tokens of a stage, stages: 256 keys in the registers of a warpgroup, two blocks an SM
+    shapes = ((256, 4, 2), (128, 4, 2), (256, 2, 3))
+    return tuple({"way": "keys", "tokens": n, "warps": 4, "tiles": 4, "step": t, "stages": s} for n, t, s in shapes)
 
 
 def _score_work(node: OpNode, symbols: Symbols, shared: bool) -> tuple[float, float]:
@@ -286,7 +285,7 @@ def _select_launch(
             "NUM_WARPS": config["select_warps"],
         },
         grid=(count, 1, 1),
-        num_warps=config["select_warps"],
+        num_warps=config["select_warps"], maxnreg=config["select_registers"] or None,
     )  # fmt: skip
 
 
@@ -309,14 +308,15 @@ def _rows_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
 def _select_space(node: OpNode, symbols: Symbols) -> tuple[dict[str, Any], ...]:
     long = symbols["P_index"] * PAGE > 1 << 15
     wide = long or node.attrs["topk"] > 512  # more than 32 keys a thread of 8 warps
-    return tuple({"long": long, "select_warps": warps} for warps in ((16, 8) if wide else (8, 16)))
+    shapes = ((16, 0), (16, 64), (8, 0)) if wide else ((8, 128), (8, 0), (16, 64))
+    return tuple({"long": long, "select_warps": w, "select_registers": r} for w, r in shapes)
 
 
 def _rows_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
     return tuple(
         {**select, "block": block, "steps": steps}
         for select in _select_space(node, symbols)
-        for block, steps in ((4096, 4), (2048, 4), (4096, 16))
+        for block, steps in ((4096, 4), (2048, 2))
     )
 
 

@@ -214,9 +214,9 @@ def score_keys(
     q_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TS * H, C], data.layout)
     w_ring = gl.allocate_shared_memory(gl.float32, [STAGES, TS, H], weight.layout)
     seen_list = gl.allocate_shared_memory(gl.int32, [BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    key_tile = gl.allocate_shared_memory(gl.float8e4nv, [ROWS, C], wide)
+    key_tiles = gl.allocate_shared_memory(gl.float8e4nv, [1 if FP4 else MT, ROWS, C], wide)
     if FP4:
-        packed = gl.allocate_shared_memory(gl.uint8, [TILE_PAGES, PAGE, KEY_BYTES], keys.layout)
+        packed = gl.allocate_shared_memory(gl.uint8, [MT * TILE_PAGES, PAGE, KEY_BYTES], keys.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -238,7 +238,7 @@ def score_keys(
     key_of = gl.arange(0, ROWS, layout=row)
 
     issued = 0  # stages asked for
-    turn = 0  # tiles of keys loaded
+    turn = 0  # runs whose keys were loaded
     at = 0
     while at < stop - begin:
         request = gl.load(requests + first + begin + at)
@@ -256,23 +256,25 @@ def score_keys(
                     ask_tokens(data, weight, token + s * TS, ready.index(stage), q_ring.index(stage),
                                w_ring.index(stage), TS)  # fmt: skip
             table = pages + request * columns
+            mbarrier.expect(loaded, MT * TILE_PAGES * PAGE * KEY_BYTES)
+            for p in gl.static_range(MT * TILE_PAGES):
+                page = gl.load(table + gl.minimum(block_key // PAGE + p, live - 1)).to(gl.int32)
+                if FP4:
+                    target = packed.index(p)
+                else:
+                    target = key_tiles.index(p // TILE_PAGES).slice(p % TILE_PAGES * PAGE, PAGE)
+                tma.async_load(keys, [page * (PAGE_BYTES // KEY_BYTES), 0], loaded, target)
+            mbarrier.wait(loaded, turn & 1)
+            turn += 1
             operands = ()
             scales = ()
             for m in gl.static_range(MT):
-                gl.barrier()  # everyone has read the tile before
-                mbarrier.expect(loaded, TILE_PAGES * PAGE * KEY_BYTES)
-                for p in gl.static_range(TILE_PAGES):
-                    column = (block_key + m * ROWS) // PAGE + p
-                    page = gl.load(table + gl.minimum(column, live - 1)).to(gl.int32)
-                    target = packed.index(p) if FP4 else key_tile.slice(p * PAGE, PAGE)
-                    tma.async_load(keys, [page * (PAGE_BYTES // KEY_BYTES), 0], loaded, target)
-                mbarrier.wait(loaded, turn & 1)
-                turn += 1
                 if FP4:
+                    gl.barrier()  # everyone has read the tile before
                     for p in gl.static_range(TILE_PAGES):
-                        column = (block_key + m * ROWS) // PAGE + p
-                        page = gl.load(table + gl.minimum(column, live - 1))
-                        widen_page(packed.index(p), key_tile.slice(p * PAGE, PAGE), pool, page * PAGE_BYTES, NUM_WARPS)
+                        page = gl.load(table + gl.minimum((block_key + m * ROWS) // PAGE + p, live - 1))
+                        target = key_tiles.index(0).slice(p * PAGE, PAGE)
+                        widen_page(packed.index(m * TILE_PAGES + p), target, pool, page * PAGE_BYTES, NUM_WARPS)
                     gl.barrier()
                 page_of = gl.load(table + gl.minimum((block_key + m * ROWS + key_of) // PAGE, live - 1))
                 where_scale = page_of * PAGE_BYTES + PAGE * KEY_BYTES + key_of % PAGE * 4
@@ -282,7 +284,7 @@ def score_keys(
                 else:
                     scale = gl.load((pool + where_scale).to(gl.pointer_type(gl.float32)))
                 scales = scales + (scale,)  # noqa: RUF005 (the kernel language knows no unpacking)
-                operands = operands + (key_tile.load(operand),)  # noqa: RUF005
+                operands = operands + (key_tiles.index(0 if FP4 else m).load(operand),)  # noqa: RUF005
 
             spare = gl.zeros([ROWS, H], gl.float32, mma)
             for i in range(steps):
@@ -439,7 +441,9 @@ def score_pages(
     slot = gl.arange(0, BT, layout=gl.BlockedLayout([BT // 128 if BT > 128 else 1], [32], [NUM_WARPS], [0]))
     key_of = gl.arange(0, PAGE, layout=one_row_layout(NUM_WARPS))
     issued = 0
-    spare = gl.zeros([PAGE, H], gl.float32, mma)
+    spares = ()
+    for _ in gl.static_range(PS):
+        spares = spares + (gl.zeros([PAGE, H], gl.float32, mma),)  # noqa: RUF005
     for start in range(0, count, BT):
         position = gl.load(positions + first + start + slot, mask=start + slot < count, other=-1)
         seen_of = gl.minimum((position + 1) // RATIO, entries).to(gl.int32)
@@ -475,27 +479,25 @@ def score_pages(
                 found = after
                 after = find_pages(table, (i + 1 + STAGES) * PS, number - 1, PS)
                 mbarrier.wait(ready.index(stage), ((issued + i) // STAGES) & 1)
-                busy, scale = multiply_page(key_ring.index(stage * PS), mark_ring.index(stage * PS), q_tile, spare,
-                                            FP4, mma)  # fmt: skip
+                products = ()
+                scales = ()
                 for p in gl.static_range(PS):
-                    if p + 1 < PS:
-                        product, scale_after = multiply_page(key_ring.index(stage * PS + p + 1),
-                                                             mark_ring.index(stage * PS + p + 1), q_tile, spare, FP4,
-                                                             mma)  # fmt: skip
-                        done = warpgroup_mma_wait(1, deps=[busy])
-                        busy = product
-                    else:
-                        scale_after = scale
-                        done = warpgroup_mma_wait(0, deps=[busy])
-                        gl.barrier()  # everyone has read the stage
-                        if i + STAGES < steps:
-                            ask_pages(keys, marks, found, ready.index(stage), key_ring, mark_ring, stage * PS,
-                                      KEY_BYTES, PS)  # fmt: skip
+                    product, scale = multiply_page(key_ring.index(stage * PS + p), mark_ring.index(stage * PS + p),
+                                                   q_tile, spares[p], FP4, mma)  # fmt: skip
+                    products = products + (product,)  # noqa: RUF005
+                    scales = scales + (scale,)  # noqa: RUF005
+                dones = ()
+                for p in gl.static_range(PS):
+                    dones = dones + (warpgroup_mma_wait(PS - 1 - p, deps=[products[p]]),)  # noqa: RUF005
+                gl.barrier()  # everyone has read the stage
+                if i + STAGES < steps:
+                    # before the scores are written: the copies wait for all memory accesses before them
+                    ask_pages(keys, marks, found, ready.index(stage), key_ring, mark_ring, stage * PS, KEY_BYTES, PS)
+                for p in gl.static_range(PS):
                     ahead = (i * PS + p) * PAGE
-                    finish(done, w, scale, to + ahead, groups + ahead // GROUP, left, i * PS + p < number, ahead,
-                           key_of, MAXIMA, NUM_WARPS)  # fmt: skip
-                    scale = scale_after
-                    spare = done
+                    finish(dones[p], w, scales[p], to + ahead, groups + ahead // GROUP, left, i * PS + p < number,
+                           ahead, key_of, MAXIMA, NUM_WARPS)  # fmt: skip
+                spares = dones
             issued += steps
             at += number
             gl.barrier()  # the next token's query replaces this one

@@ -46,7 +46,7 @@ def _add(a, b):
 def bin_of_kth(bins, need, count, NUM_WARPS: gl.constexpr):
     """(the bin with the `need`-th highest of `count` keys, how many lie in higher bins, how many in it)."""
     layout: gl.constexpr = gl.BlockedLayout([BINS // (32 * NUM_WARPS)], [32], [NUM_WARPS], [0])
-    inside = bins.load(layout)
+    inside = bins.slice(0, BINS).load(layout)
     above = count - gl.associative_scan(inside, 0, _add)
     found = (above < need) & (above + inside >= need)
     at = gl.arange(0, BINS, layout=layout)
@@ -57,11 +57,15 @@ def bin_of_kth(bins, need, count, NUM_WARPS: gl.constexpr):
 
 @gluon.jit
 def threshold(key, bins, K: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """(t, room): the K highest keys are those above t, and `room` of those equal to it. LEAST counts as no key."""
+    """(t, room, bound): the K highest keys are those above t, and `room` of those equal to it; none is below `bound`.
+
+    LEAST counts as no key. With fewer than K keys all are taken, and the bound says nothing.
+    """
     clear: gl.constexpr = gl.BlockedLayout([BINS // (32 * NUM_WARPS)], [32], [NUM_WARPS], [0])
     low = gl.min(gl.where(key == LEAST, MOST, key), axis=0)
     high = gl.max(key, axis=0)
     count = gl.sum((key != LEAST).to(gl.int32), axis=0)
+    enough = count >= K
     need = gl.minimum(count, K)
     linear = True
     while (low < high) & (count > need):
@@ -76,9 +80,10 @@ def threshold(key, bins, K: gl.constexpr, NUM_WARPS: gl.constexpr):
             width = (high.to(gl.int64) - low.to(gl.int64)).to(gl.float32)
             place = (key - low).to(gl.uint32, bitcast=True).to(gl.float32) * (BINS / (width + 1.0))
         where = gl.minimum(gl.maximum(gl.where(inside, place, 0.0), 0.0), BINS - 1.0).to(gl.int32)
-        bins.store(gl.zeros([BINS], gl.int32, clear))
+        where = gl.where(inside, where, BINS)  # a bin that nobody reads: cheaper than a branch for each key
+        bins.slice(0, BINS).store(gl.zeros([BINS], gl.int32, clear))
         gl.barrier()
-        bins.atomic_scatter_add(gl.full_like(key, 1), where, 0, mask=inside)
+        bins.atomic_scatter_add(gl.full_like(key, 1), where, 0)
         gl.barrier()
         chosen, above, count = bin_of_kth(bins, need, count, NUM_WARPS)
         gl.barrier()
@@ -88,7 +93,7 @@ def threshold(key, bins, K: gl.constexpr, NUM_WARPS: gl.constexpr):
         high = gl.max(gl.where(inside, key, LEAST), axis=0)
         linear = False
     whole = count == need
-    return gl.where(whole & (count > 0), low - 1, low), gl.where(whole, 0, need)
+    return gl.where(whole & (count > 0), low - 1, low), gl.where(whole, 0, need), gl.where(enough, low, LEAST + 1)
 
 
 @gluon.jit
@@ -108,15 +113,15 @@ def places(key, t, room):
 
 @gluon.jit
 def list_groups(maxima, chosen, bins, groups, K: gl.constexpr, BLOCK: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """The K of at most BLOCK groups with the highest maxima, ascending, into `chosen`; returns how many they are."""
+    """The K of at most BLOCK groups with the highest maxima, ascending, into `chosen`: (how many, a bound)."""
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [NUM_WARPS], [0])
     group = gl.arange(0, BLOCK, layout=layout)
     key = gl.load(maxima + group, mask=group < groups, other=LEAST)
-    t, room = threshold(key, bins, K, NUM_WARPS)
+    t, room, bound = threshold(key, bins, K, NUM_WARPS)
     taken, place, total = places(key, t, room)
     chosen.scatter(group, gl.where(taken, place, K), 0)  # what is not taken goes behind the list
     gl.barrier()
-    return total
+    return total, bound
 
 
 @gluon.jit
@@ -149,7 +154,39 @@ def list_many_groups(maxima, chosen, groups, K: gl.constexpr, BLOCK: gl.constexp
         done += total
         room -= gl.minimum(gl.sum(((key == t) & (key > LEAST)).to(gl.int32), axis=0), room)
     gl.barrier()
-    return done
+    return done, gl.where(done < K, LEAST + 1, gl.maximum(t, LEAST + 1))
+
+
+@gluon.jit
+def write_picks(key, entry, picks, bins, K: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """The entries of the K highest keys, in the order of their positions; returns how many they are."""
+    t, room, _ = threshold(key, bins, K, NUM_WARPS)
+    taken, place, total = places(key, t, room)
+    gl.store(picks + place, entry, mask=taken)
+    return total
+
+
+@gluon.jit
+def write_picks_over(key, entry, bound, picks, bins, K: gl.constexpr, FEW: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """The same where none of the K is below `bound`: usually few keys are not, and those are brought together first."""
+    keep = key >= bound
+    rank = gl.associative_scan(keep.to(gl.int32), 0, _add)
+    total = gl.sum(keep.to(gl.int32), axis=0)
+    if total <= FEW:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        few: gl.constexpr = gl.BlockedLayout([FEW // (32 * NUM_WARPS)], [32], [NUM_WARPS], [0])
+        kept_keys = gl.allocate_shared_memory(gl.int32, [2 * FEW], plain)
+        kept_entries = gl.allocate_shared_memory(gl.int32, [2 * FEW], plain)
+        to = gl.where(keep, rank - 1, FEW)  # the others behind the list
+        kept_keys.scatter(key, to, 0)
+        kept_entries.scatter(entry, to, 0)
+        gl.barrier()
+        slot = gl.arange(0, FEW, layout=few)
+        key_few = gl.where(slot < total, kept_keys.slice(0, FEW).load(few), LEAST)
+        written = write_picks(key_few, kept_entries.slice(0, FEW).load(few), picks, bins, K, NUM_WARPS)
+    else:
+        written = write_picks(key, entry, picks, bins, K, NUM_WARPS)
+    return written
 
 
 @gluon.jit
@@ -176,19 +213,20 @@ def select_rows(
     if seen <= K:
         gl.store(picks + place, gl.where(place < seen, place, -1))
     else:
-        bins = gl.allocate_shared_memory(gl.int32, [BINS], plain)
+        bins = gl.allocate_shared_memory(gl.int32, [2 * BINS], plain)
         chosen = gl.allocate_shared_memory(gl.int32, [2 * K], plain)
         groups = gl.cdiv(seen, GROUP)
         slot = gl.arange(0, ROWS, layout=gl.SliceLayout(1, tile))
         group = slot
         listed = groups
+        bound = LEAST + 1
         if groups > ROWS:
             if groups <= 2048:
-                listed = list_groups(maxima, chosen, bins, groups, K, 2048, NUM_WARPS)
+                listed, bound = list_groups(maxima, chosen, bins, groups, K, 2048, NUM_WARPS)
             elif LONG and groups <= 16384:
-                listed = list_groups(maxima, chosen, bins, groups, K, 16384, NUM_WARPS)
+                listed, bound = list_groups(maxima, chosen, bins, groups, K, 16384, NUM_WARPS)
             else:
-                listed = list_many_groups(maxima, chosen, groups, K, 2048, NUM_WARPS)
+                listed, bound = list_many_groups(maxima, chosen, groups, K, 2048, NUM_WARPS)
             group = chosen.gather(gl.minimum(slot, K - 1), 0)
         entry = gl.expand_dims(group, 1) * GROUP + gl.expand_dims(
             gl.arange(0, GROUP, layout=gl.SliceLayout(0, tile)), 0
@@ -197,9 +235,11 @@ def select_rows(
         key = ordered(gl.load(scores + entry, mask=inside, other=float("-inf")))
         key = gl.convert_layout(gl.reshape(key, [ROWS * GROUP]), flat, assert_trivial=True)
         entry = gl.convert_layout(gl.reshape(entry, [ROWS * GROUP]), flat, assert_trivial=True)
-        t, room = threshold(key, bins, K, NUM_WARPS)
-        taken, at, total = places(key, t, room)
-        gl.store(picks + at, entry, mask=taken)
+        if groups <= ROWS:
+            # straight from the scores: the maxima of fours bound the K-th highest as those of groups do
+            fours = gl.max(gl.reshape(key, [ROWS * 4, GROUP // 4]), axis=1)
+            _, _, bound = threshold(fours, bins, K, NUM_WARPS)
+        total = write_picks_over(key, entry, bound, picks, bins, K, 4 * ROWS, NUM_WARPS)
         gl.store(picks + place, gl.full_like(place, -1), mask=place >= total)
 
 
