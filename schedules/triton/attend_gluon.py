@@ -9,9 +9,6 @@ Two tiles are in shared memory: one is scored while the other is summed. A tile 
 that its refill overlaps with the rest of the sum. The limit is shared memory: 64 KB written, 192 KB read by the matrix
 units a tile, against 128 bytes a cycle, is 2,050 cycles, as many as the matrix units need.
 
-Keys are counted without holes: first the window's (those that exist), then the entries; an entry that nobody may see
-is never read, its bfloat16 values are 0 and its score -inf.
-
 Legend: K = 64 keys of a tile, H = 64 heads of an item.
 """
 
@@ -25,240 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dsv4c.schedules.triton.attend_fill import fill, item_of
+
 LOG2E = gl.constexpr(1.4426950408889634)
 C = gl.constexpr(512)
-PLAIN_BYTES = gl.constexpr(448)
-DATA_BYTES = gl.constexpr(576)  # 448 E4M3 and 64 bfloat16
-ENTRY_BYTES = gl.constexpr(584)  # and 8 scale bytes, which follow the data of the whole page
-
-# E4M3 -> bfloat16, two at a time: the byte to the high half of its 16 bits, sign filled in below the next one's, so
-# that one arithmetic shift leaves sign and exponent in place. The result is 2**-120 of the value; `$3` is the scale
-# times 2**120 in both halves (exact, subnormals too).
-DEQUANTISE = gl.constexpr("""
-{
-.reg .b32 a, b;
-prmt.b32 a, $2, 0, 0x1804;
-prmt.b32 b, $2, 0, 0x3A24;
-shr.s32 a, a, 4;
-shr.s32 b, b, 4;
-and.b32 a, a, 0x87f087f0;
-and.b32 b, b, 0x87f087f0;
-mul.rn.bf16x2 $0, a, $3;
-mul.rn.bf16x2 $1, b, $3;
-}
-""")
-
-
-@gluon.constexpr_function
-def _load_text(outputs, inputs):
-    """A 16-byte load, zeros where the key is not seen."""
-    words, (address,), (entry,) = outputs[0], *inputs
-    lines = ["{", ".reg .pred p;", f"setp.ge.s32 p, {entry}, 0;"]
-    lines += [f"mov.b32 {word}, 0;" for word in words]
-    return "\n".join([*lines, f"@p ld.global.v4.b32 {{{', '.join(words)}}}, [{address}];", "}"])
-
-
-@gluon.constexpr_function
-def _load_scales_text(outputs, inputs):
-    """An 8-byte load, zeros where the key is not seen."""
-    ((low,), (high,)), (address,), (entry,) = outputs, *inputs
-    lines = ["{", ".reg .pred p;", f"setp.ge.s32 p, {entry}, 0;", f"mov.b32 {low}, 0;", f"mov.b32 {high}, 0;"]
-    return "\n".join([*lines, f"@p ld.global.v2.b32 {{{low}, {high}}}, [{address}];", "}"])
-
-
-@gluon.jit
-def _load(address, entry, WORDS: gl.constexpr):
-    """16 bytes a thread: int32 [32, 16]."""
-    kind: gl.constexpr = gl.distributed_type(gl.int32, [32, 16], WORDS)
-    return gl.inline_asm(_load_text, ("=&r", "l", "r"), [address, entry], kind)
-
-
-@gluon.jit
-def _load_scales(address, entry, WORDS: gl.constexpr):
-    """The 8 scale bytes of each row as two int32 [32]."""
-    kind: gl.constexpr = gl.distributed_type(gl.int32, [32], gl.SliceLayout(1, WORDS))
-    return gl.inline_asm(_load_scales_text, ("=&r", "=&r", "l", "r"), [address, entry], (kind, kind))
-
-
-@gluon.jit
-def _item(item, BLOCKS: gl.constexpr, SHARES: gl.constexpr):
-    """Token, block of heads and share of an item; the blocks of a token are neighbours, for its entries in L2."""
-    return item // (BLOCKS * SHARES), item // SHARES % BLOCKS, item % SHARES
-
-
-@gluon.jit
-def _entry(i, recent, position, complete, picks, KIND: gl.constexpr, TOPK: gl.constexpr):
-    """Which entry key `i` is: of the window where i < recent, else of the compressed ones; -1 if there is none."""
-    if KIND == "window":
-        return gl.where(i < recent, position - recent + 1 + i, -1)
-    if KIND == "csa":
-        rest = gl.load(picks + (i - recent), mask=(i >= recent) & (i < recent + TOPK), other=-1)
-    else:
-        rest = gl.where(i < recent + complete, i - recent, -1)
-    return gl.where(i < recent, position - recent + 1 + i, rest)
-
-
-@gluon.jit
-def _page(i, entry, recent, window_table, entry_table, KIND: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr):
-    """Pages of the entries."""
-    if KIND == "window":
-        return gl.load(window_table + entry // PAGE, mask=entry >= 0, other=0)
-    at = gl.where(i < recent, window_table + entry // PAGE, entry_table + entry // ENTRIES)
-    return gl.load(at, mask=entry >= 0, other=0)
-
-
-@gluon.jit
-def _pool_row(i, entry, page, recent, KIND: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr):
-    """int32 rows of the entries in their pool; -1 where the key is not seen."""
-    if KIND == "window" or ENTRIES == PAGE:
-        row = page.to(gl.int32) * PAGE + entry % PAGE
-    else:
-        row = gl.where(i < recent, page.to(gl.int32) * PAGE + entry % PAGE, page.to(gl.int32) * ENTRIES + entry % ENTRIES)
-    return gl.where(entry >= 0, row, -1)
-
-
-@gluon.jit
-def _address(i, at, recent, pool, entry_pool, KIND: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr):
-    """Addresses of the data and of the scales of rows `at` of their pools."""
-    if KIND == "window" or ENTRIES == PAGE:
-        page, slot = at // PAGE, at % PAGE
-        scales = PAGE * DATA_BYTES + slot * 8
-        page_bytes = PAGE * ENTRY_BYTES
-        start = pool.to(gl.int64) if KIND == "window" else gl.where(i < recent, pool.to(gl.int64), entry_pool.to(gl.int64))
-    else:
-        page = gl.where(i < recent, at // PAGE, at // ENTRIES)
-        slot = gl.where(i < recent, at % PAGE, at % ENTRIES)
-        per_page = gl.where(i < recent, PAGE, ENTRIES)
-        scales = per_page * DATA_BYTES + slot * 8
-        page_bytes = per_page * ENTRY_BYTES
-        start = gl.where(i < recent, pool.to(gl.int64), entry_pool.to(gl.int64))
-    start += page.to(gl.int64) * page_bytes
-    return start + slot * DATA_BYTES, start + scales
-
-
-@gluon.jit
-def _store_plain(words, scales, to, G: gl.constexpr):
-    """16 E4M3 bytes a thread, of group G, as bfloat16."""
-    byte = (scales >> (8 * (G % 4))) & 255
-    # the exponent field of a bfloat16, in both halves; scales of up to 2**7 fit, 57344 as the largest value
-    factor = (byte + 120) * 0x00800080
-    low, high = gl.inline_asm_elementwise(
-        DEQUANTISE, "=r,=r,r,r", [words, gl.expand_dims(factor, 1)], (gl.int32, gl.int32), True, 1
-    )
-    to.slice(32 * G, 32, dim=1).store(gl.join(low, high).reshape([32, 32]))
-
-
-@gluon.jit
-def _fill(
-    pool, pages, entry_pool, entry_pages, picks, request_rows, positions, items, columns, entry_columns,
-    keys, bias, lengths, rows, ready, empty,
-    KIND: gl.constexpr, BLOCKS: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr,
-    RATIO: gl.constexpr, TOPK: gl.constexpr, SHARES: gl.constexpr,
-):  # fmt: skip
-    """Fills the two tiles of keys in turn, half a tile a step: four threads an entry, 16 bytes of each 64.
-
-    Loads run ahead: a step loads the next half's data (each register as soon as it is free); a tile finds the rows of
-    the next one in its pool, the pages of the one after that and the picks of the third.
-    """
-    WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-    LANES: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
-    ROWS: gl.constexpr = gl.SliceLayout(1, LANES)
-    KEYS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    COUNT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    WORDS_OF_K: gl.constexpr = gl.NVMMASharedLayout(128, 32)
-    row = gl.arange(0, 32, layout=ROWS)
-    key = gl.arange(0, 64, layout=KEYS)
-    lane = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(0, LANES)).to(gl.int64) * 16, 0)
-    step = 0
-    token, _block, share = _item(gl.program_id(0), BLOCKS, SHARES)
-    next_position = gl.load(positions + token)
-    next_request = gl.load(request_rows + token)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        position, request = next_position.to(gl.int32), next_request
-        recent = gl.minimum(position + 1, WINDOW)
-        complete = (position + 1) // RATIO
-        window_table = pages + request * columns
-        entry_table = entry_pages + request * entry_columns
-        token, _block, share = _item(item, BLOCKS, SHARES)
-        row_picks = picks + token.to(gl.int64) * TOPK
-        total = recent
-        if KIND == "csa":
-            k = gl.arange(0, TOPK, layout=COUNT)
-            total += gl.max(gl.where(gl.load(row_picks + k) >= 0, k + 1, 0), 0)
-        if KIND == "hca":
-            total += complete
-        all_tiles = (total + 63) // 64
-        some = (all_tiles + SHARES - 1) // SHARES
-        first = share * some
-        # a share without keys still makes one tile, with nothing seen
-        tiles = gl.maximum(gl.minimum(some, all_tiles - first), 1)
-        i = first * 64 + row
-        k = first * 64 + key
-        entry = _entry(k, recent, position, complete, row_picks, KIND, TOPK)
-        entry1 = _entry(k + 64, recent, position, complete, row_picks, KIND, TOPK)
-        entry2 = _entry(k + 128, recent, position, complete, row_picks, KIND, TOPK)
-        page = _page(k, entry, recent, window_table, entry_table, KIND, PAGE, ENTRIES)
-        page1 = _page(k + 64, entry1, recent, window_table, entry_table, KIND, PAGE, ENTRIES)
-        token, _block, share = _item(gl.minimum(item + gl.num_programs(0), items - 1), BLOCKS, SHARES)
-        next_position = gl.load(positions + token)
-        next_request = gl.load(request_rows + token)
-        rows.index(step & 1).store(_pool_row(k, entry, page, recent, KIND, PAGE, ENTRIES))
-        at = rows.index(step & 1).slice(0, 32).load(ROWS)
-        address, scale_address = _address(i, at, recent, pool, entry_pool, KIND, PAGE, ENTRIES)
-        address = gl.expand_dims(address, 1) + lane
-        d0 = _load(address, at, WORDS)
-        d1 = _load(address + 64, at, WORDS)
-        d2 = _load(address + 128, at, WORDS)
-        d3 = _load(address + 192, at, WORDS)
-        d4 = _load(address + 256, at, WORDS)
-        d5 = _load(address + 320, at, WORDS)
-        d6 = _load(address + 384, at, WORDS)
-        r0 = _load(address + 448, at, WORDS)
-        r1 = _load(address + 512, at, WORDS)
-        s0, s1 = _load_scales(scale_address, at, WORDS)
-        for _tile in range(tiles):
-            stage = step & 1
-            for half in gl.static_range(2):
-                if half == 0:
-                    after = rows.index(stage).slice(32, 32).load(ROWS)
-                else:
-                    k += 64
-                    rows.index(stage ^ 1).store(_pool_row(k, entry1, page1, recent, KIND, PAGE, ENTRIES))
-                    after = rows.index(stage ^ 1).slice(0, 32).load(ROWS)
-                    page1 = _page(k + 64, entry2, recent, window_table, entry_table, KIND, PAGE, ENTRIES)
-                    entry1 = entry2
-                    entry2 = _entry(k + 128, recent, position, complete, row_picks, KIND, TOPK)
-                i += 32
-                address, scale_address = _address(i, after, recent, pool, entry_pool, KIND, PAGE, ENTRIES)
-                address = gl.expand_dims(address, 1) + lane
-                mbarrier.wait(empty.index(stage * 2 + half), ((step >> 1) & 1) ^ 1)
-                to = keys.index(stage).reinterpret(gl.int32, [64, 256], WORDS_OF_K).slice(32 * half, 32, dim=0)
-                _store_plain(d0, s0, to, 0)
-                d0 = _load(address, after, WORDS)
-                _store_plain(d1, s0, to, 1)
-                d1 = _load(address + 64, after, WORDS)
-                _store_plain(d2, s0, to, 2)
-                d2 = _load(address + 128, after, WORDS)
-                _store_plain(d3, s0, to, 3)
-                d3 = _load(address + 192, after, WORDS)
-                _store_plain(d4, s1, to, 4)
-                d4 = _load(address + 256, after, WORDS)
-                _store_plain(d5, s1, to, 5)
-                d5 = _load(address + 320, after, WORDS)
-                _store_plain(d6, s1, to, 6)
-                d6 = _load(address + 384, after, WORDS)
-                to.slice(224, 16, dim=1).store(r0)
-                r0 = _load(address + 448, after, WORDS)
-                to.slice(240, 16, dim=1).store(r1)
-                r1 = _load(address + 512, after, WORDS)
-                s0, s1 = _load_scales(scale_address, after, WORDS)
-                bias.index(stage).slice(32 * half, 32).store(gl.where(at >= 0, 0.0, float("-inf")))
-                if half == 0:
-                    lengths.index(stage).store(gl.full([1], tiles, gl.int32, COUNT))
-                fence_async_shared()
-                mbarrier.arrive(ready.index(stage))
-                at = after
-            step += 1
 
 
 @gluon.jit
@@ -291,7 +58,9 @@ def _publish(
     stage = step & 1
     column: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     x = scores * (LOG2E * C**-0.5) + gl.expand_dims(bias.index(stage).load(column), 0)
-    higher = gl.maximum(top, gl.max(x, 1))
+    # the maximum only has to keep weights in range: while they stay below 2**8, the sums need no new scale
+    higher = gl.max(x, 1)
+    higher = gl.where(higher > top + 8.0, higher, top)
     shrink = gl.exp2(top - higher)
     weight = gl.exp2(x - gl.expand_dims(higher, 1))
     weight_sum = weight_sum * shrink + gl.sum(weight, 1)
@@ -321,12 +90,12 @@ def _score(
     _load_queries(q, gl.program_id(0) // SHARES, queries)
     next_sink = gl.load(sink + gl.program_id(0) // SHARES % BLOCKS * 64 + h)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        token, block, share = _item(item, BLOCKS, SHARES)
+        token, block, share = item_of(item, BLOCKS, SHARES)
         # starts at the sink, whose weight counts once
         top = gl.maximum(next_sink * LOG2E, -1e30)
         weight_sum = gl.where(share == 0, 1.0, 0.0) + gl.zeros([64], gl.float32, ROWS)
         inverse = inverses.index(number & 3)
-        number += 1
+        number = number + 1
         async_copy.wait_group(0)
         fence_async_shared()
         gl.barrier()
@@ -355,6 +124,29 @@ def _score(
     async_copy.wait_group(0)
 
 
+@gluon.constexpr_function
+def _shrink_text(outputs, inputs):
+    """Multiplies by the factors of a thread's two rows, unless those of the whole warp are 1."""
+    (sums,), (_, (low, high)) = outputs, inputs
+    lines = ["{", ".reg .pred p;", f"setp.eq.f32 p, {low}, 0f3f800000;", f"setp.eq.and.f32 p, {high}, 0f3f800000, p;"]
+    lines += ["vote.sync.all.pred p, p, 0xffffffff;", "@p bra DONE;"]
+    # a product's registers: two columns of the lower row, the same two of the upper one, and so on
+    lines += [f"mul.f32 {one}, {one}, {(low, high)[i // 2 % 2]};" for i, one in enumerate(sums)]
+    return "\n".join([*lines, "DONE:", "}"])
+
+
+@gluon.constexpr_function
+def _shrink_constraints(count):
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f", "f"])
+
+
+@gluon.jit
+def _shrink(acc, factors):
+    """acc * factors[:, None]; nothing where a warp's factors are 1, as they are for most tiles."""
+    CONSTRAINTS: gl.constexpr = _shrink_constraints(128)
+    return gl.inline_asm(_shrink_text, CONSTRAINTS, [acc, factors], acc.type, is_pure=True)
+
+
 @gluon.jit
 def _values(
     out, items, keys, lengths, weights, shrinks, inverses, empty, weights_ready, weights_empty,
@@ -377,14 +169,14 @@ def _values(
     step = 0
     number = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        token, block, share = _item(item, BLOCKS, SHARES)
+        token, block, share = item_of(item, BLOCKS, SHARES)
         acc = gl.zeros([64, 256], gl.float32, ACC)
         mbarrier.wait(weights_ready.index(step & 1), (step >> 1) & 1)
         tiles = gl.max(lengths.index(step & 1).load(ONE), 0)
         for _tile in range(tiles):
             stage = step & 1
             mbarrier.wait(weights_ready.index(stage), (step >> 1) & 1)
-            acc = acc * gl.expand_dims(shrinks.index(stage).load(ROWS), 1)
+            acc = _shrink(acc, shrinks.index(stage).load(ROWS))
             value = keys.index(stage).slice(FROM, 256, dim=1)
             weight = weights.index(stage)
             running = warpgroup_mma(weight.slice(0, 32, dim=1), value.slice(0, 32, dim=0), acc, is_async=True)
@@ -396,7 +188,7 @@ def _values(
             mbarrier.arrive(weights_empty.index(stage))
             step += 1
         acc = acc * gl.expand_dims(inverses.index(number & 3).load(ROWS), 1)
-        number += 1
+        number = number + 1
         start = out + ((token.to(gl.int64) * SHARES + share) * BLOCKS + block) * (64 * C) + FROM
         gl.store(start + gl.expand_dims(h, 1) * C + gl.expand_dims(c, 0), gl.convert_layout(acc.to(gl.bfloat16), OUT))
 
@@ -423,7 +215,7 @@ def attend(
     shrinks = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     inverses = gl.allocate_shared_memory(gl.float32, [4, 64], flat)  # by item: the values lag by less than 3
     lengths = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
-    rows = gl.allocate_shared_memory(gl.int32, [2, 64], flat)
+    addresses = gl.allocate_shared_memory(gl.int64, [4, 64], flat)  # of data, 2 tiles; of scales, 2 tiles
     ready = mbarrier.allocate_mbarrier(batch=2)  # both halves of a tile are filled
     empty = mbarrier.allocate_mbarrier(batch=4)  # both value groups are done with a half
     weights_ready = mbarrier.allocate_mbarrier(batch=2)
@@ -459,13 +251,14 @@ def attend(
                 ),
             ),
             (
-                _fill,
+                fill,
                 (
                     pool, pages, entry_pool, entry_pages, picks, request_rows, positions, items, columns, entry_columns,
-                    keys, bias, lengths, rows, ready, empty, KIND, BLOCKS, WINDOW, PAGE, ENTRIES, RATIO, TOPK, SHARES,
+                    keys, bias, lengths, addresses, ready, empty,
+                    KIND, BLOCKS, WINDOW, PAGE, ENTRIES, RATIO, TOPK, SHARES,
                 ),
             ),
         ],
         [4, 4, 4],
-        [160, 160, 96],
+        [160, 160, 104],
     )  # fmt: skip
