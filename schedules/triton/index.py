@@ -139,7 +139,7 @@ def load_keys(pool, page, inside, C: tl.constexpr, FP4: tl.constexpr, BN: tl.con
         low, high = magnitudes(exponent - most[:, None] + 12)
         low, high = tl.broadcast_to(low[:, :, None], packed.shape), tl.broadcast_to(high[:, :, None], packed.shape)
         first, second = tl.inline_asm_elementwise(
-            _E2M1_TO_E4M3, "=r,=r,r,r,r,r,r,r,r,r,r", [packed, low, high], [tl.uint8, tl.uint8], True, 4
+            _E2M1_TO_E4M3, "=&r,=&r,r,r,r,r,r,r,r,r,r", [packed, low, high], [tl.uint8, tl.uint8], True, 4
         )
         first = tl.reshape(first, (BN, C // 8, 4))
         second = tl.reshape(second, (BN, C // 8, 4))
