@@ -249,10 +249,6 @@ def _tile_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
     return _split_cost(node, symbols, {"tile": _TILE, "splits": config["splits"]})
 
 
-# what hyper_rows.py declares its schedules with
-accepts, dim_of, bytes_moved = _accepts, _dim, _bytes
-
-
 def _post_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     tokens, dim = max(1, symbols["T"]), _dim(node)
     wide = [{"tile": t, "width": w, "warps": 4} for t, w in ((1, 2048), (1, 1024), (2, 1024), (4, 512), (1, 512))]
@@ -282,6 +278,8 @@ def _post_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
 # Coefficients carry the products' error, 2**-17 of their terms, which Sinkhorn multiplies where a matrix is nearly
 # decomposable: 2e-4 at most over 8192 tokens. The workloads' error allows bfloat16 results one rounding more.
 _TOLERANCE = 5e-4
+# what hyper_rows.py declares its schedules with
+accepts, dim_of, bytes_moved, TOLERANCE = _accepts, _dim, _bytes, _TOLERANCE
 
 SCHEDULES: tuple[Schedule, ...] = (
     *(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from dsv4c.schedules._launch import TritonLaunch, i32, ptr
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Work
-from dsv4c.schedules.hopper.hyper import accepts, bytes_moved, dim_of
+from dsv4c.schedules.hopper.hyper import TOLERANCE, accepts, bytes_moved, dim_of
 
 _OPS = ("hc_pre_norm", "hc_pre_norm_quantise", "hc_post_pre_norm", "hc_post_pre_norm_quantise")
 _SMS = 132  # of an H100 or H200 SXM
@@ -76,7 +76,7 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
 SCHEDULES = tuple(
     Schedule(
         f"{op}.triton_rows", op, frozenset({"sm_90a"}), _build, _cost, _accepts, space=_space,
-        tolerance=1e-4,  # of coefficients; see the error of the workload
+        tolerance=TOLERANCE,
     )
     for op in _OPS
 )  # fmt: skip
