@@ -197,7 +197,7 @@ def _cluster_build(node: OpNode, config: Config) -> Build:
             "OUT_EPS": _attr(node, "out_eps"),
         },
         grid=(f"{_CLUSTER} * min({config['clusters']}, cdiv(a0_0, {tile}))", 1, 1),
-        num_warps=tile,
+        num_warps=8,
         cluster=_CLUSTER,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))

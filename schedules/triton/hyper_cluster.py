@@ -17,9 +17,8 @@ are bfloat16 and so exact.
 What the language lacks is written as PTX, each block with its operands in its docstring: packed pairs of bfloat16 that
 feed both operands of a product, sums that warps send to other blocks, and a wait without barriers around it.
 
-Legend: T tokens, N = 4 streams, D channels, C blocks of a cluster, M tokens of a tile and warps of a block, W = 8 parts
-of its channels. Thread (s, w, g, q) = (id / 256, id / 32 % 8, id / 4 % 8, id % 4) holds channels 32 w + 8 q + 0..7 of
-token m = 8 s + g.
+Legend: T tokens, N = 4 streams, D channels, C blocks of a cluster, W = 8 warps of a block, M tokens of a tile.
+Thread (w, g, q) = (id / 32, id / 4 % 8, id % 4) holds channels 32 w + 8 q + 0..7 of tokens g + 8 s, s < M / 8.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ _GRAM = gl.constexpr(((0, 0, 1, 0, 4), (0, 2, 3, 5, 6), (1, 1, 2, 1, 7), (3, 3, 
 @gluon.constexpr_function
 def _wide(tokens):
     """Layout of [W, K, M]."""
-    regs, warps = [[0, 1, 0], [0, 2, 0], [0, 4, 0]], [[1, 0, 0], [2, 0, 0], [4, 0, 0]] + [[0, 0, 8]] * (tokens // 16)
+    regs = [[0, 1, 0], [0, 2, 0], [0, 4, 0]] + [[0, 0, 8]] * (tokens // 16)
     lanes = [[0, 8, 0], [0, 16, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
-    return gl.DistributedLinearLayout(regs, lanes, warps, [], [8, 32, tokens])
+    return gl.DistributedLinearLayout(regs, lanes, [[1, 0, 0], [2, 0, 0], [4, 0, 0]], [], [8, 32, tokens])
 
 
 @gluon.constexpr_function
 def _pairs(tokens):
     """Layout of [W, K / 2, M]: the same, two channels a register."""
-    regs, warps = [[0, 1, 0], [0, 2, 0]], [[1, 0, 0], [2, 0, 0], [4, 0, 0]] + [[0, 0, 8]] * (tokens // 16)
+    regs = [[0, 1, 0], [0, 2, 0]] + [[0, 0, 8]] * (tokens // 16)
     lanes = [[0, 4, 0], [0, 8, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
-    return gl.DistributedLinearLayout(regs, lanes, warps, [], [8, 16, tokens])
+    return gl.DistributedLinearLayout(regs, lanes, [[1, 0, 0], [2, 0, 0], [4, 0, 0]], [], [8, 16, tokens])
 
 
 @gluon.constexpr_function
@@ -68,10 +67,9 @@ def _types(dtype, shape, layout, count):
 
 @gluon.constexpr_function
 def _text(*lines):
-    """A block of PTX with the thread's place in it: t, w, g, q, and its token m of the tile."""
-    head = [".reg .u32 t, w, g, q, m;", "mov.u32 t, %tid.x;", "shr.u32 w, t, 5;", "and.b32 w, w, 7;"]
-    head += ["shr.u32 g, t, 2;", "and.b32 g, g, 7;", "and.b32 q, t, 3;", "shr.u32 m, t, 8;", "mad.lo.u32 m, m, 8, g;"]
-    return "\n".join(["{", *head, *lines, "}"])
+    """A block of PTX with the thread's place in it: t, w, g, q."""
+    head = [".reg .u32 t, w, g, q;", "mov.u32 t, %tid.x;", "shr.u32 w, t, 5;", "shr.u32 g, t, 2;", "and.b32 g, g, 7;"]
+    return "\n".join(["{", *head, "and.b32 q, t, 3;", *lines, "}"])
 
 
 @gluon.constexpr_function
@@ -94,21 +92,25 @@ def _start_text():
 @gluon.constexpr_function
 def _read_text(count, tokens):
     """`count` tensors of pairs from shared memory $last [count, W, M, K / 2]: what this thread copied there."""
-    lines = [".reg .u32 a;", f"mad.lo.u32 a, w, {tokens * 64}, ${count * 4};", "mad.lo.u32 a, m, 64, a;"]
+    sets = tokens // 8
+    lines = [".reg .u32 a;", f"mad.lo.u32 a, w, {tokens * 64}, ${count * 4 * sets};", "mad.lo.u32 a, g, 64, a;"]
     lines.append("mad.lo.u32 a, q, 16, a;")
-    for i in range(count):
+    for i in range(count * sets):
         out = _group(f"${4 * i + r}" for r in range(4))
-        lines.append(f"ld.shared.v4.b32 {out}, [a + {i * 8 * tokens * 64}];")
+        lines.append(f"ld.shared.v4.b32 {out}, [a + {i // sets * 8 * tokens * 64 + i % sets * 512}];")
     return _text(*lines)
 
 
 @gluon.constexpr_function
-def _columns_text(count, width):
+def _columns_text(count, width, tokens):
     """`count` tensors [M] from the rows of shared memory $last [M, width]."""
-    lines = [".reg .u32 a;", f"mad.lo.u32 a, m, {4 * width}, ${count};"]
-    for v in range(0, count, 4):
-        size = min(4, count - v)
-        lines.append(f"ld.shared.v{size}.f32 {_group(f'${v + i}' for i in range(size))}, [a + {v * 4}];")
+    sets = tokens // 8
+    lines = [".reg .u32 a;", f"mad.lo.u32 a, g, {4 * width}, ${count * sets};"]
+    for s in range(sets):
+        for v in range(0, count, 4):
+            size = min(4, count - v)
+            out = _group(f"${(v + i) * sets + s}" for i in range(size))
+            lines.append(f"ld.shared.v{size}.f32 {out}, [a + {s * 32 * width + v * 4}];")
     return _text(*lines)
 
 
@@ -143,10 +145,17 @@ def _sums_text(tokens):
     Operands after the pairs: fn's part [12, W, 16, K], sums of comb [16, W, M], of pre and post [8, W, M], of the
     products of streams [10, W, M].
     """
-    kept, comb, mix, gram = "$16", "$17", "$18", "$19"
+    sets = tokens // 8
+    kept, comb, mix, gram = (f"${16 * sets + i}" for i in range(4))
     row = 8 * tokens * 4
-    lines = [".reg .u32 a, b, eight;", ".reg .pred p, odd;", ".reg .b32 f<4>;", ".reg .f32 x, zero;"]
-    lines += ["mov.f32 zero, 0f00000000;", ".reg .f32 h<4>, l<4>, n<4>, c<20>;", "sub.u32 eight, m, g;"]
+    lines = [
+        ".reg .u32 a, b;",
+        ".reg .pred p, odd;",
+        ".reg .b32 f<4>;",
+        ".reg .f32 x, zero;",
+        "mov.f32 zero, 0f00000000;",
+    ]
+    lines += [f".reg .f32 h<{4 * sets}>, l<{4 * sets}>, m<{4 * sets}>, c<20>;"]
     lines += [f"mad.lo.u32 a, w, 1024, {kept};", "and.b32 b, t, 31;", "mad.lo.u32 a, b, 16, a;"]
 
     def product(to, a, b, first):
@@ -154,31 +163,38 @@ def _sums_text(tokens):
         operands = ", ".join(map(_group, (to, a, b, added)))
         return f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {operands};"
 
+    def pair(j, s, r):
+        return f"${4 * (j * sets + s) + r}"
+
     for j in range(4):
-        for part, name in enumerate("hln"):  # comb's rows high and low; those of pre and post high over low
-            to = [f"{name}{i}" for i in range(4)]
+        for part, name in enumerate("hlm"):  # comb's rows high and low; those of pre and post high over low
             for k in (0, 2):
                 lines.append(f"ld.shared.v4.b32 {{f0, f1, f2, f3}}, [a + {(3 * j + part) * 8 * 1024 + k * 256}];")
-                right = (f"${4 * j + k}", f"${4 * j + k + 1}")
-                lines.append(product(to, ("f0", "f1", "f2", "f3"), right, j == 0 and k == 0))
-    for to, base in (("a", comb), ("b", mix)):
-        lines += [f"mad.lo.u32 {to}, w, {tokens * 4}, {base};", f"mad.lo.u32 {to}, g, {row}, {to};"]
-        lines += [f"mad.lo.u32 {to}, q, 8, {to};", f"mad.lo.u32 {to}, eight, 4, {to};"]
-    lines += [f"add.f32 h{i}, h{i}, l{i};" for i in range(4)] + [f"add.f32 n{i}, n{i}, n{i + 2};" for i in range(2)]
-    lines += ["st.shared.v2.f32 [a], {h0, h1};", f"st.shared.v2.f32 [a + {8 * row}], {{h2, h3}};"]
-    lines += ["st.shared.v2.f32 [b], {n0, n1};"]
+                for s in range(sets):
+                    to = [f"{name}{4 * s + i}" for i in range(4)]
+                    right = (pair(j, s, k), pair(j, s, k + 1))
+                    lines.append(product(to, ("f0", "f1", "f2", "f3"), right, j == 0 and k == 0))
+    lines += [f"mad.lo.u32 a, w, {tokens * 4}, {comb};", f"mad.lo.u32 a, g, {row}, a;", "mad.lo.u32 a, q, 8, a;"]
+    lines += [f"mad.lo.u32 b, w, {tokens * 4}, {mix};", f"mad.lo.u32 b, g, {row}, b;", "mad.lo.u32 b, q, 8, b;"]
+    for s in range(sets):
+        lines += [f"add.f32 h{4 * s + i}, h{4 * s + i}, l{4 * s + i};" for i in range(4)]
+        lines += [f"add.f32 m{4 * s + i}, m{4 * s + i}, m{4 * s + i + 2};" for i in range(2)]
+        lines.append(f"st.shared.v2.f32 [a + {32 * s}], {{h{4 * s}, h{4 * s + 1}}};")
+        lines.append(f"st.shared.v2.f32 [a + {32 * s + 8 * row}], {{h{4 * s + 2}, h{4 * s + 3}}};")
+        lines.append(f"st.shared.v2.f32 [b + {32 * s}], {{m{4 * s}, m{4 * s + 1}}};")
     # Rows are one stream's tokens, columns another's: the products wanted are on the diagonals.
-    lines += [f"mad.lo.u32 a, w, {tokens * 4}, {gram};", "mad.lo.u32 a, m, 4, a;", "shr.u32 b, g, 1;"]
+    lines += [f"mad.lo.u32 a, w, {tokens * 4}, {gram};", "mad.lo.u32 a, g, 4, a;", "shr.u32 b, g, 1;"]
     lines += ["setp.eq.u32 p, b, q;", "and.b32 b, g, 1;", "setp.eq.u32 odd, b, 1;"]
-    for k in (0, 2):
-        for i, (right, upper, lower, _, _) in enumerate(_GRAM.value):
-            left = tuple(f"${4 * j + r}" for r in (k, k + 1) for j in (upper, lower))
-            to = [f"c{4 * i + n}" for n in range(4)]
-            lines.append(product(to, left, (f"${4 * right + k}", f"${4 * right + k + 1}"), k == 0))
-    for i, (_, _, _, upper, lower) in enumerate(_GRAM.value):
-        for n, at in ((0, upper), (2, lower)):
-            lines.append(f"selp.f32 x, c{4 * i + n + 1}, c{4 * i + n}, odd;")
-            lines.append(f"@p st.shared.f32 [a + {at * row}], x;")
+    for s in range(sets):
+        for k in (0, 2):
+            for i, (right, upper, lower, _, _) in enumerate(_GRAM.value):
+                left = (pair(upper, s, k), pair(lower, s, k), pair(upper, s, k + 1), pair(lower, s, k + 1))
+                to = [f"c{4 * i + n}" for n in range(4)]
+                lines.append(product(to, left, (pair(right, s, k), pair(right, s, k + 1)), k == 0))
+        for i, (_, _, _, upper, lower) in enumerate(_GRAM.value):
+            for n, at in ((0, upper), (2, lower)):
+                lines.append(f"selp.f32 x, c{4 * i + n + 1}, c{4 * i + n}, odd;")
+                lines.append(f"@p st.shared.f32 [a + {at * row + 32 * s}], x;")
     return _text(*lines)
 
 
@@ -205,32 +221,37 @@ def _reduce_text(tokens):
 
     lines += [f"setp.ge.u32 p, t, {SHARED.value * tokens};", "@p bra SHARED_DONE;", "setp.lt.u32 p, v, 4;"]
     lines += ["selp.u32 to, $1, $2, p;", "selp.u32 b, 0, 4, p;", "sub.u32 v, v, b;", *add("to")]
-    lines += ["mad.lo.u32 to, t, 4, $3;", "st.shared.f32 [to], x;", "SHARED_DONE:"]
-    start = 256 if tokens == 16 else 0  # comb and post: warps that have no rows above, if there are any
-    lines += [f"setp.lt.u32 p, t, {start};", "@p bra POST_DONE;", f"sub.u32 b, t, {start};"]
-    lines += [f"setp.ge.u32 p, b, {16 * tokens};", "@p bra POST_DONE;", f"shr.u32 v, b, {log};"]
+    lines += ["mad.lo.u32 to, t, 4, $3;", "st.shared.f32 [to], x;", "SHARED_DONE:", f"shr.u32 v, t, {log};"]
     own = [f"mad.lo.u32 to, k, {OWN.value * 4}, $4;", "mad.lo.u32 to, v, 4, to;"]
-    lines += [*add("$0"), *own, "st.shared.f32 [to], x;", "setp.ge.u32 p, v, 4;", "@p bra POST_DONE;"]
-    lines += ["add.u32 v, v, 4;", *add("$1"), *own, "st.shared.f32 [to + 48], x;"]
-    return _text(*lines, "POST_DONE:", "fence.proxy.async.shared::cta;")
+    lines += [f"setp.ge.u32 p, t, {16 * tokens};", "@p bra COMB_DONE;", *add("$0"), *own, "st.shared.f32 [to], x;"]
+    lines += ["COMB_DONE:", f"setp.ge.u32 p, t, {4 * tokens};", "@p bra POST_DONE;", "add.u32 v, v, 4;", *add("$1")]
+    return _text(*lines, *own, "st.shared.f32 [to + 48], x;", "POST_DONE:")
 
 
 @gluon.constexpr_function
-def _send_text(blocks, tokens):
-    """Copies the laid out sums $0 and $1 to $2 [C, SHARED, M] and $3 [C, OWN] of other blocks, barrier $4; rank $5.
+def _send_text(tokens):
+    """Stores the laid out sums $0 and $1 to $2 [C, SHARED, M] and $3 [C, OWN] of other blocks, barrier $4; rank $5.
 
-    One thread a block: what threads store there by themselves travels 4 bytes at a time.
+    16 threads a block, 16 bytes at a time: 4 at a time take four times as long, and bulk copies wait for each other.
     """
-    copy = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [far], [from], {}, [bar];"
+    store = "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
     shared, own = SHARED.value * tokens * 4, OWN.value * 4
-    each = blocks // tokens  # of a warp: there are as many warps as tokens
-    lines = [".reg .pred p;", ".reg .u32 to, from, far, bar;", "and.b32 to, t, 31;", f"setp.ge.u32 p, to, {each};"]
-    lines += ["@p bra DONE;", "shr.u32 bar, t, 5;", f"mad.lo.u32 to, bar, {each}, to;", "add.u32 to, to, $5;"]
-    lines += [f"and.b32 to, to, {blocks - 1};", "mapa.shared::cluster.u32 bar, $4, to;"]
-    lines += ["mapa.shared::cluster.u32 far, $2, to;", f"mad.lo.u32 far, $5, {shared}, far;", "mov.u32 from, $0;"]
-    lines += [copy.format(shared), f"setp.ge.u32 p, to, {tokens};", "@p bra DONE;"]
-    lines += ["mapa.shared::cluster.u32 far, $3, to;", f"mad.lo.u32 far, $5, {own}, far;"]
-    return _text(*lines, f"mad.lo.u32 from, to, {own}, $1;", copy.format(own), "DONE:")
+    lines = [".reg .pred p;", ".reg .u32 d, i, from, far, bar;", ".reg .b32 v<4>;", "shr.u32 d, t, 4;"]
+    lines += ["and.b32 i, t, 15;", "mapa.shared::cluster.u32 bar, $4, d;", "mapa.shared::cluster.u32 far, $2, d;"]
+    lines += [f"mad.lo.u32 far, $5, {shared}, far;", "mad.lo.u32 far, i, 16, far;", "mad.lo.u32 from, i, 16, $0;"]
+    for at in range(0, shared, 256):
+        guard = ""
+        if at + 256 > shared:
+            lines.append(f"setp.lt.u32 p, i, {(shared - at) // 16};")
+            guard = "@p "
+        lines.append(f"{guard}ld.shared.v4.b32 {{v0, v1, v2, v3}}, [from + {at}];")
+        lines.append(f"{guard}{store} [far + {at}], {{v0, v1, v2, v3}}, [bar];")
+    # 5 stores a token; t / 5 is t * 205 / 1024 for these t
+    lines += [f"setp.ge.u32 p, t, {tokens * own // 16};", "@p bra DONE;", "mul.lo.u32 d, t, 205;", "shr.u32 d, d, 10;"]
+    lines += ["mul.lo.u32 i, d, 5;", "sub.u32 i, t, i;", "mapa.shared::cluster.u32 bar, $4, d;"]
+    lines += ["mapa.shared::cluster.u32 far, $3, d;", f"mad.lo.u32 far, $5, {own}, far;", "mad.lo.u32 far, i, 16, far;"]
+    lines += ["mad.lo.u32 from, t, 16, $1;", "ld.shared.v4.b32 {v0, v1, v2, v3}, [from];"]
+    return _text(*lines, f"{store} [far], {{v0, v1, v2, v3}}, [bar];", "DONE:")
 
 
 @gluon.constexpr_function
@@ -245,6 +266,34 @@ def _receive_text(blocks, tokens):
         lines += [f"ld.shared.f32 y, [a + {block * SHARED.value * tokens * 4}];", "add.f32 x, x, y;"]
     lines += [f"shr.u32 v, t, {tokens.bit_length() - 1};", f"and.b32 k, t, {tokens - 1};"]
     return _text(*lines, "mad.lo.u32 a, k, 64, $1;", "mad.lo.u32 a, v, 4, a;", "st.shared.f32 [a], x;", "DONE:")
+
+
+@gluon.constexpr_function
+def _weights_text(tokens, norm):
+    """The four weights of each token's streams, `norm` over the root mean square of their sum, by the eighth warp.
+
+    Operands: rows [M, 16], the weights [M, 4], base, scale; 1 / (N * D), 1 / D, and the epsilons of the streams' norm,
+    of the weights and of the result's norm.
+    """
+    lines = [".reg .pred p;", ".reg .u32 a, k;", ".reg .f32 r<14>, p<4>, rho, x, y, z;", "and.b32 a, t, -32;"]
+    lines += ["setp.ne.u32 p, a, 224;", "@p bra DONE;", "and.b32 k, t, 31;", f"min.u32 k, k, {tokens - 1};"]
+    lines += ["mad.lo.u32 a, k, 64, $0;", "ld.shared.v2.f32 {r12, r13}, [a + 48];"]
+    lines += [f"ld.shared.v4.f32 {_group(f'r{v + i}' for i in range(4))}, [a + {4 * v}];" for v in (0, 4, 8)]
+    lines += ["ld.global.nc.f32 z, [$3];", "add.f32 x, r4, r5;", "add.f32 y, r6, r7;", "add.f32 x, x, y;"]
+    lines += ["fma.rn.f32 x, x, $4, $6;", "rsqrt.approx.ftz.f32 rho, x;", "mul.f32 rho, rho, z;"]
+    for j in range(4):  # 0fBFB8AA3B is -log2(e)
+        lines += [f"ld.global.nc.f32 x, [$2 + {4 * j}];", f"fma.rn.f32 x, r{j}, rho, x;", "mul.f32 x, x, 0fBFB8AA3B;"]
+        lines += ["ex2.approx.ftz.f32 x, x;", "add.f32 x, x, 0f3F800000;", "rcp.approx.ftz.f32 x, x;"]
+        lines.append(f"add.f32 p{j}, x, $7;")
+    if norm:  # sum over i, j of p_i p_j times the product of streams i and j: squares once, the others twice
+        for i, others in enumerate((((1, 8), (2, 9), (3, 10)), ((2, 11), (3, 12)), ((3, 13),), ())):
+            lines.append("mov.f32 x, 0f00000000;")
+            lines += [f"fma.rn.f32 x, p{j}, r{row}, x;" for j, row in others]
+            lines += ["add.f32 x, x, x;", f"fma.rn.f32 x, p{i}, r{4 + i}, x;"]
+            lines.append(f"mul.f32 y, p{i}, x;" if i == 0 else f"fma.rn.f32 y, p{i}, x, y;")
+        lines += ["max.f32 y, y, 0f00000000;", "fma.rn.f32 y, y, $5, $8;", "rsqrt.approx.ftz.f32 y, y;"]
+        lines += [f"mul.f32 p{j}, p{j}, y;" for j in range(4)]
+    return _text(*lines, "mad.lo.u32 a, k, 16, $1;", "st.shared.v4.f32 [a], {p0, p1, p2, p3};", "DONE:")
 
 
 @gluon.constexpr_function
@@ -285,12 +334,6 @@ def _reciprocal(x):
 
 
 @gluon.jit
-def _sigmoid(x):
-    e = gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], gl.float32, True, 1)
-    return _reciprocal(1.0 + e)
-
-
-@gluon.jit
 def _at(memory, rank):
     """Address of shared memory in this block; as an operand it lacks the bits of the block's rank."""
     return gl.inline_asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", (memory, rank), gl.int32)
@@ -317,7 +360,7 @@ def _pack(x, P: gl.constexpr):
 @gluon.jit
 def _load_fn(fn, first, D: gl.constexpr):
     """This block's channels of fn: for each stream comb's rows [W, 2, 8, K], and those of pre and post [W, 8, K]."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 2, 1, 4], [1, 1, 4, 8], [W, 1, gl.num_warps() // W, 1], [3, 2, 1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 2, 1, 4], [1, 1, 4, 8], [W, 1, 1, 1], [3, 2, 1, 0])
     w = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, wide))))[:, None, None, None]
     i = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, wide))))[None, :, None, None]
     r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, wide))))[None, None, :, None]
@@ -412,13 +455,12 @@ def _columns(e, eps):
 @gluon.jit
 def _solve(comb_out, last, first, step, tokens, eps, ITERS: gl.constexpr):
     """Turns the logits of tokens first, first + step, ... in place into comb, one a thread; `last` has the last's."""
-    N: gl.constexpr = 32 * gl.num_warps()
-    lane: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    T: gl.constexpr = _types(gl.float32, [N], lane, 16)
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
+    T: gl.constexpr = _types(gl.float32, [32 * W], lane, 16)
     final = gl.inline_asm(_broadcast_text(), "=f," * 16 + "r", (last,), T)
     t_last = first + (tokens - 1 - first) // step * step
-    for start in range(first, tokens, N * step):
-        t = start + gl.arange(0, N, lane) * step
+    for start in range(first, tokens, 32 * W * step):
+        t = start + gl.arange(0, 32 * W, lane) * step
         at = comb_out + t.to(gl.int64) * 16
         m = ()
         for jk in gl.static_range(16):
@@ -426,23 +468,6 @@ def _solve(comb_out, last, first, step, tokens, eps, ITERS: gl.constexpr):
         m = _sinkhorn(m, eps, ITERS)
         for jk in gl.static_range(16):
             gl.store(at + jk, m[jk], mask=t <= t_last)
-
-
-@gluon.jit
-def _weights(r, base, scale, D: gl.constexpr, NORM: gl.constexpr, NORM_EPS: gl.constexpr, EPS: gl.constexpr,
-             OUT_EPS: gl.constexpr):  # fmt: skip
-    """The four weights [M] of a tile's streams from its 14 rows, with NORM over the root mean square of their sum."""
-    rho = gl.rsqrt((r[4] + r[5] + r[6] + r[7]) * (1.0 / (4 * D)) + NORM_EPS) * gl.load(scale)
-    p = ()
-    for j in gl.static_range(4):
-        p += (_sigmoid(gl.fma(r[j], rho, gl.load(base + j) + gl.zeros_like(rho))) + EPS,)
-    if NORM:
-        q = p[0] * (p[0] * r[4] + 2.0 * (p[1] * r[8] + p[2] * r[9] + p[3] * r[10]))
-        q += p[1] * (p[1] * r[5] + 2.0 * (p[2] * r[11] + p[3] * r[12]))
-        q += p[2] * (p[2] * r[6] + 2.0 * (p[3] * r[13])) + p[3] * p[3] * r[7]
-        inverse = gl.rsqrt(gl.maximum(q, 0.0) * (1.0 / D) + OUT_EPS)
-        p = (p[0] * inverse, p[1] * inverse, p[2] * inverse, p[3] * inverse)
-    return p
 
 
 @gluon.jit
@@ -455,7 +480,7 @@ def _quantise(pairs, data, data_scale, t, ch, first, tokens, D: gl.constexpr, L:
     inverse = ((254 - byte) << 23).to(gl.float32, bitcast=True)
     small = gl.convert_layout(gl.reshape(groups * gl.expand_dims(inverse, 1), [W, K, M]), L)
     gl.store(data + (_spread(t.to(gl.int64)) * D + ch), small.to(gl.float8e4nv), mask=_spread(t < tokens))
-    flat: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, gl.num_warps()], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, W], [1, 0])
     g = gl.arange(0, 2, gl.SliceLayout(1, flat))
     tm = gl.convert_layout(t, gl.SliceLayout(0, flat))
     at = data_scale + tm.to(gl.int64)[None, :] * (D // 128) + (first // 128 + g)[:, None]
@@ -474,7 +499,9 @@ def fused(
     y, x, streams and out point to pairs of channels (int32).
     """
     gl.static_assert(D == C * W * K)
-    gl.static_assert(gl.num_warps() == M)
+    gl.static_assert(gl.num_warps() == W)
+    gl.static_assert(C == 16)
+    R: gl.constexpr = M // 8 * 4  # registers of a stream's pairs
     L: gl.constexpr = _wide(M)
     P: gl.constexpr = _pairs(M)
     TL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))
@@ -500,6 +527,7 @@ def fused(
     shared_out = gl.allocate_shared_memory(gl.float32, [2 * SHARED, M], FLAT)
     own_out = gl.allocate_shared_memory(gl.float32, [2 * M * OWN // 4, 4], FLAT)
     rows = gl.allocate_shared_memory(gl.float32, [2 * M, 16], FLAT)
+    weights = gl.allocate_shared_memory(gl.float32, [M, 4], FLAT)
     last = gl.allocate_shared_memory(gl.float32, [1, 16], FLAT)
     post_rows = gl.allocate_shared_memory(gl.float32, [M, 4], PLAIN)
     comb_rows = gl.allocate_shared_memory(gl.float32, [M, 16], PLAIN)
@@ -513,7 +541,7 @@ def fused(
     kl = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(2, L)))
     channel = first + wl[:, None] * K + kl[None, :]
     token = gl.arange(0, M, gl.SliceLayout(0, gl.SliceLayout(1, P)))
-    CR: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [M, 1], [1, 0])
+    CR: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [W, 1], [1, 0])
     cm = gl.arange(0, M, gl.SliceLayout(1, CR))
     c16 = gl.arange(0, 16, gl.SliceLayout(0, CR))
     c4 = gl.arange(0, 4, gl.SliceLayout(0, CR))
@@ -542,14 +570,14 @@ def fused(
             async_copy.wait_group(1)
             gl.barrier()
             T4: gl.constexpr = _types(gl.int32, [W, K // 2, M], P, 4)
-            z = gl.inline_asm(_read_text(4, M), "=r," * 16 + "r", (_at(slots.index(parity * 4), rank),), T4)
+            z = gl.inline_asm(_read_text(4, M), "=r," * (4 * R) + "r", (_at(slots.index(parity * 4), rank),), T4)
             if POST:
                 T1: gl.constexpr = _types(gl.int32, [W, K // 2, M], P, 1)
-                y_pairs = gl.inline_asm(_read_text(1, M), "=r," * 4 + "r", (_at(y_slot, rank),), T1)
+                y_pairs = gl.inline_asm(_read_text(1, M), "=r," * R + "r", (_at(y_slot, rank),), T1)
                 T16: gl.constexpr = _types(gl.float32, [M], TL, 16)
                 TP: gl.constexpr = _types(gl.float32, [M], TL, 4)
-                c = gl.inline_asm(_columns_text(16, 16), "=f," * 16 + "r", (_at(comb_rows, rank),), T16)
-                c += gl.inline_asm(_columns_text(4, 4), "=f," * 4 + "r", (_at(post_rows, rank),), TP)
+                c = gl.inline_asm(_columns_text(16, 16, M), "=f," * (4 * R) + "r", (_at(comb_rows, rank),), T16)
+                c += gl.inline_asm(_columns_text(4, 4, M), "=f," * R + "r", (_at(post_rows, rank),), TP)
                 ct = gl.minimum(t0 + step + cm, tokens - 1).to(gl.int64)
                 comb_next = gl.load(comb_in + ct[:, None] * 16 + c16[None, :])
                 post_next = gl.load(post_in + ct[:, None] * 4 + c4[None, :])
@@ -564,7 +592,7 @@ def fused(
             _copy_y(y, y_slot, t0 + step + token, pair, tokens, D, POST)
             _copy_streams(x, slots, parity, t0 + 2 * step + token, pair, tokens, D)
             gl.inline_asm(
-                _sums_text(M), "r," * 16 + "r,r,r,r",
+                _sums_text(M), "r," * (4 * R) + "r,r,r,r",
                 (z[0], z[1], z[2], z[3], _at(kept.index(0), rank), _at(comb_sums.index(0), rank),
                  _at(mix_sums.index(0), rank), _at(gram_sums.index(0), rank)), (),
             )  # fmt: skip
@@ -575,6 +603,13 @@ def fused(
                  _at(bars.index(1 - parity), rank), ((n - 1) >> 1) & 1, incoming), (),
             )  # fmt: skip
         gl.barrier()
+        if n > 0:
+            gl.inline_asm(
+                _weights_text(M, NORM), "r,r,l,l,f,f,f,f,f",
+                (_at(rows.index((1 - parity) * M), rank), _at(weights.index(0), rank), base, scale,
+                 gl.to_tensor(1.0 / (4 * D)), gl.to_tensor(1.0 / D), gl.to_tensor(NORM_EPS), gl.to_tensor(EPS),
+                 gl.to_tensor(OUT_EPS)), (),
+            )  # fmt: skip
         if n < count:
             gl.inline_asm(
                 _reduce_text(M), "r,r,r,r,r",
@@ -584,7 +619,7 @@ def fused(
         gl.barrier()
         if n < count:
             gl.inline_asm(
-                _send_text(C, M), "r,r,r,r,r,r",
+                _send_text(M), "r,r,r,r,r,r",
                 (_at(shared_out.index(parity * SHARED), rank), _at(own_out.index(parity * (M * OWN // 4)), rank),
                  shared.index(parity * (C * SHARED)), own.index((n & 3) * (C * OWN // 4)), bars.index(parity), rank),
                 (),
@@ -599,9 +634,8 @@ def fused(
                  scale, comb_out + mine * 16, post_out + mine * 4, rank, has, gl.to_tensor(1.0 / (4 * D)),
                  gl.to_tensor(NORM_EPS), _at(last.index(0), rank)), (),
             )  # fmt: skip
-            TR: gl.constexpr = _types(gl.float32, [M], TL, 14)
-            r = gl.inline_asm(_columns_text(14, 16), "=f," * 14 + "r", (_at(rows.index((1 - parity) * M), rank),), TR)
-            a = _weights(r, base, scale, D, NORM, NORM_EPS, EPS, OUT_EPS)
+            TW: gl.constexpr = _types(gl.float32, [M], TL, 4)
+            a = gl.inline_asm(_columns_text(4, 4, M), "=f," * R + "r", (_at(weights.index(0), rank),), TW)
             o = _spread(a[0]) * _unpack(h[0], L)
             for k in gl.static_range(1, 4):
                 o = gl.fma(_spread(a[k]), _unpack(h[k], L), o)
