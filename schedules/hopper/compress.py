@@ -75,8 +75,8 @@ def _window_accepts(node: OpNode) -> str | None:
     return _accepts(node)
 
 
-def _launch(node: OpNode, kernel: str, config: Config, programs: str, **constants: object) -> Build:
-    """Programs of entries, then of tokens."""
+def _launch(node: OpNode, kernel: str, config: Config, **constants: object) -> Build:
+    """Programs of tokens, then of entries."""
     names = _names(node)
     ends, positions = names.index("ends"), names.index("positions")
     k_gate, channels, rotated = _input(node, "k_gate"), _channels(node), int(_input(node, "table").shape[1])
@@ -91,7 +91,7 @@ def _launch(node: OpNode, kernel: str, config: Config, programs: str, **constant
             "ENTRIES": node.attrs["entries_per_page"], "GROUP": kv_group(channels, rotated), "BT": config["tokens"],
             **constants,
         },
-        grid=(f"{programs.format(f'a{ends}_0')} + cdiv(a{positions}_0, {config['tokens']})", 1, 1),
+        grid=(f"cdiv(a{positions}_0, {config['tokens']}) + a{ends}_0", 1, 1),
         num_warps=config["warps"],
         num_ctas=config.get("ctas", 1),
         maxnreg=config.get("registers"),
@@ -99,37 +99,41 @@ def _launch(node: OpNode, kernel: str, config: Config, programs: str, **constant
     return Build("gpu", launches=(launch,))
 
 
-def _token_tiles(symbols: Mapping[str, int], tile: int, rows: int) -> dict[str, int]:
-    """Tokens of a program, and of one tile of it. In prefill few tokens are kept, and a look at many finds none."""
-    return {"tokens": tile, "tile": tile} if symbols["T"] <= _DECODE else {"tokens": rows, "tile": max(4, tile)}
+def _token_tiles(symbols: Mapping[str, int], few: int, many: int, tile: int) -> dict[str, int]:
+    """Tokens of a program, and of one tile of it. In prefill few tokens are kept, and a look at two finds none."""
+    return {"tokens": few, "tile": few} if symbols["T"] <= _DECODE else {"tokens": many, "tile": tile}
+
+
+def _part(node: OpNode, config: Config) -> int:
+    """Channels of a tile of kept tokens: 8 or fewer a thread, so that entries alone decide the registers."""
+    threads = 32 * int(config["warps"]) * int(config.get("ctas", 1))
+    return min(_channels(node), max(32, 8 * threads // int(config["tile"])))
 
 
 def _overlap_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     channels = _channels(node)
-    tiles = _token_tiles(symbols, max(1, 512 // channels), 32)
-    if channels == 512:
-        shapes = [(1, 4, None), (1, 8, None), (1, 2, None), (1, 4, 96), (1, 4, 80)]
-    else:
-        shapes = [(1, 1, None), (2, 2, None), (4, 4, None), (1, 1, 96), (1, 2, None)]
-    return tuple(
-        {"entries": n, "warps": w, **tiles, **({"registers": r} if r else {})} for n, w, r in shapes
-    )  # fmt: skip
+    tiles = _token_tiles(symbols, max(1, 512 // channels), 64, 8 if channels == 512 else 4)
+    shapes = (
+        [(4, None), (4, 96), (4, 80), (8, None), (2, None)]
+        if channels == 512
+        else [(1, None), (1, 96), (1, 80), (2, None)]
+    )
+    return tuple({"warps": w, **tiles, **({"registers": r} if r else {})} for w, r in shapes)
 
 
 def _overlap_build(node: OpNode, config: Config) -> Build:
     return _launch(
-        node, "compress_overlap", config, f"cdiv({{}}, {config['entries']})", RING=int(_input(node, "ring_k").shape[1]),
-        FORMAT=node.attrs["format"], BE=config["entries"], SUB=config["tile"],
+        node, "compress_overlap", config, RING=int(_input(node, "ring_k").shape[1]), FORMAT=node.attrs["format"],
+        SUB=config["tile"], PART=_part(node, config),
     )  # fmt: skip
 
 
 def _window_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     ratio = int(node.attrs["ratio"])
-    # all tokens of a window's length are kept: 4 tiles of them, and a token a block in decode
-    tiles = _token_tiles(symbols, 8, 128) if symbols["T"] <= _DECODE else {"tokens": 128, "tile": 32}
+    tiles = _token_tiles(symbols, 8, 128, 32)  # a window's worth is kept: 4 tiles; in decode a token a block
     if _channels(node) < 512:
-        return ({"ctas": 1, "warps": 8, "rows": min(64, ratio), **tiles},)
-    shapes = [(8, 8, 32, None), (8, 4, 32, None), (8, 8, 64, 128), (8, 4, 16, 128), (4, 8, 32, 128), (8, 8, 16, None)]
+        return ({"ctas": 1, "warps": 8, "rows": 16, **tiles},)
+    shapes = [(8, 8, 16, 112), (8, 8, 16, None), (8, 16, 32, 64), (4, 16, 16, None), (8, 4, 8, None), (8, 8, 16, 80)]
     return tuple(
         {"ctas": c, "warps": w, "rows": min(r, ratio), **tiles, **({"registers": n} if n else {})}
         for c, w, r, n in shapes
@@ -138,8 +142,8 @@ def _window_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...
 
 def _window_build(node: OpNode, config: Config) -> Build:
     return _launch(
-        node, "compress_window", config, "{}", RING=int(_input(node, "ring_k").shape[1]),
-        FORMAT=node.attrs["format"], ROWS=config["rows"], SUB=config["tile"],
+        node, "compress_window", config, RING=int(_input(node, "ring_k").shape[1]),
+        FORMAT=node.attrs["format"], ROWS=config["rows"], SUB=config["tile"], PART=_part(node, config),
     )  # fmt: skip
 
 
@@ -158,7 +162,7 @@ def _online_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...
 
 
 def _online_build(node: OpNode, config: Config) -> Build:
-    return _launch(node, "compress_online", config, "{}", ROWS=config["rows"])
+    return _launch(node, "compress_online", config, ROWS=config["rows"])
 
 
 def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:

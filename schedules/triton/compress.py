@@ -5,8 +5,8 @@ an entry's program takes a ring element it reads (a token of before this step, i
 this step also overwrites it, writes the new value after reading. The tokens' programs write all other elements.
 `read_by_entry` is the one place that says which is which.
 
-The first programs take BE entries each, the others BT tokens each. Rows whose state slot is 0 and entries whose pool
-row lies in the null page are padding: they are skipped.
+The first programs take BT tokens each, the others an entry each. Rows whose state slot is 0 and entries whose pool row
+lies in the null page are padding: they are skipped.
 
 Legend: E entries, T tokens, C channels of an entry, D channels of a projected row (2 C with overlap), Z request slots.
 """
@@ -19,6 +19,7 @@ import triton.language as tl
 from dsv4c.schedules.triton.rows import (
     e2m1_byte,
     e4m3_byte,
+    fast_exp,
     inverse_power,
     normed,
     pack_plain,
@@ -109,170 +110,86 @@ def pack_index(pool, slot, live, v, C: tl.constexpr, FP4: tl.constexpr, ENTRIES:
 
 @triton.jit
 def finish(
-    pool, slot, live, entry, index, norm_weight, table,
+    pool, slot, entry, index, norm_weight, table,
     C: tl.constexpr, R: tl.constexpr, EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Pooled entries [N, C] (float32) to their rows of the pool; `index` numbers them in the table."""
+    """A pooled entry [C] (float32) to its row of the pool; `index` is its row of the table."""
     c = tl.arange(0, C)
-    cos, sin, turns = row_angles(table, index, live, C, R)
-    v = rounded(turn(normed(rounded(entry), norm_weight, c, C, EPS), cos, sin, turns, False))
+    one = tl.arange(0, 1)
+    live = one == 0
+    cos, sin, turns = row_angles(table, index + one, live, C, R)
+    v = normed(rounded(entry)[None, :], norm_weight, c, C, EPS)
+    v = rounded(turn(v, cos, sin, turns, False))
     if FORMAT == "kv":
-        pack_plain(pool, slot, live, v, C, R, GROUP, ENTRIES)
-        to = turned_at(pool, slot, C, R, ENTRIES)[:, None] + (c - (C - R))[None, :]
-        tl.store(to, v.to(tl.bfloat16), mask=live[:, None] & (c >= C - R)[None, :])
+        pack_plain(pool, slot + one, live, v, C, R, GROUP, ENTRIES)
+        to = turned_at(pool, slot + one, C, R, ENTRIES)[:, None] + (c - (C - R))[None, :]
+        tl.store(to, v.to(tl.bfloat16), mask=(c >= C - R)[None, :])
     else:
-        pack_index(pool, slot, live, hadamard(v), C, FORMAT == "fp4", ENTRIES)
+        pack_index(pool, slot + one, live, hadamard(v), C, FORMAT == "fp4", ENTRIES)
 
 
 @triton.jit
 def keep_tokens(
     k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots, first, tokens,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
-    RING: tl.constexpr, BT: tl.constexpr, SUB: tl.constexpr,
+    RING: tl.constexpr, BT: tl.constexpr, SUB: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Writes the ring rows of tokens [first, first + BT) that no entry of this step reads; SUB tokens at a time."""
     if BT == SUB:
         keep_rows(
             k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots, first, tokens,
-            RATIO, OVERLAP, C, D, STRIDE, RING, SUB,
+            RATIO, OVERLAP, C, D, STRIDE, RING, SUB, PART,
         )  # fmt: skip
-    else:
-        _, kept, _, _, _ = kept_tokens(
-            positions, request_rows, seq_starts, seq_ends, state_slots, first + tl.arange(0, BT), tokens, RING
-        )
-        if tl.max(kept.to(tl.int32), 0) > 0:
-            for sub in range(0, BT, SUB):
+    elif any_kept(positions, request_rows, seq_ends, first, tl.minimum(first + BT, tokens) - 1, RING):
+        for sub in range(first, tl.minimum(first + BT, tokens), SUB):
+            if any_kept(positions, request_rows, seq_ends, sub, tl.minimum(sub + SUB, tokens) - 1, RING):
                 keep_rows(
-                    k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots,
-                    first + sub, tokens, RATIO, OVERLAP, C, D, STRIDE, RING, SUB,
+                    k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots, sub,
+                    tokens, RATIO, OVERLAP, C, D, STRIDE, RING, SUB, PART,
                 )  # fmt: skip
+
+
+@triton.jit
+def any_kept(positions, request_rows, seq_ends, first, last, RING: tl.constexpr):
+    """Whether a ring keeps any of the tokens [first, last]: always, if a request ends before the last of them."""
+    request = tl.load(request_rows + last)
+    same = tl.load(request_rows + first) == request
+    return (same == 0) | (tl.load(positions + last) >= tl.load(seq_ends + request) - RING)
 
 
 @triton.jit
 def keep_rows(
     k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots, first, tokens,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
-    RING: tl.constexpr, SUB: tl.constexpr,
+    RING: tl.constexpr, SUB: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
+    """SUB tokens, PART channels of all of them at a time."""
     row = first + tl.arange(0, SUB)
-    position, kept, start, end, state = kept_tokens(
-        positions, request_rows, seq_starts, seq_ends, state_slots, row, tokens, RING
-    )
-    if tl.max(kept.to(tl.int32), 0) > 0:
-        old = old_token(position, start, RING)
-        c = tl.arange(0, C)[None, :]
-        to = ((state * RING + position % RING) * D)[:, None] + c
-        source = (row.to(tl.int64) * STRIDE)[:, None] + c
-        bias = (position % RATIO * D)[:, None] + c
-        for half in tl.static_range(D // C):
-            mask = (kept & (read_by_entry(old, start, end, RATIO, OVERLAP, half == 0) == 0))[:, None]
-            k = tl.load(k_gate + source + half * C, mask=mask, other=0.0).to(tl.float32)
-            z = tl.load(k_gate + source + half * C + D, mask=mask, other=0.0).to(tl.float32)
-            z += tl.load(ape + bias + half * C, mask=mask, other=0.0)
-            tl.store(ring_k + to + half * C, k, mask=mask)
-            tl.store(ring_z + to + half * C, z, mask=mask)
-
-
-@triton.jit
-def kept_tokens(
-    positions, request_rows, seq_starts, seq_ends, state_slots, row, tokens, RING: tl.constexpr
-):  # fmt: skip
-    """Position, whether the ring keeps it, chunk start and end, and state slot of the tokens `row`."""
     live = row < tokens
     position = tl.load(positions + row, mask=live, other=0)
     request = tl.load(request_rows + row, mask=live, other=0)
     start = tl.load(seq_starts + request, mask=live, other=0)
     end = tl.load(seq_ends + request, mask=live, other=0)
     state = tl.load(state_slots + request, mask=live, other=0)
-    return position, live & (state > 0) & (position >= end - RING), start, end, state
-
-
-@triton.jit
-def compress_overlap(
-    k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts, seq_ends,
-    state_slots, ends, tokens, count,
-    RATIO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
-    EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-    BE: tl.constexpr, BT: tl.constexpr, SUB: tl.constexpr,
-):  # fmt: skip
-    """Entries of two windows of RATIO tokens; every row of a window is a register, so nothing is read twice."""
-    program = tl.program_id(0)
-    entry_programs = tl.cdiv(count, BE)
-    if program < entry_programs:
-        _overlap_entries(
-            k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts,
-            seq_ends, state_slots, ends, program * BE + tl.arange(0, BE), count,
-            RATIO, C, R, STRIDE, RING, EPS, ENTRIES, FORMAT, GROUP,
-        )  # fmt: skip
-    else:
-        keep_tokens(
-            k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots,
-            (program - entry_programs) * BT, tokens, RATIO, True, C, 2 * C, STRIDE, RING, BT, SUB,
-        )  # fmt: skip
-
-
-@triton.jit
-def _overlap_entries(
-    k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts, seq_ends,
-    state_slots, ends, index, count,
-    RATIO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
-    EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    D: tl.constexpr = 2 * C
-    WIDTH: tl.constexpr = 2 * RATIO
-    slot = tl.load(slots + index, mask=index < count, other=0)
-    last = tl.load(ends + index, mask=index < count, other=-1)
-    live = (slot >= ENTRIES) & (last >= 0)
-    if tl.max(live.to(tl.int32), 0) > 0:
-        request = tl.load(request_rows + last, mask=live, other=0)
-        position = tl.load(positions + last, mask=live, other=0)
-        start = tl.load(seq_starts + request, mask=live, other=0)
-        end = tl.load(seq_ends + request, mask=live, other=0)
-        state = tl.load(state_slots + request, mask=live, other=0)
-        c = tl.arange(0, C)[None, :]
-        ks, zs = (), ()
-        for w in tl.static_range(WIDTH):
-            # loaded as if the token were of this step, before that is known: no wait for the request's bounds
-            row = tl.maximum(last - (WIDTH - 1 - w), 0) * STRIDE + (C if w >= RATIO else 0)
-            ks += (tl.load(k_gate + row[:, None] + c).to(tl.float32),)
-            z = tl.load(k_gate + row[:, None] + c + D).to(tl.float32)
-            zs += (z + tl.load(ape + (w % RATIO) * D + (C if w >= RATIO else 0) + c),)
-        first = position - (WIDTH - 1)
-        if tl.max((live & (first < start)).to(tl.int32), 0) > 0:
-            old_ks, old_zs = (), ()
-            for w in tl.static_range(WIDTH):
-                at = first + w
-                fresh = (at >= start)[:, None]
-                stale = (live & (at >= 0))[:, None] & (fresh == 0)
-                kept = ((state * RING + at % RING) * D + (C if w >= RATIO else 0))[:, None] + c
-                old_ks += (tl.where(fresh, ks[w], tl.load(ring_k + kept, mask=stale, other=0.0)),)
-                old_zs += (tl.where(fresh, zs[w], tl.load(ring_z + kept, mask=stale, other=float("-inf"))),)
-            ks = old_ks
-            zs = old_zs
-        top = zs[0]
-        for w in tl.static_range(1, WIDTH):
-            top = tl.maximum(top, zs[w])
-        total = tl.zeros_like(top)
-        mixed = tl.zeros_like(top)
-        for w in tl.static_range(WIDTH):
-            weight = tl.exp(zs[w] - top)
-            total += weight
-            mixed += weight * ks[w]
-        finish(pool, slot, live, mixed / total, index, norm_weight, table, C, R, EPS, ENTRIES, FORMAT, GROUP)
-        oldest = tl.maximum(first, 0)
-        if tl.max((live & (oldest < start) & (oldest + RING < end)).to(tl.int32), 0) > 0:
-            tl.debug_barrier()  # every thread has its old values: they may go
-            for w in tl.static_range(WIDTH):
-                replace_rows(
-                    k_gate, ape, ring_k, ring_z, live[:, None], last[:, None], position[:, None], first[:, None] + w,
-                    start[:, None], end[:, None], state[:, None], c + (C if w >= RATIO else 0), RATIO, D, STRIDE, RING,
-                )  # fmt: skip
+    kept = live & (state > 0) & (position >= end - RING)
+    old = old_token(position, start, RING)
+    c = tl.arange(0, PART)[None, :]
+    to = ((state * RING + position % RING) * D)[:, None] + c
+    source = (row.to(tl.int64) * STRIDE)[:, None] + c
+    bias = (position % RATIO * D)[:, None] + c
+    for at in tl.static_range(0, D, PART):
+        mask = (kept & (read_by_entry(old, start, end, RATIO, OVERLAP, at < C) == 0))[:, None]
+        k = tl.load(k_gate + source + at, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(k_gate + source + at + D, mask=mask, other=0.0).to(tl.float32)
+        z += tl.load(ape + bias + at, mask=mask, other=0.0)
+        tl.store(ring_k + to + at, k, mask=mask)
+        tl.store(ring_z + to + at, z, mask=mask)
 
 
 @triton.jit
 def replace_rows(
-    k_gate, ape, ring_k, ring_z, live, last, position, at, start, end, state, c,
+    k_gate, ape, ring_k, ring_z, last, position, at, start, end, state, c,
     RATIO: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Overwrites the ring rows of earlier tokens `at`, now read, with the tokens of this step that take their place.
@@ -280,7 +197,7 @@ def replace_rows(
     The tokens and the channels `c` broadcast to the tile that was read.
     """
     new = new_token(at, end, RING)
-    mask = live & (at >= 0) & (at < start) & (new >= start) & (state > 0)
+    mask = (c >= 0) & (at >= 0) & (at < start) & (new >= start) & (state > 0)
     source = (last + new - position) * STRIDE + c
     k = tl.load(k_gate + source, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(k_gate + source + D, mask=mask, other=0.0).to(tl.float32)
@@ -291,98 +208,198 @@ def replace_rows(
 
 
 @triton.jit
+def token_row(
+    k_gate, ape, ring_k, ring_z, row, at, start, state, c,
+    RATIO: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """Key and score of the token `at`, in batch row `row` if it is of this step, else in the ring; -inf before 0."""
+    fresh = at >= start
+    source = row * STRIDE + c
+    held = (state * RING + at % RING) * D + c
+    if k_gate.dtype.element_ty == tl.float32:  # one load of either place
+        mask = (at >= 0) & (c >= 0)
+        k = tl.load(tl.where(fresh, k_gate + source, ring_k + held), mask=mask, other=0.0)
+        z = tl.load(tl.where(fresh, k_gate + source + D, ring_z + held), mask=mask, other=float("-inf"))
+    else:
+        old, new = (at >= 0) & (at < start) & (c >= 0), fresh & (c >= 0)
+        k = tl.load(ring_k + held, mask=old, other=0.0)
+        z = tl.load(ring_z + held, mask=old, other=float("-inf"))
+        k = tl.where(new, tl.load(k_gate + source, mask=new, other=0.0).to(tl.float32), k)
+        z = tl.where(new, tl.load(k_gate + source + D, mask=new, other=0.0).to(tl.float32), z)
+    # a ring's scores hold ape already
+    return k, z + tl.load(ape + at % RATIO * D + c, mask=fresh & (c >= 0), other=0.0)
+
+
+@triton.jit
+def compress_overlap(
+    k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts, seq_ends,
+    state_slots, ends, tokens, count,
+    RATIO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
+    EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    BT: tl.constexpr, SUB: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Entries of two windows of RATIO tokens; every row of a window is in registers, so nothing is read twice."""
+    program = tl.program_id(0)
+    token_programs = tl.cdiv(tokens, BT)
+    if program < token_programs:
+        keep_tokens(
+            k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots, program * BT,
+            tokens, RATIO, True, C, 2 * C, STRIDE, RING, BT, SUB, PART,
+        )  # fmt: skip
+    else:
+        overlap_entry(
+            k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts,
+            seq_ends, state_slots, ends, program - token_programs,
+            RATIO, C, R, STRIDE, RING, EPS, ENTRIES, FORMAT, GROUP,
+        )  # fmt: skip
+
+
+@triton.jit
+def overlap_entry(
+    k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts, seq_ends,
+    state_slots, ends, index,
+    RATIO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
+    EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = 2 * C
+    WIDTH: tl.constexpr = 2 * RATIO
+    slot = tl.load(slots + index)
+    last = tl.load(ends + index)
+    if (slot >= ENTRIES) & (last >= 0):
+        c = tl.arange(0, C)
+        # as if all tokens were of this step, before that is known: no wait for the request's bounds
+        inside = last >= WIDTH - 1
+        source = k_gate + (last - (WIDTH - 1)) * STRIDE + c
+        ks, zs = (), ()
+        for w in tl.static_range(WIDTH):
+            half = C if w >= RATIO else 0
+            ks += (tl.load(source + w * STRIDE + half, mask=inside).to(tl.float32),)
+            z = tl.load(source + w * STRIDE + half + D, mask=inside).to(tl.float32)
+            zs += (z + tl.load(ape + (w % RATIO) * D + half + c),)
+        request = tl.load(request_rows + last)
+        position = tl.load(positions + last)
+        start = tl.load(seq_starts + request)
+        end = tl.load(seq_ends + request)
+        state = tl.load(state_slots + request)
+        first = position - (WIDTH - 1)
+        if first < start:
+            other_ks, other_zs = (), ()
+            for w in tl.static_range(WIDTH):
+                k, z = token_row(
+                    k_gate, ape, ring_k, ring_z, last - (WIDTH - 1) + w, first + w, start, state,
+                    c + (C if w >= RATIO else 0), RATIO, D, STRIDE, RING,
+                )  # fmt: skip
+                other_ks += (k,)
+                other_zs += (z,)
+            ks = other_ks
+            zs = other_zs
+        top = zs[0]
+        for w in tl.static_range(1, WIDTH):
+            top = tl.maximum(top, zs[w])
+        total = tl.zeros_like(top)
+        mixed = tl.zeros_like(top)
+        for w in tl.static_range(WIDTH):
+            weight = fast_exp(zs[w] - top)
+            total += weight
+            mixed += weight * ks[w]
+        finish(pool, slot, mixed / total, index, norm_weight, table, C, R, EPS, ENTRIES, FORMAT, GROUP)
+        oldest = tl.maximum(first, 0)
+        if (oldest < start) & (oldest + RING < end):
+            tl.debug_barrier()  # every thread has its old values: they may go
+            for w in tl.static_range(WIDTH):
+                replace_rows(
+                    k_gate, ape, ring_k, ring_z, last, position, first + w, start, end, state,
+                    c + (C if w >= RATIO else 0), RATIO, D, STRIDE, RING,
+                )  # fmt: skip
+
+
+@triton.jit
 def compress_window(
     k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts, seq_ends,
     state_slots, ends, tokens, count,
     RATIO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
     EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, BT: tl.constexpr, SUB: tl.constexpr,
+    ROWS: tl.constexpr, BT: tl.constexpr, SUB: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Entries of one window of RATIO tokens, ROWS of them at a time; a cluster may share an entry."""
+    """Entries of one window of RATIO tokens, tiles of ROWS of them; a cluster may share an entry."""
     program = tl.program_id(0)
-    if program < count:
-        _window_entry(
-            k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts,
-            seq_ends, state_slots, ends, program, RATIO, C, R, STRIDE, RING, EPS, ENTRIES, FORMAT, GROUP, ROWS,
+    token_programs = tl.cdiv(tokens, BT)
+    if program < token_programs:
+        keep_tokens(
+            k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots, program * BT,
+            tokens, RATIO, False, C, C, STRIDE, RING, BT, SUB, PART,
         )  # fmt: skip
     else:
-        keep_tokens(
-            k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots,
-            (program - count) * BT, tokens, RATIO, False, C, C, STRIDE, RING, BT, SUB,
+        window_entry(
+            k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts,
+            seq_ends, state_slots, ends, program - token_programs,
+            RATIO, C, R, STRIDE, RING, EPS, ENTRIES, FORMAT, GROUP, ROWS,
         )  # fmt: skip
 
 
 @triton.jit
-def window_rows(
-    k_gate, ape, ring_k, ring_z, w, c, last, first, start, state,
-    RATIO: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
-):  # fmt: skip
-    """Keys and scores [C, ROWS] of the tokens first + w, of this step or from the ring."""
-    at = first + w
-    # loaded as if all tokens were of this step, before that is known: no wait for the request's bounds
-    source = tl.maximum(last - (RATIO - 1) + w, 0) * STRIDE + c
-    k = tl.load(k_gate + source).to(tl.float32)
-    z = tl.load(k_gate + source + D).to(tl.float32) + tl.load(ape + w * D + c)
-    if first < start:
-        fresh = at >= start
-        kept = (state * RING + at % RING) * D + c
-        k = tl.where(fresh, k, tl.load(ring_k + kept, mask=fresh == 0, other=0.0))
-        z = tl.where(fresh, z, tl.load(ring_z + kept, mask=fresh == 0, other=0.0))
-    return k, z
+def merge(top_a, total_a, mixed_a, top_b, total_b, mixed_b):
+    """The running softmax of two sets of tokens."""
+    top = tl.maximum(top_a, top_b)
+    fade_a, fade_b = fast_exp(top_a - top), fast_exp(top_b - top)
+    return top, total_a * fade_a + total_b * fade_b, mixed_a * fade_a + mixed_b * fade_b
 
 
 @triton.jit
-def _window_entry(
+def window_entry(
     k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts, seq_ends,
     state_slots, ends, index,
     RATIO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
     EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    TILES: tl.constexpr = RATIO // ROWS
     slot = tl.load(slots + index)
     last = tl.load(ends + index)
     if (slot >= ENTRIES) & (last >= 0):
+        c = tl.arange(0, C)[:, None]  # channels first: a cluster shares them out
+        w = tl.arange(0, ROWS)[None, :]
+        # as if all tokens were of this step, before that is known: no wait for the request's bounds
+        inside = (last >= RATIO - 1) & (c >= 0)
+        source = k_gate + (last - (RATIO - 1)) * STRIDE + (w * STRIDE + c)
+        bias = ape + (w * C + c)
+        ks, zs = (), ()
+        for tile in tl.static_range(TILES):
+            ks += (tl.load(source + tile * ROWS * STRIDE, mask=inside).to(tl.float32),)
+            z = tl.load(source + tile * ROWS * STRIDE + C, mask=inside).to(tl.float32)
+            zs += (z + tl.load(bias + tile * ROWS * C),)
         request = tl.load(request_rows + last)
         position = tl.load(positions + last)
         start = tl.load(seq_starts + request)
         end = tl.load(seq_ends + request)
         state = tl.load(state_slots + request)
         first = position - (RATIO - 1)
-        c = tl.arange(0, C)[:, None]  # channels first: a cluster shares them out
-        w = tl.arange(0, ROWS)[None, :]
-        k, top = window_rows(k_gate, ape, ring_k, ring_z, w, c, last, first, start, state, RATIO, C, STRIDE, RING)
-        total = tl.full([C, ROWS], 1.0, tl.float32)
-        for done in tl.static_range(ROWS, RATIO, ROWS):
-            more_k, z = window_rows(
-                k_gate, ape, ring_k, ring_z, w + done, c, last, first, start, state, RATIO, C, STRIDE, RING
-            )
-            peak = tl.maximum(top, z)
-            fade, weight = tl.exp(top - peak), tl.exp(z - peak)
-            total = total * fade + weight
-            k = k * fade + weight * more_k
-            top = peak
-        weight = tl.exp(top - tl.max(top, 1)[:, None])
-        entry = tl.sum(weight * k, 1) / tl.sum(weight * total, 1)
-        one = tl.arange(0, 1)
-        finish(
-            pool,
-            slot + one,
-            one == 0,
-            entry[None, :],
-            index + one,
-            norm_weight,
-            table,
-            C,
-            R,
-            EPS,
-            ENTRIES,
-            FORMAT,
-            GROUP,
-        )
+        if first < start:
+            other_ks, other_zs = (), ()
+            for tile in tl.static_range(TILES):
+                k, z = token_row(
+                    k_gate, ape, ring_k, ring_z, last - (RATIO - 1) + tile * ROWS + w, first + tile * ROWS + w, start,
+                    state, c, RATIO, C, STRIDE, RING,
+                )  # fmt: skip
+                other_ks += (k,)
+                other_zs += (z,)
+            ks = other_ks
+            zs = other_zs
+        top = zs[0]
+        for tile in tl.static_range(1, TILES):
+            top = tl.maximum(top, zs[tile])
+        total = tl.zeros_like(top)
+        mixed = tl.zeros_like(top)
+        for tile in tl.static_range(TILES):
+            weight = fast_exp(zs[tile] - top)
+            total += weight
+            mixed += weight * ks[tile]
+        top, total, mixed = tl.reduce((top, total, mixed), 1, merge)
+        finish(pool, slot, mixed / total, index, norm_weight, table, C, R, EPS, ENTRIES, FORMAT, GROUP)
         if (first < start) & (first + RING < end):
             tl.debug_barrier()  # every thread has its old values: they may go
-            for done in tl.static_range(0, RATIO, ROWS):
+            for tile in tl.static_range(TILES):
                 replace_rows(
-                    k_gate, ape, ring_k, ring_z, c >= 0, last, position, first + done + w, start, end, state, c,
+                    k_gate, ape, ring_k, ring_z, last, position, first + tile * ROWS + w, start, end, state, c,
                     RATIO, C, STRIDE, RING,
                 )  # fmt: skip
 
@@ -399,8 +416,9 @@ def compress_online(
     An entry that needs the state of before this step also leaves the new one; a request without such an entry has
     its state updated by the program of its last token.
     """
-    program = tl.program_id(0)
-    if program < count:
+    token_programs = tl.cdiv(tokens, BT)
+    if tl.program_id(0) >= token_programs:
+        program = tl.program_id(0) - token_programs
         slot = tl.load(slots + program)
         last = tl.load(ends + program)
         if (slot >= ENTRIES) & (last >= 0):
@@ -410,16 +428,12 @@ def compress_online(
             end = tl.load(seq_ends + request)
             held = tl.load(state_slots + request)
             _, total, mixed = running_softmax(k_gate, ape, state, last, position, start, held, RATIO, C, STRIDE, ROWS)
-            one = tl.arange(0, 1)
-            finish(
-                pool, slot + one, one == 0, (mixed / total)[None, :], program + one, norm_weight, table,
-                C, R, EPS, ENTRIES, "kv", GROUP,
-            )  # fmt: skip
+            finish(pool, slot, mixed / total, program, norm_weight, table, C, R, EPS, ENTRIES, "kv", GROUP)
             if (position - (RATIO - 1) < start) & (end % RATIO > 0):
                 tl.debug_barrier()  # every thread has the old state: it may go
                 leave_state(k_gate, ape, state, last + end - 1 - position, start, end, held, RATIO, C, STRIDE, ROWS)
     else:
-        first = (program - count) * BT
+        first = tl.program_id(0) * BT
         row = first + tl.arange(0, BT)
         if tl.max(leaves_state(positions, request_rows, seq_starts, seq_ends, state_slots, row, tokens, RATIO), 0) > 0:
             for i in range(first, tl.minimum(first + BT, tokens)):
@@ -488,8 +502,8 @@ def running_softmax(
         z = tl.load(k_gate + source + C, mask=mask, other=float("-inf")).to(tl.float32)
         z += tl.load(ape + (token - window) * C + c, mask=mask, other=0.0)
         peak = tl.maximum(top, tl.max(z, 1))
-        fade = tl.exp(top - peak)
-        weight = tl.exp(z - peak[:, None])
+        fade = fast_exp(top - peak)
+        weight = fast_exp(z - peak[:, None])
         total = total * fade + tl.sum(weight, 1)
         mixed = mixed * fade + tl.sum(weight * k, 1)
         top = peak

@@ -40,8 +40,20 @@ def inverse_power(byte):
 
 @triton.jit
 def rounded(x):
-    """x after a trip through bfloat16."""
-    return x.to(tl.bfloat16).to(tl.float32)
+    """x after a trip through bfloat16; two values share the conversion."""
+    bits = tl.inline_asm_elementwise(
+        "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
+        "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
+    return bits
+
+
+@triton.jit
+def fast_exp(x):
+    """exp(x), 0 below 2**-126: without the code that keeps smaller results."""
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -117,7 +129,7 @@ def swiglu(
     up = tl.load(at + INNER, mask=live[:, None], other=0.0)
     gate = tl.minimum(gate.to(tl.float32), LIMIT)
     up = tl.minimum(tl.maximum(up.to(tl.float32), -LIMIT), LIMIT)
-    y = gate / (1.0 + tl.exp(-gate)) * up
+    y = gate / (1.0 + fast_exp(-gate)) * up
     if QUANTISE:
         store_quantised(out, scale, row, rounded(y), live, GROUP)
     else:

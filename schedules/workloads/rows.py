@@ -42,12 +42,11 @@ def e4m3_apart(data: Tensor, scale: Tensor, ref_data: Tensor, ref_scale: Tensor,
         size = values.float().abs().clamp(min=2.0**-6)
         steps.append((values.float() * wide, torch.exp2(torch.floor(torch.log2(size)) - 3) * wide))
     (out, step), (ref, ref_step) = steps
-    return _count(
-        (out - ref).abs() <= torch.maximum(step, ref_step), data.view(torch.uint8) != ref_data.view(torch.uint8)
-    )
+    near = (out - ref).abs() <= torch.maximum(step, ref_step) + slack
+    return _count(near, data.view(torch.uint8) != ref_data.view(torch.uint8))
 
 
-def e2m1_apart(data: Tensor, scale: Tensor, ref_data: Tensor, ref_scale: Tensor, slack: Tensor | float = 0.0) -> float:
+def e2m1_apart(data: Tensor, scale: Tensor, ref_data: Tensor, ref_scale: Tensor) -> float:
     """How many bytes of packed E2M1 [..., C / 2] differ from the reference."""
     steps = []
     for values, factors in ((data, scale), (ref_data, ref_scale)):
@@ -56,7 +55,7 @@ def e2m1_apart(data: Tensor, scale: Tensor, ref_data: Tensor, ref_scale: Tensor,
         size = codes.abs()
         steps.append((codes * wide, torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)) * wide))
     (out, step), (ref, ref_step) = steps
-    return _count((out - ref).abs() <= torch.maximum(step, ref_step) + slack, data != ref_data)
+    return _count((out - ref).abs() <= torch.maximum(step, ref_step), data != ref_data)
 
 
 def _count(near: Tensor, differs: Tensor) -> float:
