@@ -102,7 +102,7 @@ def test_the_cluster_kernel_fits_a_block_and_uses_what_it_claims(op: str, tmp_pa
     assert built.record.cluster == (16, 1, 1)
     text = next(tmp_path.rglob("*.ptx")).read_text()
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in text
-    assert "cp.async.bulk.shared::cluster.shared::cta" in text
+    assert "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32" in text
 
 
 def test_the_plain_kernels_are_right_in_the_interpreter() -> None:
