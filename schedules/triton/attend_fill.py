@@ -6,6 +6,7 @@ never read: its bfloat16 values are 0 and its score -inf.
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 DATA_BYTES = gl.constexpr(576)  # 448 E4M3 and 64 bfloat16
@@ -64,29 +65,44 @@ def item_of(item, BLOCKS: gl.constexpr, SHARES: gl.constexpr):
 
 
 @gluon.jit
-def _entry(k, position, picks, WINDOW: gl.constexpr, RATIO: gl.constexpr, TOPK: gl.constexpr, KIND: gl.constexpr):
+def _entry(k, position, pick, WINDOW: gl.constexpr, RATIO: gl.constexpr, TOPK: gl.constexpr, KIND: gl.constexpr):
     """Which entry key `k` is: of the window where k < recent, else of the compressed ones; -1 if there is none."""
     recent = gl.minimum(position + 1, WINDOW)
-    at = gl.where(k < recent, position - recent + 1 + k, -1)
+    rest = -1
     if KIND == "csa":
-        at = gl.load(picks + (k - recent), mask=(k >= recent) & (k < recent + TOPK), other=at)
+        rest = gl.where(k < recent + TOPK, pick, -1)
     if KIND == "hca":
         rest = gl.where(k < recent + (position + 1) // RATIO, k - recent, -1)
-        at = gl.where(k < recent, at, rest)
-    return at
+    return gl.where(k < recent, position - recent + 1 + k, rest)
 
 
 @gluon.jit
-def _page(
+def _pick_at(k, position, picks, WINDOW: gl.constexpr, TOPK: gl.constexpr):
+    """Where the pick for key `k` is, and whether there is one."""
+    recent = gl.minimum(position + 1, WINDOW)
+    return picks + (k - recent), (k >= recent) & (k < recent + TOPK)
+
+
+@gluon.jit
+def _load_entry(k, position, picks, WINDOW: gl.constexpr, RATIO: gl.constexpr, TOPK: gl.constexpr, KIND: gl.constexpr):
+    """`_entry`, with the pick loaded."""
+    if KIND != "csa":
+        return _entry(k, position, k, WINDOW, RATIO, TOPK, KIND)
+    at, some = _pick_at(k, position, picks, WINDOW, TOPK)
+    return _entry(k, position, gl.load(at, mask=some, other=-1), WINDOW, RATIO, TOPK, KIND)
+
+
+@gluon.jit
+def _page_at(
     k, entry, position, request, pages, entry_pages, columns, entry_columns,
     WINDOW: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
-    """Pages of the entries: the low halves of a table's numbers."""
+    """Where the pages of the entries are: the low halves of a table's numbers."""
     at = pages + request * columns * 2 + entry // PAGE * 2
     if KIND != "window":
         recent = gl.minimum(position + 1, WINDOW)
         at = gl.where(k < recent, at, entry_pages + request * entry_columns * 2 + entry // ENTRIES * 2)
-    return gl.load(at, mask=entry >= 0, other=0)
+    return at
 
 
 @gluon.jit
@@ -200,7 +216,7 @@ def _tiles(
 @gluon.jit
 def fill(
     pool, pages, entry_pool, entry_pages, picks, request_rows, positions, items, columns, entry_columns,
-    keys, bias, lengths, addresses, ready, empty,
+    keys, bias, lengths, addresses, ahead, ready, empty,
     KIND: gl.constexpr, BLOCKS: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr, ENTRIES: gl.constexpr,
     RATIO: gl.constexpr, TOPK: gl.constexpr, SHARES: gl.constexpr,
 ):  # fmt: skip
@@ -234,17 +250,22 @@ def fill(
         k += first * 64
         first, tiles1 = _tiles(position1, picks1, share1, WINDOW, RATIO, TOPK, SHARES, KIND)
         k1 += first * 64
-    entry = _entry(k, position, row_picks, WINDOW, RATIO, TOPK, KIND)
-    entry1 = _entry(k + 64, position, row_picks, WINDOW, RATIO, TOPK, KIND)
-    entry2 = _entry(k + 128, position, row_picks, WINDOW, RATIO, TOPK, KIND)
-    page = _page(k, entry, position, request, pages, entry_pages, columns, entry_columns, WINDOW, PAGE, ENTRIES, KIND)
-    page1 = _page(
+    entry = _load_entry(k, position, row_picks, WINDOW, RATIO, TOPK, KIND)
+    entry1 = _load_entry(k + 64, position, row_picks, WINDOW, RATIO, TOPK, KIND)
+    at = _page_at(k, entry, position, request, pages, entry_pages, columns, entry_columns, WINDOW, PAGE, ENTRIES, KIND)
+    page = gl.load(at, mask=entry >= 0, other=0)
+    at = _page_at(
         k + 64, entry1, position, request, pages, entry_pages, columns, entry_columns, WINDOW, PAGE, ENTRIES, KIND
     )
+    async_copy.async_load(ahead.index(0), at, entry1 >= 0)
+    if KIND == "csa":
+        at, some = _pick_at(k + 128, position, row_picks, WINDOW, TOPK)
+        async_copy.async_load(ahead.index(1), at, some)
+    async_copy.commit_group()
     _store_addresses(k, entry, page, position, pool, entry_pool, addresses, 0, WINDOW, PAGE, ENTRIES, KIND)
     half = _load_half(addresses, 0, lane, 0, WORDS, LANES)
-    first0 = _entry(k1, position1, picks1, WINDOW, RATIO, TOPK, KIND)
-    first1 = _entry(k1 + 64, position1, picks1, WINDOW, RATIO, TOPK, KIND)
+    first0 = _load_entry(k1, position1, picks1, WINDOW, RATIO, TOPK, KIND)
+    first1 = _load_entry(k1 + 64, position1, picks1, WINDOW, RATIO, TOPK, KIND)
     if SHARES == 1:
         first, tiles = _tiles(position, row_picks, share, WINDOW, RATIO, TOPK, SHARES, KIND)
     while item < items:
@@ -252,30 +273,40 @@ def fill(
         token, _block, share1 = item_of(gl.minimum(item + gl.num_programs(0), items - 1), BLOCKS, SHARES)
         position2 = gl.load(positions + token)
         request2 = gl.load(request_rows + token)
-        page0 = _page(
+        at = _page_at(
             k1, first0, position1, request1, pages, entry_pages, columns, entry_columns, WINDOW, PAGE, ENTRIES, KIND
         )
+        # used here, so that no tile waits for them
+        page0 = gl.maximum(gl.load(at, mask=first0 >= 0, other=0), 0)
+        first1 = gl.maximum(first1, -1)
         for tile in range(tiles):
             stage = step & 1
             last = tile == tiles - 1
             parity = ((step >> 1) & 1) ^ 1
-            # The next tile, of this item or the next. What was loaded for it is looked at here alone, where the data of
-            # the half at hand is waited for anyway: a wait for a load is often one for all loads.
+            # The next tile, of this item or the next: its pages and the picks of the tile after it came through
+            # shared memory, because a wait for a load into registers is often one for all such loads.
+            async_copy.wait_group(0)
+            page = ahead.index(0).load(KEYS)
+            pick = ahead.index(1).load(KEYS)
             position = gl.where(last, position1, position)
             request = gl.where(last, request1, request)
             row_picks = gl.where(last, picks1, row_picks)
             k = gl.where(last, k1, k + 64)
             entry = gl.where(last, first0, entry1)
-            page = gl.where(last, page0, page1)
+            page = gl.where(last, page0, page)
             _store_addresses(
                 k, entry, page, position, pool, entry_pool, addresses, stage ^ 1, WINDOW, PAGE, ENTRIES, KIND
             )
-            entry1 = gl.where(last, first1, entry2)
-            page1 = _page(
+            entry1 = gl.where(last, first1, _entry(k + 64, position, pick, WINDOW, RATIO, TOPK, KIND))
+            at = _page_at(
                 k + 64, entry1, position, request, pages, entry_pages, columns, entry_columns,
                 WINDOW, PAGE, ENTRIES, KIND,
             )  # fmt: skip
-            entry2 = _entry(k + 128, position, row_picks, WINDOW, RATIO, TOPK, KIND)
+            async_copy.async_load(ahead.index(0), at, entry1 >= 0)
+            if KIND == "csa":
+                at, some = _pick_at(k + 128, position, row_picks, WINDOW, TOPK)
+                async_copy.async_load(ahead.index(1), at, some)
+            async_copy.commit_group()
             to = keys.index(stage).reinterpret(gl.int32, [64, 256], WORDS_OF_K)
             mbarrier.wait(empty.index(stage * 2), parity)
             half = _turn_over(
@@ -303,5 +334,6 @@ def fill(
         if SHARES > 1:
             first, tiles1 = _tiles(position1, picks1, share1, WINDOW, RATIO, TOPK, SHARES, KIND)
             k1 += first * 64
-        first0 = _entry(k1, position1, picks1, WINDOW, RATIO, TOPK, KIND)
-        first1 = _entry(k1 + 64, position1, picks1, WINDOW, RATIO, TOPK, KIND)
+        first0 = _load_entry(k1, position1, picks1, WINDOW, RATIO, TOPK, KIND)
+        first1 = _load_entry(k1 + 64, position1, picks1, WINDOW, RATIO, TOPK, KIND)
+    async_copy.wait_group(0)

@@ -216,6 +216,7 @@ def attend(
     inverses = gl.allocate_shared_memory(gl.float32, [4, 64], flat)  # by item: the values lag by less than 3
     lengths = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
     addresses = gl.allocate_shared_memory(gl.int64, [4, 64], flat)  # of data, 2 tiles; of scales, 2 tiles
+    ahead = gl.allocate_shared_memory(gl.int32, [2, 64], flat)  # pages, picks
     ready = mbarrier.allocate_mbarrier(batch=2)  # both halves of a tile are filled
     empty = mbarrier.allocate_mbarrier(batch=4)  # both value groups are done with a half
     weights_ready = mbarrier.allocate_mbarrier(batch=2)
@@ -254,7 +255,7 @@ def attend(
                 fill,
                 (
                     pool, pages, entry_pool, entry_pages, picks, request_rows, positions, items, columns, entry_columns,
-                    keys, bias, lengths, addresses, ready, empty,
+                    keys, bias, lengths, addresses, ahead, ready, empty,
                     KIND, BLOCKS, WINDOW, PAGE, ENTRIES, RATIO, TOPK, SHARES,
                 ),
             ),
