@@ -82,7 +82,7 @@ def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     if mean <= 2.5:
         return (
             _config(1, 4, 2, (8,), 3, sort), _config(1, 4, 3, (8, 16), 2, sort), _config(1, 8, 2, (8,), 2, sort),
-            _config(1, 2, 5, (8,), 3, sort), _config(2, 4, 2, (16,), 2, sort),
+            _config(2, 4, 2, (16,), 2, sort),
         )  # fmt: skip
     if mean <= 20:
         return (
@@ -139,7 +139,6 @@ def _build(node: OpNode, config: Config) -> Build:
             args={"x": ptr(0), **sort_args, "out": ptr(rows)},
             constants={**sort_constants, "K": topk, "D": dim, "ROWS": 4, "BLOCKS": 4},
             grid=(f"min({experts}, {pairs})", math.ceil(dim / _BLOCK / 4), 1),
-            num_warps=1 if at_once <= 64 else 4,
         )
         before: tuple[TritonLaunch, ...] = (sort,)
     else:
@@ -226,7 +225,8 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     return Work(moved / bound, flops, "gpu", 0.8, "bf16", launches=4 if config["sort"] else 5)
 
 
-# hidden and each expert's result are rounded to bfloat16 (2**-9), sums are float32
+# one step of a bfloat16 result, 2**-7 of it at most, and some: hidden and each expert's result are rounded to bfloat16
+# (2**-9), sums are float32, so a result may round to the neighbour of what the reference rounds to
 _TOLERANCE = 8e-3
 
 SCHEDULES: tuple[Schedule, ...] = (
