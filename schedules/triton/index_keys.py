@@ -257,7 +257,7 @@ def ask_pages(keys, marks, found, bar, key_ring, mark_ring, at, KEY_BYTES: gl.co
     PAGE_BYTES: gl.constexpr = PAGE * (KEY_BYTES + 4)
     mbarrier.expect(bar, PS * PAGE_BYTES)
     for p in gl.static_range(PS):
-        tma.async_load(keys, [found[p] * (PAGE_BYTES // KEY_BYTES), 0], bar, key_ring.index(at + p))
+        tma.async_load(keys, [found[p] * (PAGE_BYTES // 128), 0], bar, key_ring.index(at + p))
         # in rows of 256 bytes a page is its data, then one row of scales
         row = found[p] * (PAGE_BYTES // 256) + PAGE * KEY_BYTES // 256
         tma.async_load(marks, [row, 0], bar, mark_ring.index(at + p))
@@ -285,7 +285,7 @@ def score_pages(
     """Scores of tokens that share no keys: all pages of BT tokens are dealt out evenly over the blocks.
 
     As `score_tokens` of triton/index.py, with a ring of STAGES times PS pages on their way. keys: tiles of one page of
-    the pool's data bytes; marks: tiles [1, 64] of its scales, as float32.
+    the pool's data bytes, in rows of 128 bytes; marks: tiles [1, 64] of its scales, as float32.
     """
     H: gl.constexpr = 64
     C: gl.constexpr = 128
@@ -294,7 +294,7 @@ def score_pages(
     entries = columns * PAGE
 
     q_tile = gl.allocate_shared_memory(gl.float8e4nv, [H, C], gl.NVMMASharedLayout(128, 8, 2))
-    key_ring = gl.allocate_shared_memory(keys.dtype, [STAGES * PS, PAGE, KEY_BYTES], keys.layout)
+    key_ring = gl.allocate_shared_memory(keys.dtype, [STAGES * PS, PAGE * KEY_BYTES // 128, 128], keys.layout)
     mark_ring = gl.allocate_shared_memory(gl.float32, [STAGES * PS, 1, PAGE], marks.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):

@@ -146,11 +146,11 @@ def widen_tile(codes, bits, mma: gl.constexpr):
 
 @gluon.constexpr_function
 def packed_layout(rank):
-    """[64, 64] bytes of E2M1 keys, or [64, 4, 16] by groups: 16 bytes of rows g and g + 8 a thread."""
+    """[32, 128] bytes of E2M1 keys, two a row, or [64, 4, 16] by groups: 16 bytes of keys g and g + 8 a thread."""
     if rank == 2:
         return gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]],
-            [], [64, 64],
+            [[0, 1], [0, 2], [0, 4], [0, 8], [4, 0]], [[0, 16], [0, 32], [0, 64], [1, 0], [2, 0]], [[8, 0], [16, 0]],
+            [], [32, 128],
         )  # fmt: skip
     return gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]],
