@@ -172,7 +172,7 @@ def _accepts_cluster(node: OpNode) -> str | None:
 
 
 def _cluster_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    return tuple({"tile": tile, "clusters": _CLUSTERS} for tile in (16, 8))
+    return tuple({"tile": tile, "clusters": _CLUSTERS, "early": early} for early in (True, False) for tile in (16, 8))
 
 
 def _cluster_build(node: OpNode, config: Config) -> Build:
@@ -199,6 +199,7 @@ def _cluster_build(node: OpNode, config: Config) -> Build:
         grid=(f"{_CLUSTER} * min({config['clusters']}, cdiv(a0_0, {tile}))", 1, 1),
         num_warps=8,
         cluster=_CLUSTER,
+        pdl=bool(config["early"]),
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
 
@@ -278,8 +279,9 @@ def _post_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
 # Coefficients carry the products' error, 2**-17 of their terms, which Sinkhorn multiplies where a matrix is nearly
 # decomposable: 2e-4 at most over 8192 tokens. The workloads' error allows bfloat16 results one rounding more.
 _TOLERANCE = 5e-4
-# what hyper_rows.py declares its schedules with
+# what hyper_fragments.py declares its schedules with
 accepts, dim_of, bytes_moved, TOLERANCE = _accepts, _dim, _bytes, _TOLERANCE
+split_build, split_workspace = _split_build, _split_workspace
 
 SCHEDULES: tuple[Schedule, ...] = (
     *(
