@@ -66,7 +66,6 @@ class Few:
     bt: int
     ctas: int
     stages: int
-    warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -118,19 +117,20 @@ def few_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     bt = _power(tokens, 16, 128)
     slots = m.k // m.step
     found: list[Few] = []
-    for bn, warps in ((128, 4), (64, 4), (256, 8), (128, 8)):
-        # two products of a tile take at most 128 registers of a thread; smaller tiles need no second warp group
-        if bn * bt > 64 * 32 * warps or (warps == 8 and bn * bt <= 64 * 128):
+    for bn in (128, 64):
+        if bn * bt > 64 * 128:  # two products of a tile would take more than 128 registers of a thread
             continue
         tiles = _cdiv(m.n, bn) * _cdiv(tokens, bt)
         fitting = [c for c in (1, 2, 4, 8) if slots % c == 0]
-        spread = [c for c in fitting if 0.7 * SMS <= tiles * c <= 4.5 * SMS]
-        for ctas in spread[:2] or [fitting[-1] if tiles < SMS else 1]:
-            for blocks in (1, 2) if bn == 256 else (2, 3):  # a multiprocessor should hold, each with its ring
-                stages = (_SHARED // blocks - _BLOCK_SHARED - 2048) // ((bn + bt) * 128)
-                if stages >= 2:
-                    found.append(Few(bn, bt, ctas, min(stages, slots // ctas, 16), warps))
-    return tuple(asdict(few) for few in dict.fromkeys(found))
+        # one to two blocks a multiprocessor (or as near as clusters get), their rings filling half of it each
+        spread = [c for c in fitting if 0.7 * SMS <= tiles * c <= 2.2 * SMS]
+        stages = (_SHARED // 2 - _BLOCK_SHARED - 2048) // ((bn + bt) * 128)
+        for ctas in spread or [fitting[-1] if tiles < SMS else 1]:
+            found.append(Few(bn, bt, ctas, min(stages, slots // ctas, 16)))
+        # or more blocks with smaller rings, where the next kernel's weights find room beside them
+        ctas = (spread or fitting)[-1] if tiles < 2 * SMS else 1
+        found.append(Few(bn, bt, ctas, min(2 * stages // 3, slots // ctas, 16)))
+    return tuple(asdict(few) for few in dict.fromkeys(found))[:6]
 
 
 def few_launch(node: OpNode, config: Config, out: int) -> TritonLaunch:
@@ -150,7 +150,7 @@ def few_launch(node: OpNode, config: Config, out: int) -> TritonLaunch:
         args,
         constants,
         (f"cdiv(a0_0, {c.bt}) * {_cdiv(m.n, c.bn)}", 1, 1),
-        num_warps=c.warps,
+        num_warps=4,
         num_ctas=c.ctas,
         pdl=True,
     )
@@ -182,11 +182,10 @@ def _accepts_many(node: OpNode) -> str | None:
 
 def _many_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     if _Map.of(node).fp8:
-        found = [Many(128, 128, 5), Many(128, 128, 5, band=16), Many(128, 64, 7), Many(64, 128, 3)]
+        found = [Many(128, 128, 5), Many(128, 64, 7), Many(64, 128, 3)]
     else:
         found = [
-            Many(256, 128, 4, 2), Many(128, 256, 4), Many(128, 128, 6), Many(128, 128, 3, 2), Many(64, 128, 4),
-            Many(256, 128, 4, 2, band=16),
+            Many(256, 128, 4, 2), Many(128, 128, 6), Many(128, 256, 4), Many(64, 128, 4),
         ]  # fmt: skip
     return tuple(asdict(c) for c in found)
 

@@ -15,7 +15,7 @@ from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Wo
 HOPPER = frozenset({"sm_90a"})
 CHUNK = 4096  # tokens of one program: 32 a thread, and 32 programs a row of 129280
 BINS = 128  # of a quarter nat each
-LISTED = 512  # of a chunk's tokens: 32 chunks make 32 candidates a thread of the drawing block
+LISTED = 1024  # of a chunk's tokens: 32 chunks make 64 candidates a thread of the drawing block
 _KERNELS = "dsv4c.schedules.triton.sampling"
 _PENALTIES = ("slots", "counts", "repetition", "frequency", "presence")
 _FILTERS = ("top_k", "top_p", "min_p")
@@ -45,7 +45,7 @@ def _accepts(node: OpNode) -> str | None:
 
 def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     """Warps of the scanning and of the drawing blocks."""
-    return ({"scan": 4, "draw": 16}, {"scan": 8, "draw": 16}, {"scan": 4, "draw": 8})
+    return ({"scan": 8, "draw": 16}, {"scan": 4, "draw": 16})
 
 
 def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:

@@ -1,13 +1,13 @@
 """Sampling on the device without a sort: candidates by histogram, an exact cut by bisection, a draw by inverse sums.
 
     scan_rows    every chunk of 4096 tokens: its best, the sum of its weights, and (rows with filters) how many tokens
-                 lie in each quarter nat below its best
+                 lie in each quarter nat below its best, or for a small top_k the best of each 32 tokens
     bound_rows   every row: its best and total; a logit below which no token can survive the row's filters
     list_rows    every chunk: its tokens above that bound, in the order of ids
     draw_rows    every row: the cut, a weight p = exp((x - best) / temperature) that top_k and top_p keep all above,
                  by bisection over the bits of p; then the token where the running sum passes a uniform number
 
-Lists hold 512 tokens a chunk; a row with more in some chunk (a flat distribution) is bisected over all its logits.
+Lists hold 1024 tokens a chunk; a row with more in some chunk (a flat distribution) is bisected over all its logits.
 Sums have a fixed order and rows do not meet. A NaN, or a best that is not finite, makes a row's total no number.
 
 Legend: T rows, V vocabulary, C chunks of W tokens, B bins, L most listed tokens of a chunk.
@@ -21,10 +21,12 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)  # as the reference
 MOST: tl.constexpr = tl.constexpr((1 << 14) - 1)  # of a token's count; the bit above marks the prompt's tokens
 BIN: tl.constexpr = tl.constexpr(0.25)  # nats; 128 bins reach 32 nats, beyond which 2^17 tokens weigh 2e-9
+FEW: tl.constexpr = tl.constexpr(1024)  # tokens to keep, up to which bests of groups bound a row: 4 groups a token
 UNSOUND: tl.constexpr = tl.constexpr(0)
 WHOLE: tl.constexpr = tl.constexpr(1)  # greedy, or no filter
 LISTED: tl.constexpr = tl.constexpr(2)
 FLAT: tl.constexpr = tl.constexpr(3)  # no bound found
+SHORT: tl.constexpr = tl.constexpr(64)  # listed tokens of a chunk, up to which a row is 2048 candidates and not 32768
 
 
 @triton.jit
@@ -72,11 +74,16 @@ def scan_rows(
     degree = tl.load(temperature + s)
     tl.store(bests + s * C + c, best)
     tl.store(sums + s * C + c, tl.sum(_weight(x, best, degree), 0))
-    if _filtered(degree, tl.load(top_k + s), tl.load(top_p + s), tl.load(min_p + s), V):
-        below = (best - x) / (BIN * degree)
-        bin = tl.minimum(below, B - 1.0).to(tl.int32)  # NaN rows are not sampled, whatever their bins
-        bin = tl.minimum(tl.maximum(bin, 0), B - 1)
-        tl.store(bins + (s * C + c) * B + tl.arange(0, B), tl.histogram(bin, B, mask=x > float("-inf")))
+    k = tl.load(top_k + s)
+    if _filtered(degree, k, tl.load(top_p + s), tl.load(min_p + s), V):
+        to = bins + (s * C + c) * B + tl.arange(0, B)
+        if (k > 0) & (k <= FEW) & (k < V):
+            tl.store(to, tl.max(tl.reshape(x, (B, W // B)), 1).to(tl.int32, bitcast=True))
+        else:
+            below = (best - x) / (BIN * degree)
+            bin = tl.minimum(below, B - 1.0).to(tl.int32)  # NaN rows are not sampled, whatever their bins
+            bin = tl.minimum(tl.maximum(bin, 0), B - 1)
+            tl.store(to, tl.histogram(bin, B, mask=x > float("-inf")))
 
 
 @triton.jit
@@ -97,13 +104,20 @@ def bound_rows(
     bound = float("-inf")
     if _filtered(degree, k, share, least, V) & (total > 0):
         b = tl.arange(0, B)
-        number = tl.load(bins + (s * C + c)[:, None] * B + b[None, :], (c < C)[:, None], 0).to(tl.float32)
+        found = tl.load(bins + (s * C + c)[:, None] * B + b[None, :], (c < C)[:, None], 0)
         # bins from the row's best that a chunk's bin ends at; it begins one before
         step = BIN * degree
+        number = found.to(tl.float32)
         ends = tl.where(chunk_best > float("-inf"), (best - chunk_best) / step, 1e9)[:, None] + b[None, :] + 1.0
         heaviest = number * tl.exp2((1.0 - ends) * (BIN * LOG2E))
         ends = tl.where(b[None, :] == B - 1, 1e9, ends)  # the last bin has no end
         by_count = (k > 0) & (k < V)
+        if (k > 0) & (k <= FEW) & (k < V):
+            # the bests of groups are tokens themselves
+            group_best = found.to(tl.float32, bitcast=True)
+            there = (c < C)[:, None] & (group_best > float("-inf"))
+            ends = tl.where(there, (best - group_best) / step, 1e9)
+            number = tl.where(there, 1.0, 0.0)
         by_tail = (share < 1) & (least == 0) & (by_count == 0)
         low = 0.0
         high = 512.0  # more than the bins of a row whose chunks differ by up to 384 bins, 96 nats
@@ -214,6 +228,64 @@ def _find(kept, target, N: tl.constexpr):
 
 
 @triton.jit
+def _draw_listed(
+    listed, places, many, s, best, total, degree, k, share, least, number,
+    V: tl.constexpr, C: tl.constexpr, PC: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The token of a row whose chunks list `many` candidates each, at most N."""
+    c = tl.arange(0, PC)
+    i = tl.arange(0, N)
+    at = (s * C + c)[:, None] * L + i[None, :]
+    cut = 0.0
+    p = _weight(tl.load(listed + at, i[None, :] < many[:, None], float("-inf")), best, degree)
+    p = tl.where(p < least, 0.0, p)
+    flat = tl.reshape(p, (PC * N,), can_reorder=True)
+    count, mass = tl.reduce(((flat > 0).to(tl.int32), flat), 0, _both)
+    wanted = tl.where(least > 0, mass, total) * share
+    if (k > 0) & (k < V):
+        if k < count:
+            low = 0
+            high = 0x3F800001  # bits just above 1: no token
+            beyond = 0
+            # bits of floats that are not negative are ordered as the floats are
+            while (high - low > 1) & (count - beyond > 1) & (count != k):
+                middle = low + (high - low) // 2
+                more, weighing = _above(flat, middle.to(tl.float32, bitcast=True))
+                if more >= k:
+                    low = middle
+                    count = more
+                    mass = weighing
+                else:
+                    high = middle
+                    beyond = more
+            cut = low.to(tl.float32, bitcast=True)
+            mass -= (count - k) * cut  # the share is of the first k alone
+        wanted = mass * share
+    if share < 1:
+        low = cut.to(tl.int32, bitcast=True)
+        high = 0x3F800001
+        beyond = 0
+        while (high - low > 1) & (count - beyond > 1):
+            middle = low + (high - low) // 2
+            more, weighing = _above(flat, middle.to(tl.float32, bitcast=True))
+            if weighing >= wanted:
+                low = middle
+                count = more
+            else:
+                high = middle
+                beyond = more
+        cut = low.to(tl.float32, bitcast=True)
+    kept = tl.sum(tl.where(p >= cut, p, 0.0), 1)
+    target = number * tl.sum(kept.to(tl.float64), 0)
+    chunk, before = _find(kept, target, PC)
+    at = (s * C + chunk) * L + i
+    live = i < tl.sum(tl.where(c == chunk, many, 0), 0)
+    p = _weight(tl.load(listed + at, live, float("-inf")), best, degree)
+    index, _ = _find(tl.where((p >= cut) & (p >= least), p, 0.0), target - before, N)
+    return tl.load(places + (s * C + chunk) * L + index)
+
+
+@triton.jit
 def draw_rows(
     logits, temperature, top_k, top_p, min_p, keys, counters, slots, counts, repetition, frequency, presence,
     bests, sums, best_in, total_in, modes, listed, places, numbers, out,
@@ -237,54 +309,12 @@ def draw_rows(
         if tl.max(many, 0) > L:
             mode = FLAT
         else:
-            i = tl.arange(0, L)
-            at = (s * C + c)[:, None] * L + i[None, :]
-            p = _weight(tl.load(listed + at, i[None, :] < many[:, None], float("-inf")), best, degree)
-            p = tl.where(p < least, 0.0, p)
-            flat = tl.reshape(p, (PC * L,), can_reorder=True)
-            count, mass = tl.reduce(((flat > 0).to(tl.int32), flat), 0, _both)
-            wanted = tl.where(least > 0, mass, total) * share
-            if (k > 0) & (k < V):
-                if k < count:
-                    low = 0
-                    high = 0x3F800001  # bits just above 1: no token
-                    beyond = 0
-                    # bits of floats that are not negative are ordered as the floats are
-                    while (high - low > 1) & (count - beyond > 1) & (count != k):
-                        middle = low + (high - low) // 2
-                        more, weighing = _above(flat, middle.to(tl.float32, bitcast=True))
-                        if more >= k:
-                            low = middle
-                            count = more
-                            mass = weighing
-                        else:
-                            high = middle
-                            beyond = more
-                    cut = low.to(tl.float32, bitcast=True)
-                    mass -= (count - k) * cut  # the share is of the first k alone
-                wanted = mass * share
-            if share < 1:
-                low = cut.to(tl.int32, bitcast=True)
-                high = 0x3F800001
-                beyond = 0
-                while (high - low > 1) & (count - beyond > 1):
-                    middle = low + (high - low) // 2
-                    more, weighing = _above(flat, middle.to(tl.float32, bitcast=True))
-                    if weighing >= wanted:
-                        low = middle
-                        count = more
-                    else:
-                        high = middle
-                        beyond = more
-                cut = low.to(tl.float32, bitcast=True)
-            kept = tl.sum(tl.where(p >= cut, p, 0.0), 1)
-            target = number * tl.sum(kept.to(tl.float64), 0)
-            chunk, before = _find(kept, target, PC)
-            at = (s * C + chunk) * L + i
-            live = i < tl.load(numbers + s * C + chunk)
-            p = _weight(tl.load(listed + at, live, float("-inf")), best, degree)
-            index, _ = _find(tl.where((p >= cut) & (p >= least), p, 0.0), target - before, L)
-            token = tl.load(places + (s * C + chunk) * L + index)
+            if tl.max(many, 0) <= SHORT:
+                token = _draw_listed(listed, places, many, s, best, total, degree, k, share, least, number,
+                                     V, C, PC, L, SHORT)  # fmt: skip
+            else:
+                token = _draw_listed(listed, places, many, s, best, total, degree, k, share, least, number,
+                                     V, C, PC, L, L)  # fmt: skip
     if mode == FLAT:
         count, mass = _above_all(
             logits, slots, counts, repetition, frequency, presence, s, best, degree, least, 1e-45, V, C, W, PENALISED
