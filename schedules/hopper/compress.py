@@ -112,13 +112,16 @@ def _part(node: OpNode, config: Config) -> int:
 
 def _overlap_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     channels = _channels(node)
-    tiles = _token_tiles(symbols, max(1, 512 // channels), 64, 8 if channels == 512 else 4)
-    shapes = (
-        [(4, None), (4, 96), (4, 80), (8, None), (2, None)]
-        if channels == 512
-        else [(1, None), (1, 96), (1, 80), (2, None)]
-    )
-    return tuple({"warps": w, **tiles, **({"registers": r} if r else {})} for w, r in shapes)
+    if channels == 512:
+        looks, shapes = (16, 64), [(4, 96), (8, None), (4, None)]
+    else:
+        looks, shapes = (16, 64), [(2, None), (1, None), (1, 96)]
+    tile = 8 if channels == 512 else 4
+    out = []
+    for many in looks:
+        tiles = _token_tiles(symbols, max(1, 512 // channels), many, tile)
+        out += [{"warps": w, **tiles, **({"registers": r} if r else {})} for w, r in shapes]
+    return tuple(out[:3] if symbols["T"] <= _DECODE else out)
 
 
 def _overlap_build(node: OpNode, config: Config) -> Build:
@@ -133,7 +136,7 @@ def _window_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...
     tiles = _token_tiles(symbols, 8, 128, 32)  # a window's worth is kept: 4 tiles; in decode a token a block
     if _channels(node) < 512:
         return ({"ctas": 1, "warps": 8, "rows": 16, **tiles},)
-    shapes = [(8, 8, 16, 112), (8, 8, 16, None), (8, 16, 32, 64), (4, 16, 16, None), (8, 4, 8, None), (8, 8, 16, 80)]
+    shapes = [(8, 8, 16, 80), (8, 8, 16, 64), (8, 4, 8, 96), (8, 8, 16, 112)]
     return tuple(
         {"ctas": c, "warps": w, "rows": min(r, ratio), **tiles, **({"registers": n} if n else {})}
         for c, w, r, n in shapes

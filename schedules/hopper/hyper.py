@@ -279,9 +279,6 @@ def _post_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
 # Coefficients carry the products' error, 2**-17 of their terms, which Sinkhorn multiplies where a matrix is nearly
 # decomposable: 2e-4 at most over 8192 tokens. The workloads' error allows bfloat16 results one rounding more.
 _TOLERANCE = 5e-4
-# what hyper_fragments.py declares its schedules with
-accepts, dim_of, bytes_moved, TOLERANCE = _accepts, _dim, _bytes, _TOLERANCE
-split_build, split_workspace = _split_build, _split_workspace
 
 SCHEDULES: tuple[Schedule, ...] = (
     *(

@@ -13,6 +13,7 @@ SMS = 132  # of an H200
 _SHARED = 227 * 1024 - 1024  # of a block, less barriers
 _GROUP = 128  # input channels that share a scale
 _ALL = 1 << 20  # blocks that take tiles in turn: no limit, every tile has its own
+_FEW_SCALES = 32  # groups whose scales a block of the few-token kernel holds
 _LINEAR, _ATTEND = "dsv4c.schedules.tilelang.linear", "dsv4c.schedules.tilelang.attend:attend"
 
 
@@ -105,6 +106,54 @@ def _linear_build(node: OpNode, config: Config) -> Build:
     return Build("gpu", launches=(launch,))
 
 
+def _few_accepts(node: OpNode) -> str | None:
+    _, k, _ = _weight(node)
+    refused = _linear_accepts(node)
+    if refused is None and _fp8(node) and k // _GROUP > 8 * _FEW_SCALES:
+        return f"{k} input channels are more than {8 * _FEW_SCALES * _GROUP}"
+    return refused
+
+
+def _few_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+    """Shares of K such that the blocks fill the card once or twice, two on a multiprocessor."""
+    n, k, _ = _weight(node)
+    tiles = _cdiv(max(1, symbols["T"]), 64)
+    steps = k // (_GROUP if _fp8(node) else 64)
+    found = []
+    for columns, stages in ((64, 4), (128, 3)):
+        for splits in (1, 2, 4, 8):
+            blocks = _cdiv(n, columns) * tiles * splits
+            if n % columns or steps % splits or (_fp8(node) and steps // splits > _FEW_SCALES):
+                continue
+            waste = abs(1.0 - blocks / (1.5 * SMS))
+            found += [(waste, {"BN": columns, "stages": stages, "splits": splits, "early": e}) for e in (True, False)]
+    return tuple(config for _, config in sorted(found, key=lambda pair: pair[0])[:8])
+
+
+def _few_build(node: OpNode, config: Config) -> Build:
+    n, k, groups = _weight(node)
+    launch = TileLaunch(
+        f"{_LINEAR}_few:few",
+        tensors=tuple(range(5 if _fp8(node) else 3)),
+        constants={"kind": "fp8" if _fp8(node) else "mixed", "N": n, "K": k, "G": groups, **config},
+        grid=(_cdiv(n, int(config["BN"])) * int(config["splits"]), "cdiv(a0_0, 64)", 1),
+        threads=256,
+        symbols={"M": "a0_0"},
+        pdl=bool(config["early"]),
+    )
+    return Build("gpu", launches=(launch,))
+
+
+def _few_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    """Every tile of 64 tokens reads the weight; where there are fewer blocks than SMs, bandwidth is left over."""
+    n, k, _ = _weight(node)
+    tiles, columns = _cdiv(max(1, symbols["T"]), 64), int(config["BN"])
+    blocks = _cdiv(n, columns) * tiles * int(config["splits"])
+    moved = _moved(node, symbols) * tiles / 0.8 * max(1.0, SMS / blocks)
+    late = 0.0 if config["early"] else 1e-6 * 4.3e12  # a launch's latency, in bytes
+    return Work(moved + late, 2.0 * tiles * 64 * n * k, "gpu", 0.4, "fp8" if _fp8(node) else "bf16")
+
+
 def _linear_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     n, k, _ = _weight(node)
     rows, columns, tokens = int(config["BM"]), int(config["BN"]), max(1, symbols["T"])
@@ -172,7 +221,7 @@ def _attend_build(node: OpNode, config: Config) -> Build:
             "splits": splits,
         },
         grid=(heads // _HEADS * splits, "a0_0", 1),
-        threads=384,
+        threads=512,
         symbols=symbols,
     )
     return Build("gpu", launches=(launch,))
@@ -221,6 +270,13 @@ _TOLERANCES = {"linear_fp8": 8e-3, "grouped_linear_fp8": 8e-3, "linear_mixed": 2
 _ATTEND_TOLERANCE = 8e-3
 
 SCHEDULES = (
+    *(
+        Schedule(
+            f"{op}.tile_few", op, HOPPER, _few_build, _few_cost, _few_accepts,
+            space=_few_space, tolerance=tolerance,
+        )
+        for op, tolerance in _TOLERANCES.items()
+    ),
     *(
         Schedule(
             f"{op}.tile_ring", op, HOPPER, _linear_build, _linear_cost, _linear_accepts,
