@@ -1,0 +1,32 @@
+"""Runs gate and sampling kernels in Triton's interpreter, on a CPU: `interpret_sampling.py FAMILY [LABEL ...]`.
+
+As interpret.py, with what these kernels use of the card alone replaced: the order of launches, and one function.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+
+import interpret  # sets TRITON_INTERPRET
+import torch
+import triton
+import triton.language as tl
+
+from dsv4c.schedules.triton import gate, sampling
+
+
+@triton.jit
+def log1p(x):
+    return tl.log(1.0 + x)
+
+
+for texts in (gate, sampling):
+    texts.gdc_wait = texts.gdc_launch_dependents = lambda: None
+gate.libdevice = types.SimpleNamespace(log1p=log1p)
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    sys.exit(interpret.main(sys.argv[1], sys.argv[2:]))

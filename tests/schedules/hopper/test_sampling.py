@@ -1,0 +1,114 @@
+"""Sampling on the device: the references beside the host's sampler, and the kernels' arithmetic in the interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dsv4c.ops.sampling import IN_PROMPT, edit_logits, kept, sample, sample_penalised, uniform
+from dsv4c.runtime import sampler as host
+from dsv4c.runtime.params import SamplingParams
+from dsv4c.schedules.hopper.sampling import SCHEDULES
+from dsv4c.schedules.workloads.sampling import workloads
+
+REPOSITORY = Path(__file__).parents[3]
+ROWS, VOCAB = 60, 512
+
+
+def states() -> list[host.SamplerState]:
+    random = np.random.default_rng(1)
+    out = []
+    for _ in range(ROWS):
+        params = SamplingParams(
+            temperature=float(random.choice([0, 0.5, 1.0, 1.7])),
+            top_k=int(random.choice([0, 1, 5, 50])),
+            top_p=float(random.choice([1.0, 0.9, 0.5, 0.05])),
+            min_p=float(random.choice([0, 0.01, 0.3])),
+            seed=int(random.integers(0, 2**63)),
+            presence_penalty=float(random.choice([0, 0.5])),
+            frequency_penalty=float(random.choice([0, 0.3])),
+            repetition_penalty=float(random.choice([1.0, 1.3])),
+        )
+        state = host.SamplerState(params, random.integers(0, VOCAB, 100).astype(np.int64))
+        for _ in range(random.integers(0, 60)):
+            state.accept(int(random.integers(0, VOCAB)))
+        out.append(state)
+    return out
+
+
+def of(states: list[host.SamplerState], name: str) -> torch.Tensor:
+    return torch.tensor([getattr(s.params, name) for s in states], dtype=torch.float32)
+
+
+def test_the_device_draws_what_the_host_draws() -> None:
+    rows = states()
+    logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(2)) * 3
+    counts = torch.zeros(ROWS + 1, VOCAB, dtype=torch.int16)
+    for i, state in enumerate(rows):
+        for token, count in zip(*state.seen(), strict=True):
+            counts[i + 1, token] = int(count) if count else IN_PROMPT
+    keys = torch.tensor([s.key - (1 << 64) if s.key >> 63 else s.key for s in rows])
+    counters = torch.tensor([s.generated for s in rows])
+    top_k = torch.tensor([s.params.top_k for s in rows], dtype=torch.int32)
+    tokens, after = sample_penalised(
+        logits, of(rows, "temperature"), top_k, of(rows, "top_p"), of(rows, "min_p"), keys, counters,
+        torch.arange(1, ROWS + 1), counts, of(rows, "repetition_penalty"), of(rows, "frequency_penalty"),
+        of(rows, "presence_penalty"),
+    )  # fmt: skip
+    assert tokens.tolist() == host.sample(logits, rows)[0]
+    assert int((after != counts).sum()) == ROWS
+    numbers = host.uniform(np.array([s.key for s in rows], dtype=np.uint64), counters.numpy().astype(np.uint64))
+    assert np.array_equal(uniform(keys, counters).numpy(), numbers)
+
+
+def one_row(x: torch.Tensor, temperature: float = 1.0, k: int = 0, p: float = 1.0, least: float = 0.0) -> torch.Tensor:
+    f32 = [torch.tensor([v]) for v in (temperature, p, least)]
+    weights, sound = kept(x[None], f32[0], torch.tensor([k], dtype=torch.int32), f32[1], f32[2])
+    assert bool(sound[0])
+    return weights[0]
+
+
+def test_ties_stay_together_and_greedy_takes_the_first() -> None:
+    x = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, -1.0])
+    assert one_row(x, k=1).nonzero().flatten().tolist() == [1, 3]
+    assert one_row(x, k=3).nonzero().flatten().tolist() == [1, 2, 3, 4]
+    assert one_row(x, temperature=0.0).nonzero().flatten().tolist() == [1]
+    assert one_row(x, p=1e-6).nonzero().flatten().tolist() == [1, 3]
+
+
+def test_a_row_without_a_finite_best_gives_no_token() -> None:
+    x = torch.randn(4, 8)
+    x[0, 3], x[1, 2], x[2] = torch.nan, torch.inf, -torch.inf
+    one = torch.ones(4)
+    tokens = sample(x, one, torch.zeros(4, dtype=torch.int32), one, 0 * one, torch.arange(4), torch.arange(4))
+    assert (tokens >= 0).tolist() == [False, False, False, True]
+
+
+def test_edits_reach_their_own_rows() -> None:
+    x = torch.zeros(3, 5)
+    starts, tokens = torch.tensor([0, 1, 1, 3]), torch.tensor([4, 0, 2])
+    edited = edit_logits(x, starts, tokens, torch.tensor([1.0, -torch.inf, 2.0]))
+    assert edited[0].tolist() == [0, 0, 0, 0, 1] and edited[1].tolist() == [0] * 5
+    assert edited[2].tolist() == [-torch.inf, 0, 2, 0, 0]
+
+
+def test_who_accepts() -> None:
+    for work in workloads():
+        taking = [s for s in SCHEDULES if s.op == work.op and s.accepts(work.node) is None]
+        assert taking and all(len(s.space(work.node, work.symbols)) <= 6 for s in taking), work.label
+
+
+def test_the_kernels_draw_as_the_reference() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; see the extra `gpu`")
+    script = Path(__file__).with_name("interpret_sampling.py")
+    run = subprocess.run(
+        [sys.executable, str(script), "sampling", "sample nano mixed 1", "nano edits"],
+        capture_output=True, text=True, check=False, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("ok ") == 2 and "FAIL" not in run.stdout
