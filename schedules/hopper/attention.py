@@ -160,9 +160,11 @@ def _plain_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]
     heads, dim = _Call(node).shape
     block_h = max(16, min(64, _round(heads)))  # 16 rows are the least a matrix instruction takes
     block_k = 32 if dim > 256 else 64  # [64, 512] sums and [32, 512] keys are as much as the registers hold
+    shares = _shares(node, symbols, _cdiv(heads, block_h))
+    if dim > 256:
+        shares = shares[:1]  # the groups are faster wherever they accept
     return tuple(
-        {"block_h": block_h, "block_k": block_k, "warps": 8 if dim > 256 else 4, "shares": shares}
-        for shares in _shares(node, symbols, _cdiv(heads, block_h))
+        {"block_h": block_h, "block_k": block_k, "warps": 8 if dim > 256 else 4, "shares": count} for count in shares
     )
 
 

@@ -7,7 +7,7 @@ never read: its bfloat16 values are 0 and its score -inf.
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 DATA_BYTES = gl.constexpr(576)  # 448 E4M3 and 64 bfloat16
 ENTRY_BYTES = gl.constexpr(584)  # and 8 scale bytes, which follow the data of the whole page
@@ -56,6 +56,25 @@ def _load_scales(address, seen, WORDS: gl.constexpr):
 def _warp_sync():
     """Holds loads back from being moved below: they start as soon as their registers are free."""
     gl.inline_asm("bar.warp.sync 0xffffffff;", "~{memory}")
+
+
+@gluon.jit
+def _arrive(barrier):
+    """Each warp alone says that what it wrote is there for the matrix units: the group need not meet first."""
+    gl.inline_asm(
+        """
+        {
+        .reg .pred p;
+        .reg .b32 lane;
+        fence.proxy.async.shared::cta;
+        bar.warp.sync 0xffffffff;
+        elect.sync lane|p, 0xffffffff;
+        @p mbarrier.arrive.shared::cta.b64 _, [$0];
+        }
+        """,
+        "r,~{memory}",
+        [barrier],
+    )
 
 
 @gluon.jit
@@ -313,14 +332,12 @@ def fill(
                 half, addresses, stage, lane, to.slice(0, 32), bias.index(stage).slice(0, 32), 1, WORDS, LANES
             )
             lengths.index(stage).store(gl.full([1], tiles, gl.int32, KEYS))
-            fence_async_shared()
-            mbarrier.arrive(ready.index(stage))
+            _arrive(ready.index(stage))
             mbarrier.wait(empty.index(stage * 2 + 1), parity)
             half = _turn_over(
                 half, addresses, stage ^ 1, lane, to.slice(32, 32), bias.index(stage).slice(32, 32), 0, WORDS, LANES
             )
-            fence_async_shared()
-            mbarrier.arrive(ready.index(stage))
+            _arrive(ready.index(stage))
             step += 1
         if SHARES == 1:
             # while the next item's first loads are on their way

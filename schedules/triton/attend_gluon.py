@@ -222,7 +222,7 @@ def attend(
     weights_ready = mbarrier.allocate_mbarrier(batch=2)
     weights_empty = mbarrier.allocate_mbarrier(batch=2)
     for i in gl.static_range(2):
-        mbarrier.init(ready.index(i), count=2)
+        mbarrier.init(ready.index(i), count=8)  # 4 warps, 2 halves
         mbarrier.init(weights_ready.index(i), count=1)
         mbarrier.init(weights_empty.index(i), count=2)
     for i in gl.static_range(4):
