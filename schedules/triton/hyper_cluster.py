@@ -295,14 +295,20 @@ def fused(
     c16 = gl.arange(0, 16, gl.SliceLayout(0, CR))
     c4 = gl.arange(0, 4, gl.SliceLayout(0, CR))
 
+    # Weights are there before the kernel ahead has finished: this one may start early for them.
+    gl.inline_asm("griddepcontrol.launch_dependents;", "", (), ())
+    loaded = _load_fn(fn, first, D)
+    gain = gl.load(norm_weight + channel) if NORM else 0.0
+    lane = gl.minimum(gl.arange(0, 32, gl.BlockedLayout([1], [32], [W], [0])), OWN - 1)  # comb's rows, then post's
+    lane_base = gl.load(base + gl.where(lane < 16, 8 + lane, lane - 12))
+    lane_scale = gl.load(scale + gl.where(lane < 16, 2, 1))
+    gl.inline_asm("griddepcontrol.wait;", "", (), ())
     _copy_streams(x, slots, 0, start + token, pair, tokens, D)
     _copy_y(y, y_slot, start + token, pair, tokens, D, POST)
-    loaded = _load_fn(fn, first, D)
     if POST:
         ct = gl.minimum(start + cm, tokens - 1).to(gl.int64)
         comb_next = gl.load(comb_in + ct[:, None] * 16 + c16[None, :])
         post_next = gl.load(post_in + ct[:, None] * 4 + c4[None, :])
-    gain = gl.load(norm_weight + channel) if NORM else 0.0
     _copy_streams(x, slots, 1, start + step + token, pair, tokens, D)
     gl.inline_asm(start_text(), "r,r", (_at(bars.index(0), rank), incoming), ())
     _keep_fn(loaded, kept)
@@ -378,10 +384,10 @@ def fused(
             mine = (t0 + rank).to(gl.int64)
             has = ((rank < M) & (t0 + rank < tokens)).to(gl.int32)
             gl.inline_asm(
-                own_text(C, M), "r,r,l,l,l,l,r,r,f,f,r",
-                (_at(own.index(((n - 1) & 3) * (C * OWN // 4)), rank), _at(rows.index((1 - parity) * M), rank), base,
-                 scale, comb_out + mine * 16, post_out + mine * 4, rank, has, gl.to_tensor(1.0 / (4 * D)),
-                 gl.to_tensor(NORM_EPS), _at(last.index(0), rank)), (),
+                own_text(C, M), "r,r,f,f,l,l,r,r,f,f,r",
+                (_at(own.index(((n - 1) & 3) * (C * OWN // 4)), rank), _at(rows.index((1 - parity) * M), rank),
+                 lane_base, lane_scale, comb_out + mine * 16, post_out + mine * 4, rank, has,
+                 gl.to_tensor(1.0 / (4 * D)), gl.to_tensor(NORM_EPS), _at(last.index(0), rank)), (),
             )  # fmt: skip
             TW: gl.constexpr = _types(gl.float32, [M], TL, 4)
             a = gl.inline_asm(columns_text(4, 4, M), "=f," * R + "r", (_at(weights.index(0), rank),), TW)

@@ -251,8 +251,8 @@ def weights_text(tokens, norm):
 def own_text(blocks, tokens):
     """The own token's logits of comb as they are, and its post. All warps do it, so that none is late; one stores.
 
-    Operands: sums [C, OWN], rows [M, 16], base, scale, comb and post of the token, rank, whether there is a token,
-    1 / (N * D), epsilon, shared memory for the last token's logits.
+    Operands: sums [C, OWN], rows [M, 16], this lane's base and scale, comb and post of the token, rank, whether there
+    is such a token, 1 / (N * D), epsilon, shared memory for the last token's logits.
     """
     lines = [".reg .pred p, q16;", ".reg .u32 v, a;", ".reg .u64 to, at;", ".reg .f32 x, y, z, r, r1, r2, r3;"]
     lines += [
@@ -268,10 +268,7 @@ def own_text(blocks, tokens):
     lines += ["add.f32 x, x, z;", f"min.u32 a, $6, {tokens - 1};", "mad.lo.u32 a, a, 64, $1;"]
     lines += ["ld.shared.v4.f32 {r, r1, r2, r3}, [a + 16];", "add.f32 r, r, r1;", "add.f32 r2, r2, r3;"]
     lines += ["add.f32 r, r, r2;", "fma.rn.f32 r, r, $8, $9;", "rsqrt.approx.ftz.f32 r, r;", "mul.f32 x, x, r;"]
-    # comb: gain 2 and base rows 8..23; post: gain 1 and base rows 4..7. 0fBFB8AA3B is -log2(e).
-    lines += ["setp.lt.u32 q16, v, 16;", "selp.u32 a, 8, 4, q16;", "cvt.u64.u32 to, a;", "add.u64 at, $3, to;"]
-    lines += ["ld.global.nc.f32 r, [at];", "selp.s32 a, 8, -12, q16;", "add.s32 a, a, v;", "mul.wide.s32 to, a, 4;"]
-    lines += ["add.u64 at, $2, to;", "ld.global.nc.f32 y, [at];", "fma.rn.f32 x, x, r, y;", "mul.f32 z, x, 0fBFB8AA3B;"]
+    lines += ["setp.lt.u32 q16, v, 16;", "fma.rn.f32 x, x, $3, $2;", "mul.f32 z, x, 0fBFB8AA3B;"]  # -log2(e)
     lines += ["ex2.approx.ftz.f32 z, z;", "add.f32 z, z, 0f3F800000;", "rcp.approx.ftz.f32 z, z;", "add.f32 z, z, z;"]
     lines += [f"setp.lt.u32 p, t, {OWN.value};", "setp.ne.and.u32 p, $7, 0, p;", "mul.wide.u32 to, v, 4;"]
     lines += ["@!p bra DONE;", "@q16 bra COMB;", "add.u64 at, $5, to;", "st.global.f32 [at + -64], z;", "bra DONE;"]
