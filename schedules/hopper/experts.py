@@ -97,7 +97,7 @@ def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     if mean <= 144:
         return (
             _config(2, 1, 3, (80, 96, 112, 128), 1, sort), _config(2, 1, 4, (64, 96, 112, 128), 1, sort),
-            _config(2, 1, 4, (64, 80, 96, 112), 1, sort),
+            _config(2, 1, 3, (112, 128, 144, 160), 1, sort), _config(2, 1, 4, (64, 80, 96, 112), 1, sort),
         )  # fmt: skip
     return (
         _config(2, 1, 3, (160, 192, 208, 224), 1, sort), _config(2, 1, 3, (176, 192, 208, 224), 1, sort),
