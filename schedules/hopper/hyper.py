@@ -75,7 +75,9 @@ def _splits(dim: int) -> list[int]:
 def _split_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     """Tiles of 16 tokens while that leaves multiprocessors idle; splits that give each of them 1 to 4 programs."""
     tokens, dim = max(1, symbols["T"]), _dim(node)
-    shapes = [(16, 4, 32)] if tokens <= 128 else [(32, 4, 32), (64, 4, 32), (64, 8, 32)]
+    shapes = [(16, 4, 32)] if tokens <= 128 else [(64, 4, 32)]  # wins with half the fn to read a token
+    if 128 < tokens <= 512:
+        shapes.append((32, 4, 32))
     out: list[Config] = []
     for tile, warps, width in shapes:
         tiles = math.ceil(tokens / tile)
