@@ -111,17 +111,17 @@ def _part(node: OpNode, config: Config) -> int:
 
 
 def _overlap_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    channels = _channels(node)
-    if channels == 512:
-        looks, shapes = (16, 64), [(4, 96), (8, None), (4, None)]
+    """Four warps an entry of 512 channels, one or two an index key; 96 registers let one more block in."""
+    if _channels(node) == 512:
+        looks, tile, shapes = (64, 16), 8, [(4, 96), (4, None), (8, None)]
     else:
-        looks, shapes = (16, 64), [(2, None), (1, None), (1, 96)]
-    tile = 8 if channels == 512 else 4
-    out = []
-    for many in looks:
-        tiles = _token_tiles(symbols, max(1, 512 // channels), many, tile)
-        out += [{"warps": w, **tiles, **({"registers": r} if r else {})} for w, r in shapes]
-    return tuple(out[:3] if symbols["T"] <= _DECODE else out)
+        looks, tile, shapes = (16,), 4, [(2, None), (1, None), (1, 96)]
+    few = max(1, 512 // _channels(node))
+    tiles = [_token_tiles(symbols, few, many, tile) for many in looks]
+    out: list[Config] = [
+        {"warps": w, **t, **({"registers": r} if r else {})} for t in tiles for w, r in shapes
+    ]  # fmt: skip
+    return tuple(c for i, c in enumerate(out) if c not in out[:i])
 
 
 def _overlap_build(node: OpNode, config: Config) -> Build:
@@ -136,7 +136,7 @@ def _window_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...
     tiles = _token_tiles(symbols, 8, 128, 32)  # a window's worth is kept: 4 tiles; in decode a token a block
     if _channels(node) < 512:
         return ({"ctas": 1, "warps": 8, "rows": 16, **tiles},)
-    shapes = [(8, 8, 16, 80), (8, 8, 16, 64), (8, 4, 8, 96), (8, 8, 16, 112)]
+    shapes = [(8, 8, 16, 80), (8, 4, 8, 96), (8, 8, 16, 112)]
     return tuple(
         {"ctas": c, "warps": w, "rows": min(r, ratio), **tiles, **({"registers": n} if n else {})}
         for c, w, r, n in shapes

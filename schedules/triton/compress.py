@@ -17,13 +17,11 @@ import triton
 import triton.language as tl
 
 from dsv4c.schedules.triton.rows import (
-    e2m1_byte,
-    e4m3_byte,
     fast_exp,
-    inverse_power,
+    hadamard,
     normed,
+    pack_index,
     pack_plain,
-    power,
     rounded,
     row_angles,
     turn,
@@ -57,76 +55,22 @@ def new_token(position, end, RING: tl.constexpr):
 
 
 @triton.jit
-def hadamard(x):
-    """The orthonormal Walsh-Hadamard transform of rows x [N, C], rounded to bfloat16; sums in the reference's order."""
-    N: tl.constexpr = x.shape[0]
-    C: tl.constexpr = x.shape[1]
-    HALF: tl.constexpr = C // 2
-    for stage in tl.static_range(10):  # of up to 1024 channels
-        if (1 << stage) < C:
-            pairs = tl.permute(tl.reshape(x, [N, HALF >> stage, 2, 1 << stage]), (0, 1, 3, 2))
-            left, right = tl.split(pairs)
-            x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 1, 3, 2)), [N, C])
-    return rounded(x * C**-0.5)
-
-
-@triton.jit
-def e2m1_code(x):
-    """The nibble of x rounded to E2M1, ties to even; |x| <= 6."""
-    size = tl.abs(x)
-    code = (size > 0.25).to(tl.int32) + (size >= 0.75) + (size > 1.25) + (size >= 1.75)
-    code += (size > 2.5).to(tl.int32) + (size >= 3.5) + (size > 5.0)
-    return code + ((x.to(tl.int32, bitcast=True) >> 28) & 8)
-
-
-@triton.jit
-def pack_index(pool, slot, live, v, C: tl.constexpr, FP4: tl.constexpr, ENTRIES: tl.constexpr):
-    """Index keys v [N, C] in the pool's rows `slot` (formats.pack_index, formats.write_entries)."""
-    N: tl.constexpr = v.shape[0]
-    DATA: tl.constexpr = C // 2 if FP4 else C
-    page = pool + slot // ENTRIES * (ENTRIES * (DATA + 4))
-    at = page + slot % ENTRIES * DATA
-    scales = page + ENTRIES * DATA + slot % ENTRIES * 4
-    c = tl.arange(0, DATA)
-    if FP4:
-        GROUP: tl.constexpr = 32 if C > 32 else C
-        K: tl.constexpr = C // GROUP
-        groups = tl.reshape(v, [N, K, GROUP])
-        byte = e2m1_byte(tl.max(tl.abs(groups), 2))
-        code = e2m1_code(tl.reshape(groups * inverse_power(byte)[:, :, None], [N, C]))
-        low, high = tl.split(tl.reshape(code, [N, DATA, 2]))
-        tl.store(at[:, None] + c[None, :], (low | (high << 4)).to(tl.uint8), mask=live[:, None])
-        k = tl.arange(0, K)
-        tl.store(scales[:, None] + k[None, :], byte.to(tl.uint8), mask=live[:, None])
-        if K < 4:
-            k = tl.arange(0, 4)
-            tl.store(scales[:, None] + k[None, :], tl.zeros([N, 4], tl.uint8), mask=live[:, None] & (k >= K)[None, :])
-    else:
-        byte = e4m3_byte(tl.max(tl.abs(v), 1))
-        small = (v * inverse_power(byte)[:, None]).to(tl.float8e4nv)
-        tl.store(at[:, None] + c[None, :], small.to(tl.uint8, bitcast=True), mask=live[:, None])
-        tl.store(scales.to(tl.pointer_type(tl.float32), bitcast=True), power(byte), mask=live)
-
-
-@triton.jit
 def finish(
-    pool, slot, entry, index, norm_weight, table,
+    pool, slot, entry, weight, cos, sin, turns,
     C: tl.constexpr, R: tl.constexpr, EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A pooled entry [C] (float32) to its row of the pool; `index` is its row of the table."""
+    """A pooled entry [C] (float32) to its row of the pool, by norm weight [C] and angles [1, C / 2]."""
     c = tl.arange(0, C)
     one = tl.arange(0, 1)
-    live = one == 0
-    cos, sin, turns = row_angles(table, index + one, live, C, R)
-    v = normed(rounded(entry)[None, :], norm_weight, c, C, EPS)
+    v = normed(rounded(entry)[None, :], weight, C, EPS)
     v = rounded(turn(v, cos, sin, turns, False))
     if FORMAT == "kv":
-        pack_plain(pool, slot + one, live, v, C, R, GROUP, ENTRIES)
+        pack_plain(pool, slot + one, one == 0, v, C, R, GROUP, ENTRIES)
         to = turned_at(pool, slot + one, C, R, ENTRIES)[:, None] + (c - (C - R))[None, :]
         tl.store(to, v.to(tl.bfloat16), mask=(c >= C - R)[None, :])
     else:
-        pack_index(pool, slot + one, live, hadamard(v), C, FORMAT == "fp4", ENTRIES)
+        pack_index(pool, slot + one, one == 0, hadamard(v), C, FORMAT == "fp4", ENTRIES)
 
 
 @triton.jit
@@ -267,6 +211,9 @@ def overlap_entry(
     last = tl.load(ends + index)
     if (slot >= ENTRIES) & (last >= 0):
         c = tl.arange(0, C)
+        weight = tl.load(norm_weight + c)
+        one = tl.arange(0, 1)
+        cos, sin, turns = row_angles(table, index + one, one == 0, C, R)
         # as if all tokens were of this step, before that is known: no wait for the request's bounds
         inside = last >= WIDTH - 1
         source = k_gate + (last - (WIDTH - 1)) * STRIDE + c
@@ -299,10 +246,10 @@ def overlap_entry(
         total = tl.zeros_like(top)
         mixed = tl.zeros_like(top)
         for w in tl.static_range(WIDTH):
-            weight = fast_exp(zs[w] - top)
-            total += weight
-            mixed += weight * ks[w]
-        finish(pool, slot, mixed / total, index, norm_weight, table, C, R, EPS, ENTRIES, FORMAT, GROUP)
+            share = fast_exp(zs[w] - top)
+            total += share
+            mixed += share * ks[w]
+        finish(pool, slot, mixed / total, weight, cos, sin, turns, C, R, EPS, ENTRIES, FORMAT, GROUP)
         oldest = tl.maximum(first, 0)
         if (oldest < start) & (oldest + RING < end):
             tl.debug_barrier()  # every thread has its old values: they may go
@@ -356,6 +303,9 @@ def window_entry(
     slot = tl.load(slots + index)
     last = tl.load(ends + index)
     if (slot >= ENTRIES) & (last >= 0):
+        weight = tl.load(norm_weight + tl.arange(0, C))
+        one = tl.arange(0, 1)
+        cos, sin, turns = row_angles(table, index + one, one == 0, C, R)
         c = tl.arange(0, C)[:, None]  # channels first: a cluster shares them out
         w = tl.arange(0, ROWS)[None, :]
         # as if all tokens were of this step, before that is known: no wait for the request's bounds
@@ -390,11 +340,11 @@ def window_entry(
         total = tl.zeros_like(top)
         mixed = tl.zeros_like(top)
         for tile in tl.static_range(TILES):
-            weight = fast_exp(zs[tile] - top)
-            total += weight
-            mixed += weight * ks[tile]
+            share = fast_exp(zs[tile] - top)
+            total += share
+            mixed += share * ks[tile]
         top, total, mixed = tl.reduce((top, total, mixed), 1, merge)
-        finish(pool, slot, mixed / total, index, norm_weight, table, C, R, EPS, ENTRIES, FORMAT, GROUP)
+        finish(pool, slot, mixed / total, weight, cos, sin, turns, C, R, EPS, ENTRIES, FORMAT, GROUP)
         if (first < start) & (first + RING < end):
             tl.debug_barrier()  # every thread has its old values: they may go
             for tile in tl.static_range(TILES):
@@ -427,8 +377,11 @@ def compress_online(
             start = tl.load(seq_starts + request)
             end = tl.load(seq_ends + request)
             held = tl.load(state_slots + request)
+            weight = tl.load(norm_weight + tl.arange(0, C))
+            one = tl.arange(0, 1)
+            cos, sin, turns = row_angles(table, program + one, one == 0, C, R)
             _, total, mixed = running_softmax(k_gate, ape, state, last, position, start, held, RATIO, C, STRIDE, ROWS)
-            finish(pool, slot, mixed / total, program, norm_weight, table, C, R, EPS, ENTRIES, "kv", GROUP)
+            finish(pool, slot, mixed / total, weight, cos, sin, turns, C, R, EPS, ENTRIES, "kv", GROUP)
             if (position - (RATIO - 1) < start) & (end % RATIO > 0):
                 tl.debug_barrier()  # every thread has the old state: it may go
                 leave_state(k_gate, ape, state, last + end - 1 - position, start, end, held, RATIO, C, STRIDE, ROWS)

@@ -137,11 +137,10 @@ def swiglu(
 
 
 @triton.jit
-def normed(v, weight, c, D: tl.constexpr, EPS: tl.constexpr):
-    """RMSNorm of rows v [N, W] (0 from channel D on), rounded to bfloat16."""
+def normed(v, weight, D: tl.constexpr, EPS: tl.constexpr):
+    """RMSNorm of rows v [N, W] (0 from channel D on) by weight [W], rounded to bfloat16."""
     factor = tl.rsqrt(tl.sum(v * v, 1) / D + EPS)
-    w = tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)
-    return rounded(v * factor[:, None] * w[None, :])
+    return rounded(v * factor[:, None] * weight.to(tl.float32)[None, :])
 
 
 @triton.jit
@@ -162,7 +161,7 @@ def _rms_norm(
     c = tl.arange(0, W)
     mask = live[:, None] & (c < D)[None, :]
     v = tl.load(x + row[:, None] * STRIDE + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = normed(v, weight, c, D, EPS)
+    y = normed(v, tl.load(weight + c, mask=c < D, other=0.0), D, EPS)
     if GROUP == 0:
         tl.store(out + row[:, None] * D + c[None, :], y.to(tl.bfloat16), mask=mask)
     else:
@@ -247,6 +246,58 @@ def turned_at(pool, slot, C: tl.constexpr, R: tl.constexpr, ENTRIES: tl.constexp
 
 
 @triton.jit
+def hadamard(x):
+    """The orthonormal Walsh-Hadamard transform of rows x [N, C], rounded to bfloat16; sums in the reference's order."""
+    N: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    HALF: tl.constexpr = C // 2
+    for stage in tl.static_range(10):  # of up to 1024 channels
+        if (1 << stage) < C:
+            pairs = tl.permute(tl.reshape(x, [N, HALF >> stage, 2, 1 << stage]), (0, 1, 3, 2))
+            left, right = tl.split(pairs)
+            x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 1, 3, 2)), [N, C])
+    return rounded(x * C**-0.5)
+
+
+@triton.jit
+def e2m1_code(x):
+    """The nibble of x rounded to E2M1, ties to even; |x| <= 6."""
+    size = tl.abs(x)
+    code = (size > 0.25).to(tl.int32) + (size >= 0.75) + (size > 1.25) + (size >= 1.75)
+    code += (size > 2.5).to(tl.int32) + (size >= 3.5) + (size > 5.0)
+    return code + ((x.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def pack_index(pool, slot, live, v, C: tl.constexpr, FP4: tl.constexpr, ENTRIES: tl.constexpr):
+    """Index keys v [N, C] in the pool's rows `slot` (formats.pack_index, formats.write_entries)."""
+    N: tl.constexpr = v.shape[0]
+    DATA: tl.constexpr = C // 2 if FP4 else C
+    page = pool + slot // ENTRIES * (ENTRIES * (DATA + 4))
+    at = page + slot % ENTRIES * DATA
+    scales = page + ENTRIES * DATA + slot % ENTRIES * 4
+    c = tl.arange(0, DATA)
+    if FP4:
+        GROUP: tl.constexpr = 32 if C > 32 else C
+        K: tl.constexpr = C // GROUP
+        groups = tl.reshape(v, [N, K, GROUP])
+        byte = e2m1_byte(tl.max(tl.abs(groups), 2))
+        code = e2m1_code(tl.reshape(groups * inverse_power(byte)[:, :, None], [N, C]))
+        low, high = tl.split(tl.reshape(code, [N, DATA, 2]))
+        tl.store(at[:, None] + c[None, :], (low | (high << 4)).to(tl.uint8), mask=live[:, None])
+        k = tl.arange(0, K)
+        tl.store(scales[:, None] + k[None, :], byte.to(tl.uint8), mask=live[:, None])
+        if K < 4:
+            k = tl.arange(0, 4)
+            tl.store(scales[:, None] + k[None, :], tl.zeros([N, 4], tl.uint8), mask=live[:, None] & (k >= K)[None, :])
+    else:
+        byte = e4m3_byte(tl.max(tl.abs(v), 1))
+        small = (v * inverse_power(byte)[:, None]).to(tl.float8e4nv)
+        tl.store(at[:, None] + c[None, :], small.to(tl.uint8, bitcast=True), mask=live[:, None])
+        tl.store(scales.to(tl.pointer_type(tl.float32), bitcast=True), power(byte), mask=live)
+
+
+@triton.jit
 def norm_rope_pack(
     pool, slots, x, weight, table, tokens,
     C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, ENTRIES: tl.constexpr,
@@ -274,11 +325,13 @@ def _norm_rope_pack(
     angle = table + row[:, None] * R + pair[None, :]
     cos = tl.load(angle, mask=live[:, None], other=1.0)
     sin = tl.load(angle + R // 2, mask=live[:, None], other=0.0)
+    w = tl.load(weight + c)
+    w_last = tl.load(weight + C - R + r)
     factor = tl.rsqrt(tl.sum(v * v, 1) / C + EPS)[:, None]
     live = live & (slot >= ENTRIES)
-    v = rounded(v * factor * tl.load(weight + c).to(tl.float32)[None, :])
+    v = rounded(v * factor * w.to(tl.float32)[None, :])
     pack_plain(pool, slot, live, v, C, R, GROUP, ENTRIES)
-    last = rounded(last * factor * tl.load(weight + C - R + r).to(tl.float32)[None, :])
+    last = rounded(last * factor * w_last.to(tl.float32)[None, :])
     _, _, left, right = turned_pairs(last, cos, sin, False)
     last = tl.reshape(tl.join(left, right), [last.shape[0], R])
     to = turned_at(pool, slot, C, R, ENTRIES)

@@ -239,6 +239,8 @@ def _checks(model: str) -> list[Case]:
         cases.append(Case(model, kind, (), "decode 0"))
         cases.append(Case(model, kind, ragged(ratio, 0), "ragged @0"))
         cases.append(Case(model, kind, ragged(ratio, 1280), "ragged @1280", padded=True))
+        # rings read and overwritten by the same step, for either ratio
+        cases.append(Case(model, kind, ((3, 9), (126, 3), (0, 1)), "short", padded=True))
         cases.append(Case(model, kind, ((0, 1), (0, 4), (7, 513), (1 << 19, 1), (3, 1)), "mixed", padded=True))
         cases.append(Case(model, kind, ((0, 1500), (5, 700), (127, 1)), "prefill mixed", padded=True, extra_columns=64))
         if kind != "online":
