@@ -11,7 +11,7 @@ import torch
 from dsv4c.artifact import Kernel
 from dsv4c.errors import ArtifactError
 from dsv4c.runtime import layouts
-from dsv4c.runtime.gpu import GpuKernels, check_card, _Sizes
+from dsv4c.runtime.gpu import GpuKernels, _Sizes, check_card
 
 ARGS = [torch.zeros(5, 48), None, torch.zeros(7, dtype=torch.int64)]
 
