@@ -91,7 +91,15 @@ def _build(node: OpNode, config: Config) -> Build:
     )  # fmt: skip
     pick = TritonLaunch(
         f"{_KERNELS}:list_rows",
-        {**rows, "bounds": bound, "modes": mode, "listed": listed, "places": places, "numbers": numbers},
+        {
+            **rows,
+            "bests": bests,
+            "bounds": bound,
+            "modes": mode,
+            "listed": listed,
+            "places": places,
+            "numbers": numbers,
+        },
         {**constants, "L": LISTED},
         ("a0_0", chunks, 1),
         num_warps=config["scan"],
