@@ -39,6 +39,10 @@ _LEGACY_MMA = ("mma_sync", "ptx_mma", "gemm_ss<", "gemm_rs<")
 # names of temporary files: the same source gives the same bytes. C++20: TileLang's headers ask for it.
 _FLAGS = ("-std=c++20", "-O3", "-w", "-ftz=true", "-cubin", "-Xptxas=-v")
 
+# Kernels that trade registers between warpgroups sit at their limits: some spill a word at one level and not at the
+# other. 5 is what ptxas does unasked.
+_REGISTER_LEVELS = (5, 10)
+
 _MAP_TYPES = {0: "uint8", 2: "int32", 3: "int32", 6: "float16", 7: "float32", 9: "bfloat16"}  # CUtensorMapDataType
 _SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}  # CUtensorMapSwizzle
 _PROMOTIONS = {0: 0, 1: 64, 2: 128, 3: 256}  # CUtensorMapL2promotion
@@ -326,33 +330,67 @@ def _check_grid(launch: TileLaunch, values: Sequence[Value | None], grid: tuple[
 
 
 def _nvcc(launch: TileLaunch, lowered: Lowered, arch: str) -> tuple[bytes, int]:
-    """The cubin and the registers of a thread; refuses spills and too much shared memory."""
-    number = arch.removeprefix("sm_")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.cu"
-        source.write_text(lowered.source, encoding="utf-8")
-        command = [
-            _nvcc_path(), *_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}",
-            *(f"-I{include}" for include in _includes()), "kernel.cu", "-o", "kernel.cubin",
-        ]  # fmt: skip
-        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if ran.returncode:
-            lines = [line for line in (ran.stdout + ran.stderr).splitlines() if "error" in line]
-            raise _refusal(launch, f"nvcc: {lines[0] if lines else ran.stderr.strip()[:500]}")
-        cubin = (Path(folder) / "kernel.cubin").read_bytes()
-    report = ran.stdout + ran.stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
-    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", report))
-    if spilled or stack:
-        raise _refusal(launch, f"it spills {spilled} bytes and has a stack of {stack}", hint="use smaller tiles")
+    """The cubin and the registers of a thread; refuses what would be slow, hang or not load."""
+    image, report, reason = b"", "", ""
+    for level in _REGISTER_LEVELS:
+        image, report = _run_nvcc(launch, lowered.source, arch, level)
+        reason = _slow(report)
+        if not reason:
+            break
+    if reason:
+        raise _refusal(launch, reason, hint="use smaller tiles, or fewer registers in `T.set_max_nreg`")
     static = sum(int(n) for n in re.findall(r"(\d+) bytes smem", report))
     if lowered.shared + static > SHARED_LIMIT:
         raise _refusal(
             launch, f"it needs {lowered.shared + static} bytes of shared memory, a block has {SHARED_LIMIT}",
             hint="use fewer stages or smaller tiles",
         )  # fmt: skip
-    registers = re.search(r"Used (\d+) registers", report)
-    return cubin, int(registers.group(1)) if registers else 0
+    found = re.search(r"Used (\d+) registers", report)
+    registers = int(found.group(1)) if found else 0
+    _check_trade(launch, lowered, registers)
+    return image, registers
+
+
+def _run_nvcc(launch: TileLaunch, source: str, arch: str, level: int) -> tuple[bytes, str]:
+    """The cubin, and what ptxas reports of it."""
+    number = arch.removeprefix("sm_")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cu").write_text(source, encoding="utf-8")
+        command = [
+            _nvcc_path(), *_FLAGS, f"-Xptxas=--register-usage-level={level}",
+            f"-gencode=arch=compute_{number},code=sm_{number}", *(f"-I{include}" for include in _includes()),
+            "kernel.cu", "-o", "kernel.cubin",
+        ]  # fmt: skip
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            lines = [line for line in (ran.stdout + ran.stderr).splitlines() if "error" in line or "fatal" in line]
+            raise _refusal(launch, f"nvcc: {lines[0] if lines else ran.stderr.strip()[:500]}")
+        return (Path(folder) / "kernel.cubin").read_bytes(), ran.stdout + ran.stderr
+
+
+def _slow(report: str) -> str:
+    """Why ptxas made a slow kernel, if it did."""
+    if "wgmma.mma_async instructions are serialized" in report:
+        return "its wgmma instructions are serialised"
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
+    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", report))
+    return f"it spills {spilled} bytes and has a stack of {stack}" if spilled or stack else ""
+
+
+def _check_trade(launch: TileLaunch, lowered: Lowered, registers: int) -> None:
+    """Warpgroups may trade only the registers the block was launched with; one that asks for more waits for ever."""
+    given = [int(n) for n in re.findall(r"warpgroup_reg_dealloc<(\d+)>", lowered.source)]
+    taken = [int(n) for n in re.findall(r"warpgroup_reg_alloc<(\d+)>", lowered.source)]
+    groups = lowered.threads // 128
+    if not taken:
+        return
+    # a branch that serves several warpgroups says it once: count the others at the least anyone wants
+    wanted = sum(given) + sum(taken) + min(given + taken) * max(0, groups - len(given) - len(taken))
+    if wanted > registers * groups:
+        raise _refusal(
+            launch, f"its warpgroups want {wanted} registers a lane together, {groups} x {registers} are there",
+            hint="the kernel would hang: lower `T.set_max_nreg`",
+        )  # fmt: skip
 
 
 @functools.cache
@@ -379,7 +417,8 @@ def _key(launch: TileLaunch, values: Sequence[Value | None], arch: str) -> str:
     digest = hashlib.sha256()
     for part in (
         json.dumps(
-            [asdict(launch), [value and asdict(value) for value in values], arch, _FLAGS], sort_keys=True
+            [asdict(launch), [value and asdict(value) for value in values], arch, _FLAGS, _REGISTER_LEVELS],
+            sort_keys=True,
         ).encode(),
         version("tilelang").encode(),
         _nvcc_version(),

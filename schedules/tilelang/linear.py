@@ -36,6 +36,7 @@ def fp8(N: int, K: int, G: int, BM: int, BN: int, stages: int, panel: int, clust
     warpgroups = BM // 64
     producer = BM * 2  # first thread
     columns = -(-N // BN)
+    straight = tuple(range(8 if steps % 8 == 0 else 4))  # ptxas serialises a wgmma still under way where a loop turns
     loads = next(i for i in (8, 7, 6, 4, 3, 2, 1) if steps // 4 % i == 0)  # of 16 bytes, under way at once
     ahead = 2 if 2 * BM * steps * 4 <= 32768 else 1  # tiles whose scales are there at once
 
@@ -75,29 +76,26 @@ def fp8(N: int, K: int, G: int, BM: int, BN: int, stages: int, panel: int, clust
         g, tx, where, tiles, bands, rank, first, stride, y, x_tile, w_tile, scales, y_tile, filled, freed, scaled,
         unscaled,
     ):  # fmt: skip
-        even = T.alloc_fragment((64, BN), "float32")
-        odd = T.alloc_fragment((64, BN), "float32")
+        parts = (T.alloc_fragment((64, BN), "float32"), T.alloc_fragment((64, BN), "float32"))
         total = T.alloc_fragment((64, BN), "float32")
         for n in T.serial(T.ceildiv(tiles - first, stride)):
             place(where, first + n * stride, bands, rank)
             at = n * steps
             slot = n % ahead
             T.clear(total)
-            start(g, at, x_tile, w_tile, filled, even)
             T.barrier_wait(scaled[slot], n // ahead % 2)
-            for h in T.serial(steps // 2):
-                k = 2 * h
-                start(g, at + k + 1, x_tile, w_tile, filled, odd)
-                T.wait_wgmma(1)
-                release(freed, (at + k) % stages, tx)
-                add(g, k, slot, even, total, scales)
-                if h + 1 < steps // 2:
-                    start(g, at + k + 2, x_tile, w_tile, filled, even)
-                    T.wait_wgmma(1)
-                else:
-                    T.wait_wgmma(0)
-                release(freed, (at + k + 1) % stages, tx)
-                add(g, k + 1, slot, odd, total, scales)
+            for run in T.serial(steps // len(straight)):
+                first_k = run * len(straight)
+                start(g, at + first_k, x_tile, w_tile, filled, parts[0])
+                for i in straight:
+                    k = first_k + i
+                    if i + 1 < len(straight):
+                        start(g, at + k + 1, x_tile, w_tile, filled, parts[(i + 1) % 2])
+                        T.wait_wgmma(1)
+                    else:
+                        T.wait_wgmma(0)
+                    release(freed, (at + k) % stages, tx)
+                    add(g, k, slot, parts[i % 2], total, scales)
             T.sync_threads(2 + g, 128)  # the last tile has left y_tile
             if tx % 32 == 0:
                 T.barrier_arrive(unscaled[slot])
@@ -178,12 +176,12 @@ def fp8(N: int, K: int, G: int, BM: int, BN: int, stages: int, panel: int, clust
                         T.barrier_arrive(scaled[slot])
             elif tx < 128:
                 if BM > 64:
-                    T.set_max_nreg(232, 1)
+                    T.set_max_nreg(224, 1)
                 worker(0, tx, where, tiles, bands, rank, first, stride, y, x_tile, w_tile, scales, y_tile, filled,
                        freed, scaled, unscaled)  # fmt: skip
             else:
                 if BM > 64:
-                    T.set_max_nreg(232, 1)
+                    T.set_max_nreg(224, 1)
                 worker(1, tx, where, tiles, bands, rank, first, stride, y, x_tile, w_tile, scales, y_tile, filled,
                        freed, scaled, unscaled)  # fmt: skip
             if cluster > 1:
