@@ -8,6 +8,7 @@ of squares crosses blocks.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from dsv4c.ops.formats import kv_group
@@ -83,7 +84,7 @@ def _launch(node: OpNode, kernel: str, config: Config, **constants: object) -> B
     args: dict[str, LaunchArg] = {name: ptr(i) for i, name in enumerate(names)}
     args.update(tokens=i32(f"a{positions}_0"), count=i32(f"a{ends}_0"))
     launch = TritonLaunch(
-        f"{_MODULE}:{kernel}",
+        f"{_MODULE}_online:{kernel}" if kernel == "compress_online" else f"{_MODULE}:{kernel}",
         args=args,
         constants={
             "RATIO": node.attrs["ratio"], "C": channels, "R": rotated,
@@ -113,9 +114,9 @@ def _part(node: OpNode, config: Config) -> int:
 def _overlap_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     """Four warps an entry of 512 channels, one or two an index key; 96 registers let one more block in."""
     if _channels(node) == 512:
-        looks, tile, shapes = (64, 16), 8, [(4, 96), (4, None), (8, None)]
+        looks, tile, shapes = [64, 16], 8, [(4, 96), (4, None), (8, None)]
     else:
-        looks, tile, shapes = (16,), 4, [(2, None), (1, None), (1, 96)]
+        looks, tile, shapes = [16], 4, [(2, None), (1, None), (1, 96)]
     few = max(1, 512 // _channels(node))
     tiles = [_token_tiles(symbols, few, many, tile) for many in looks]
     out: list[Config] = [
@@ -150,6 +151,50 @@ def _window_build(node: OpNode, config: Config) -> Build:
     )  # fmt: skip
 
 
+def _slices_accepts(node: OpNode) -> str | None:
+    if _channels(node) < 64:
+        return "too few channels to share out"
+    return _window_accepts(node)
+
+
+def _slices_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+    tiles = _token_tiles(symbols, 1, 32, 8)
+    shapes = [(32, 4, None), (32, 4, 80), (64, 8, 80), (64, 8, None)]  # channels, warps, registers
+    return tuple(
+        {"slice": c, "warps": w, "rows": 16, **tiles, **({"registers": r} if r else {})}
+        for c, w, r in shapes
+        if c < _channels(node)
+    )
+
+
+def _slices_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
+    return (Value((_input(node, "ends").shape[0], _channels(node)), "float32"),)
+
+
+def _slices_build(node: OpNode, config: Config) -> Build:
+    """Slices of entries into the workspace, then an entry a program."""
+    channels = _channels(node)
+    (whole,) = _launch(
+        node, "pool_window", config, RING=int(_input(node, "ring_k").shape[1]), FORMAT=node.attrs["format"],
+        ROWS=config["rows"], SUB=config["tile"], PART=_part(node, config), SLICE=config["slice"],
+    ).launches  # fmt: skip
+    assert isinstance(whole, TritonLaunch)
+    pooled, ends, tokens = ptr(len(_PACK)), _PACK.index("ends"), _PACK.index("positions")
+    slices = f"cdiv(a{tokens}_0, {config['tokens']}) + a{ends}_0 * {channels // int(config['slice'])}"
+    pool = dataclasses.replace(whole, args={**whole.args, "pooled": pooled}, grid=(slices, 1, 1))
+    finish = TritonLaunch(
+        f"{_MODULE}:finish_entries",
+        args={
+            "pooled": pooled,
+            **{name: whole.args[name] for name in ("norm_weight", "table", "pool", "slots", "ends")},
+        },
+        constants={name: whole.constants[name] for name in ("C", "R", "EPS", "ENTRIES", "FORMAT", "GROUP")},
+        grid=(f"a{ends}_0", 1, 1),
+        num_warps=4,
+    )
+    return Build("gpu", launches=(pool, finish))
+
+
 def _online_accepts(node: OpNode) -> str | None:
     return _accepts(node)
 
@@ -173,6 +218,10 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     return Work(_input(node, "k_gate").bytes(symbols) * 1.1, 0.0, "gpu")
 
 
+def _slices_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    return Work(_input(node, "k_gate").bytes(symbols) * 1.1, 0.0, "gpu", launches=2)
+
+
 # The workloads' error is the share of a pool's new bytes that differ from the reference's, rings being equal: sums run
 # in another order and exp differs in the last bit, so now and then a bfloat16 falls to its neighbour. Hadamard spreads
 # one such channel over all of an index key.
@@ -186,6 +235,10 @@ SCHEDULES: tuple[Schedule, ...] = (
     Schedule(
         "compress_pack.triton_window", "compress_pack", _HOPPER, _window_build, _cost, _window_accepts,
         space=_window_space, tolerance=_BYTES,
+    ),
+    Schedule(
+        "compress_pack.triton_slices", "compress_pack", _HOPPER, _slices_build, _slices_cost, _slices_accepts,
+        workspace=_slices_workspace, space=_slices_space, tolerance=_BYTES,
     ),
     Schedule(
         "compress_online_pack.triton_window", "compress_online_pack", _HOPPER, _online_build, _cost, _online_accepts,

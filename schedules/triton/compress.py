@@ -278,9 +278,9 @@ def compress_window(
         )  # fmt: skip
     else:
         window_entry(
-            k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts,
-            seq_ends, state_slots, ends, program - token_programs,
-            RATIO, C, R, STRIDE, RING, EPS, ENTRIES, FORMAT, GROUP, ROWS,
+            k_gate, ape, ring_k, ring_z, norm_weight, table, pool, pool, slots, positions, request_rows, seq_starts,
+            seq_ends, state_slots, ends, program - token_programs, 0,
+            RATIO, C, R, STRIDE, RING, EPS, ENTRIES, FORMAT, GROUP, ROWS, C,
         )  # fmt: skip
 
 
@@ -294,19 +294,22 @@ def merge(top_a, total_a, mixed_a, top_b, total_b, mixed_b):
 
 @triton.jit
 def window_entry(
-    k_gate, ape, ring_k, ring_z, norm_weight, table, pool, slots, positions, request_rows, seq_starts, seq_ends,
-    state_slots, ends, index,
+    k_gate, ape, ring_k, ring_z, norm_weight, table, pool, pooled, slots, positions, request_rows, seq_starts,
+    seq_ends, state_slots, ends, index, at,
     RATIO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
     EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
+    """Pools SLICE channels from `at` on; all of them are finished here, a slice is left in `pooled` [E, C]."""
     TILES: tl.constexpr = RATIO // ROWS
     slot = tl.load(slots + index)
     last = tl.load(ends + index)
     if (slot >= ENTRIES) & (last >= 0):
-        weight = tl.load(norm_weight + tl.arange(0, C))
         one = tl.arange(0, 1)
-        cos, sin, turns = row_angles(table, index + one, one == 0, C, R)
-        c = tl.arange(0, C)[:, None]  # channels first: a cluster shares them out
+        if SLICE == C:
+            weight = tl.load(norm_weight + tl.arange(0, C))
+            cos, sin, turns = row_angles(table, index + one, one == 0, C, R)
+        c = at + tl.arange(0, SLICE)[:, None]  # channels first: a cluster shares them out
         w = tl.arange(0, ROWS)[None, :]
         # as if all tokens were of this step, before that is known: no wait for the request's bounds
         inside = (last >= RATIO - 1) & (c >= 0)
@@ -344,7 +347,10 @@ def window_entry(
             total += share
             mixed += share * ks[tile]
         top, total, mixed = tl.reduce((top, total, mixed), 1, merge)
-        finish(pool, slot, mixed / total, weight, cos, sin, turns, C, R, EPS, ENTRIES, FORMAT, GROUP)
+        if SLICE == C:
+            finish(pool, slot, mixed / total, weight, cos, sin, turns, C, R, EPS, ENTRIES, FORMAT, GROUP)
+        else:
+            tl.store(pooled + index.to(tl.int64) * C + at + tl.arange(0, SLICE), mixed / total)
         if (first < start) & (first + RING < end):
             tl.debug_barrier()  # every thread has its old values: they may go
             for tile in tl.static_range(TILES):
@@ -355,109 +361,43 @@ def window_entry(
 
 
 @triton.jit
-def compress_online(
-    k_gate, ape, state, norm_weight, table, pool, slots, positions, request_rows, seq_starts, seq_ends, state_slots,
-    ends, tokens, count,
-    RATIO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, EPS: tl.constexpr,
-    ENTRIES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
+def pool_window(
+    k_gate, ape, ring_k, ring_z, norm_weight, table, pool, pooled, slots, positions, request_rows, seq_starts,
+    seq_ends, state_slots, ends, tokens, count,
+    RATIO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
+    EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BT: tl.constexpr, SUB: tl.constexpr, PART: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Entries from a running softmax: state [Z, 3, C] holds maximum, sum and weighted sum of an unfinished window.
-
-    An entry that needs the state of before this step also leaves the new one; a request without such an entry has
-    its state updated by the program of its last token.
-    """
+    """`compress_window` but for the finish: programs of tokens, then of SLICE channels of an entry."""
+    program = tl.program_id(0)
     token_programs = tl.cdiv(tokens, BT)
-    if tl.program_id(0) >= token_programs:
-        program = tl.program_id(0) - token_programs
-        slot = tl.load(slots + program)
-        last = tl.load(ends + program)
-        if (slot >= ENTRIES) & (last >= 0):
-            request = tl.load(request_rows + last)
-            position = tl.load(positions + last)
-            start = tl.load(seq_starts + request)
-            end = tl.load(seq_ends + request)
-            held = tl.load(state_slots + request)
-            weight = tl.load(norm_weight + tl.arange(0, C))
-            one = tl.arange(0, 1)
-            cos, sin, turns = row_angles(table, program + one, one == 0, C, R)
-            _, total, mixed = running_softmax(k_gate, ape, state, last, position, start, held, RATIO, C, STRIDE, ROWS)
-            finish(pool, slot, mixed / total, weight, cos, sin, turns, C, R, EPS, ENTRIES, "kv", GROUP)
-            if (position - (RATIO - 1) < start) & (end % RATIO > 0):
-                tl.debug_barrier()  # every thread has the old state: it may go
-                leave_state(k_gate, ape, state, last + end - 1 - position, start, end, held, RATIO, C, STRIDE, ROWS)
+    if program < token_programs:
+        keep_tokens(
+            k_gate, ape, ring_k, ring_z, positions, request_rows, seq_starts, seq_ends, state_slots, program * BT,
+            tokens, RATIO, False, C, C, STRIDE, RING, BT, SUB, PART,
+        )  # fmt: skip
     else:
-        first = tl.program_id(0) * BT
-        row = first + tl.arange(0, BT)
-        if tl.max(leaves_state(positions, request_rows, seq_starts, seq_ends, state_slots, row, tokens, RATIO), 0) > 0:
-            for i in range(first, tl.minimum(first + BT, tokens)):
-                request = tl.load(request_rows + i)
-                start = tl.load(seq_starts + request)
-                end = tl.load(seq_ends + request)
-                held = tl.load(state_slots + request)
-                position = tl.load(positions + i)
-                if state_is_ours(position, start, end, held, RATIO):
-                    leave_state(k_gate, ape, state, i, start, end, held, RATIO, C, STRIDE, ROWS)
+        work = program - token_programs
+        window_entry(
+            k_gate, ape, ring_k, ring_z, norm_weight, table, pool, pooled, slots, positions, request_rows,
+            seq_starts, seq_ends, state_slots, ends, work // (C // SLICE), work % (C // SLICE) * SLICE,
+            RATIO, C, R, STRIDE, RING, EPS, ENTRIES, FORMAT, GROUP, ROWS, SLICE,
+        )  # fmt: skip
 
 
 @triton.jit
-def state_is_ours(position, start, end, held, RATIO: tl.constexpr):
-    """Whether a token's program updates the state: a request's last token, unless an entry of this step does it."""
-    window = (end - 1) // RATIO * RATIO
-    by_entry = (start % RATIO > 0) & (window >= start)
-    return (position == end - 1) & (end % RATIO > 0) & (held > 0) & (by_entry == 0)
-
-
-@triton.jit
-def leaves_state(
-    positions, request_rows, seq_starts, seq_ends, state_slots, row, tokens, RATIO: tl.constexpr
+def finish_entries(
+    pooled, norm_weight, table, pool, slots, ends,
+    C: tl.constexpr, R: tl.constexpr, EPS: tl.constexpr, ENTRIES: tl.constexpr, FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    live = row < tokens
-    request = tl.load(request_rows + row, mask=live, other=0)
-    position = tl.load(positions + row, mask=live, other=-1)
-    start = tl.load(seq_starts + request, mask=live, other=0)
-    end = tl.load(seq_ends + request, mask=live, other=0)
-    held = tl.load(state_slots + request, mask=live, other=0)
-    return state_is_ours(position, start, end, held, RATIO).to(tl.int32)
-
-
-@triton.jit
-def leave_state(
-    k_gate, ape, state, last, start, end, held,
-    RATIO: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    top, total, mixed = running_softmax(k_gate, ape, state, last, end - 1, start, held, RATIO, C, STRIDE, ROWS)
-    tl.debug_barrier()  # every thread has the old state: it may go
-    to = state + held * 3 * C + tl.arange(0, C)
-    tl.store(to, top)
-    tl.store(to + C, total)
-    tl.store(to + 2 * C, mixed)
-
-
-@triton.jit
-def running_softmax(
-    k_gate, ape, state, last, position, start, held,
-    RATIO: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Maximum, sum and weighted sum [C] of the window of `position` up to it, in batch row `last`."""
-    window = position // RATIO * RATIO
-    kept = state + held * 3 * C + tl.arange(0, C)
-    stale = window < start
-    top = tl.load(kept, mask=stale, other=float("-inf"))
-    total = tl.load(kept + C, mask=stale, other=0.0)
-    mixed = tl.load(kept + 2 * C, mask=stale, other=0.0)
-    c = tl.arange(0, C)[:, None]  # channels first: a cluster shares them out
-    begin = tl.maximum(window, start)
-    for at in range(begin, position + 1, ROWS):
-        token = at + tl.arange(0, ROWS)[None, :]
-        mask = (token <= position) & (c >= 0)
-        source = (last - position + token) * STRIDE + c
-        k = tl.load(k_gate + source, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(k_gate + source + C, mask=mask, other=float("-inf")).to(tl.float32)
-        z += tl.load(ape + (token - window) * C + c, mask=mask, other=0.0)
-        peak = tl.maximum(top, tl.max(z, 1))
-        fade = fast_exp(top - peak)
-        weight = fast_exp(z - peak[:, None])
-        total = total * fade + tl.sum(weight, 1)
-        mixed = mixed * fade + tl.sum(weight * k, 1)
-        top = peak
-    return top, total, mixed
+    """The second launch after `pool_window`: an entry a program."""
+    index = tl.program_id(0)
+    slot = tl.load(slots + index)
+    c = tl.arange(0, C)
+    one = tl.arange(0, 1)
+    weight = tl.load(norm_weight + c)
+    cos, sin, turns = row_angles(table, index + one, one == 0, C, R)
+    if (slot >= ENTRIES) & (tl.load(ends + index) >= 0):
+        entry = tl.load(pooled + index.to(tl.int64) * C + c)
+        finish(pool, slot, entry, weight, cos, sin, turns, C, R, EPS, ENTRIES, FORMAT, GROUP)

@@ -26,7 +26,7 @@ from dsv4c.runtime.gpu import _Sizes
 from dsv4c.schedules._launch import Ptr, Scalar, TritonLaunch
 from dsv4c.schedules._schedule import Build, Schedule, Transforms, Value
 from dsv4c.schedules._workload import Args, Workload
-from dsv4c.schedules.triton import compress, rows
+from dsv4c.schedules.triton import compress, compress_online, rows
 from dsv4c.trial import largest_error
 
 _convert = interpreter._convert_float
@@ -91,7 +91,7 @@ def fast_exp(x):
 
 
 interpreter._convert_float = _nearest
-for texts in (rows, compress):  # inline assembly is the card's
+for texts in (rows, compress, compress_online):  # inline assembly is the card's
     texts.rounded, texts.fast_exp = rounded, fast_exp
 _masked("create_masked_load")
 _masked("create_masked_store")
