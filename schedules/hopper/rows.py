@@ -93,7 +93,7 @@ def _groups_accepts(node: OpNode) -> str | None:
 def _groups_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     """2 KB to 8 KB a program, less where that would leave multiprocessors without one."""
     groups = symbols["T"] * int(_input(node, 0).shape[-1]) // _GROUP
-    wide = [(16, 4), (8, 2), (32, 4), (32, 8), (8, 1), (4, 1)]
+    wide = [(8, 2), (16, 4), (8, 1), (4, 1)]
     fits = [c for c in wide if groups >= 4 * _SMS * c[0]] or [(4, 1), (8, 2), (2, 1), (16, 4)]
     return tuple({"groups": n, "warps": w} for n, w in fits)
 
@@ -159,7 +159,7 @@ def _norm_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     elif symbols["T"] <= 4 * _SMS:
         shapes = [(1, 4), (1, 2), (1, 1), (2, 4)]
     else:
-        shapes = [(1, 1), (1, 2), (2, 2), (2, 1), (1, 4), (4, 4)]
+        shapes = [(1, 1), (2, 2), (1, 4), (4, 4)]
     return tuple({"rows": n, "warps": w} for n, w in shapes)
 
 
@@ -215,7 +215,7 @@ def _heads_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]
     heads, channels = _heads(node)
     runs = heads * channels // _run(node)
     few = symbols["T"] * runs < 16 * _SMS
-    shapes = [(1, 1), (2, 1), (4, 4), (4, 1)] if few else [(4, 1), (2, 1), (8, 4), (8, 1), (8, 2), (16, 8)]
+    shapes = [(1, 1), (2, 1), (4, 4), (4, 1)] if few else [(2, 1), (4, 1), (8, 4), (8, 2)]
     fits = [(n, w) for n, w in shapes if runs % n == 0] or [(1, 1)]
     return tuple({"heads": n, "warps": w} for n, w in fits)
 
@@ -265,9 +265,9 @@ def _pack_layouts(node: OpNode) -> dict[int, Transforms]:
 def _pack_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     few = symbols["T"] <= 4 * _SMS
     if not node.op.startswith("qkv"):
-        shapes = [(1, 2), (1, 1), (1, 4)] if few else [(1, 1), (2, 1), (2, 2), (4, 4), (4, 2)]
+        shapes = [(1, 2), (1, 1), (1, 4)] if few else [(2, 1), (2, 2), (1, 1), (4, 4)]
         return tuple({"entries": n, "warps": w} for n, w in shapes)
-    joint = [(1, 1, 4), (1, 1, 2), (1, 1, 1)] if few else [(1, 2, 1), (1, 1, 1), (2, 2, 1), (1, 2, 2), (2, 4, 2), (2, 4, 4)]
+    joint = [(1, 1, 4), (1, 1, 2), (1, 1, 1)] if few else [(1, 2, 1), (1, 1, 1), (2, 4, 2), (1, 2, 2)]
     return tuple({"rows": q, "entries": n, "warps": w} for q, n, w in joint)
 
 
@@ -322,7 +322,7 @@ def _gather_layouts(node: OpNode) -> dict[int, Transforms]:
 
 def _gather_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
     row = _pow2(_row(_input(node, _gather(node)[0])))
-    shapes = [(1024, 4), (2048, 4), (4096, 4), (512, 2), (256, 1)]
+    shapes = [(2048, 4), (1024, 4), (4096, 4), (512, 2)]
     return tuple({"width": w, "warps": n} for w, n in shapes if w <= row) or ({"width": row, "warps": 1},)
 
 
