@@ -39,8 +39,15 @@ def narrow(tensor: Tensor, dtype: str) -> Tensor:
     return small
 
 
+def at_most(tensor: Tensor, limit: int) -> Tensor:
+    """The same tensor, if no value is larger: what a kernel's arithmetic assumes of stored scales."""
+    if tensor.numel() and int(tensor.max()) > limit:
+        raise ValueError(f"a stored value is {int(tensor.max())}, the kernel takes {limit} at most")
+    return tensor
+
+
 LAYOUTS: Mapping[str, Callable[..., Tensor]] = {
-    "reshape": reshape, "transpose": transpose, "permute": permute, "narrow": narrow,
+    "reshape": reshape, "transpose": transpose, "permute": permute, "narrow": narrow, "at_most": at_most,
 }  # fmt: skip
 
 

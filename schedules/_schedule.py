@@ -199,6 +199,8 @@ def apply_layout(value: Value, transforms: Transforms) -> Value:
             shape = (*shape[:-2], shape[-1], shape[-2])
         elif name == "permute":
             shape = tuple(shape[d] for d in args[0])
+        elif name == "at_most":
+            continue
         else:
             raise ValueError(f"a layout cannot use `{name}`")
     return Value(shape, dtype, value.role, None if transforms else value.strides, value.exact)

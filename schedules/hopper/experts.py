@@ -61,7 +61,11 @@ def _layouts(node: OpNode) -> dict[int, Transforms]:
     order = (0, 1, 3, 5, 2, 4, 6)
     out[7] = _layout((*down, inner // _BLOCK, 4, 16), (*order, 7), (experts, dim, inner // 2))
     out[8] = _layout((*down, inner // _BLOCK, 4), order, (experts, dim, inner // _GROUP))
-    return out
+    return {i: ((*_BOUNDED, *transforms) if i in (4, 6, 8) else transforms) for i, transforms in out.items()}
+
+
+# A scale is added to an exponent of four bits' value in bfloat16; above 2.0 (E8M0 byte 128) the sum could overflow
+_BOUNDED: Transforms = (("at_most", 128),)
 
 
 def _layout(split: tuple[int, ...], order: tuple[int, ...], shape: tuple[int, ...]) -> Transforms:

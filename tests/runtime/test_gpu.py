@@ -66,3 +66,10 @@ def test_layouts_move_values_and_change_none(transforms: Any, shape: tuple[int, 
     out = layouts.apply(tensor, transforms)
     assert tuple(out.shape) == shape and out.is_contiguous()
     assert torch.equal(out.flatten().sort().values, tensor.flatten().sort().values)
+
+
+def test_a_layout_may_bound_what_is_stored() -> None:
+    tensor = torch.tensor([117, 128], dtype=torch.uint8)
+    assert torch.equal(layouts.apply(tensor, (("at_most", 128),)), tensor)
+    with pytest.raises(ValueError, match="a stored value is 128, the kernel takes 127 at most"):
+        layouts.apply(tensor, (("at_most", 127),))
