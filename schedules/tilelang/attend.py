@@ -1,7 +1,7 @@
 """Sparse attention over packed FP8 pools: a window of entries, and picked (csa) or all completed (hca) ones.
 
-A block of threads serves one token's 64 heads. Two warpgroups gather keys and turn them into half precision tiles of
-64 keys; two others compute. Of each pair of tiles one computes the first's logits, the other the second's; they
+A block of threads serves one token's 64 heads. One warpgroup gathers keys and turns them into half precision tiles of
+64 keys; two warpgroups compute. Of each pair of tiles one computes the first's logits, the other the second's; they
 agree on the maxima, and then each adds both tiles' values to its half of the channels.
 
 Legend: T tokens, H heads, C channels of a head.
@@ -19,6 +19,13 @@ ENTRY = 576  # data bytes of an entry of 448 + 64 channels; the 8 bytes of its s
 PACKED = 584
 
 
+def _entry(at, per_page: int):
+    """Byte offsets of the data and the scales of the entry in a pool's row `at`; `per_page` is a power of two."""
+    start = T.Cast("int64", at >> (per_page.bit_length() - 1)) * (per_page * PACKED)
+    inside = T.Cast("int64", at & (per_page - 1))
+    return start + inside * ENTRY, start + per_page * ENTRY + inside * 8
+
+
 def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int, ratio: int, splits: int):
     """`kind` is window, csa or hca; what a kind does not have is 0."""
     tokens, requests = T.dynamic("tokens"), T.dynamic("requests")
@@ -30,126 +37,67 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
     wide = C // splits
 
     @T.macro
-    def choose(tile, tiles, pick, picked, t, key):
-        """Starts loading a tile's picks."""
+    def choose(h, tile, pick, picked, t, tx):
+        """Loads the picks of a tile, long before they are needed."""
         if kind == "csa":
-            pick[0] = T.ldg32(picked[t, (tile - near) * KEYS + key], tile >= near and tile < tiles)
+            at = tile - near
+            pick[h] = -1
+            if at >= 0 and at < picks // KEYS:
+                pick[h] = picked[t, at * KEYS + h * 32 + tx // 4]
 
     @T.macro
-    def look_up(tile, tiles, pick, entry, page_of, pages, entry_pages, request, position, count, key):
-        """A tile's entries (-1: not seen), and starts loading the pages they are in."""
+    def locate(h, tile, pick, row, pages, entry_pages, request, position, count, tx):
+        """Pool rows of a tile's keys, -1 for a key that is not seen."""
+        key = tile * KEYS + h * 32 + tx // 4
         if tile < near:
-            entry[0] = position - (window - 1) + tile * KEYS + key
-            page_of[0] = T.ldg32(pages[request, T.max(entry[0], 0) // page], entry[0] >= 0)
+            at = position - (window - 1) + key
+            row[h] = -1
+            if at >= 0:
+                row[h] = T.Cast("int32", pages[request, at // page]) * page + at % page
         else:
-            if kind == "csa":
-                entry[0] = T.if_then_else(tile < tiles, T.reinterpret(pick[0], "int32"), -1)
-            if kind == "hca":
-                entry[0] = tile * KEYS + key - window
-                entry[0] = T.if_then_else(entry[0] < count, entry[0], -1)
-            if kind == "window":
-                entry[0] = -1
-            else:
-                page_of[0] = T.ldg32(entry_pages[request, T.max(entry[0], 0) // per_page], entry[0] >= 0)
-
-    def place(buffer, page_of, entry, per_page_):
-        """Address of an entry's data; `per_page_` is a power of two."""
-        start = T.Cast("int64", page_of) * (per_page_ * PACKED) + (entry & (per_page_ - 1)) * ENTRY
-        return T.call_extern("int64", "reinterpret_cast<int64_t>", T.access_ptr(buffer[start], "r"))
-
-    def locate(tile, entry, page_of, pool, entry_pool):
-        """The same of a tile's key, in one pool or the other, so that one pair of registers holds it."""
-        data = place(pool, page_of, entry, page)
-        return (
-            data if kind == "window" else T.if_then_else(tile < near, data, place(entry_pool, page_of, entry, per_page))
-        )
-
-    def behind(tile, entry):
-        """How far behind an entry's data its scales are: after all data of the page."""
-        of = page if kind == "window" else T.if_then_else(tile < near, page, per_page)
-        return of * ENTRY - (entry & (of - 1)) * (ENTRY - 8)
-
-    def load(dtype, op, at, seen):
-        """Starts a load; a key that is not seen gives zeros."""
-        pointer = T.call_extern("handle", "reinterpret_cast<void*>", at)
-        return T.call_intrin(dtype, tirx.op.Op.get(op), pointer, seen)
+            if kind != "window":
+                entry = pick[h] if kind == "csa" else key - window
+                row[h] = -1
+                if (entry >= 0) if kind == "csa" else (entry < count):
+                    row[h] = T.Cast("int32", entry_pages[request, entry // per_page]) * per_page + entry % per_page
 
     @T.macro
-    def convert(i, stage, k_tile, raw_8, raw_16, exponents_8, key, lane):
-        """Writes 16 bytes of a key in half precision: scales are powers of two, only entries over 57344 do not fit."""
-        if i < 7:
-            power = T.Cast("uint32", T.min(exponents_8[i], T.Cast("uint8", 127 + 7))) << 23
+    def fetch(h, tile, row, raw, exponents, pool, entry_pool, tx):
+        """Starts the loads of one key; a key that is not seen is all 0."""
+        if tile < near:
+            data, scales = _entry(row[h], page)
+            for i in T.unroll(CHUNKS):
+                raw[h * 36 + i * 4 : h * 36 + i * 4 + 4] = T.ldg128(pool[data + i * 64 + tx % 4 * 16], row[h] >= 0)
+            exponents[h * 2 : h * 2 + 2] = T.ldg64(pool[scales], row[h] >= 0)
+        else:
+            if kind != "window":
+                data, scales = _entry(row[h], per_page)
+                for i in T.unroll(CHUNKS):
+                    raw[h * 36 + i * 4 : h * 36 + i * 4 + 4] = T.ldg128(
+                        entry_pool[data + i * 64 + tx % 4 * 16], row[h] >= 0
+                    )
+                exponents[h * 2 : h * 2 + 2] = T.ldg64(entry_pool[scales], row[h] >= 0)
+
+    @T.macro
+    def convert(h, stage, k_tile, raw_8, raw_16, exponents_8, tx):
+        """Writes one key of a tile in half precision; scales are powers of two, so only magnitudes over 57344 lose."""
+        key = h * 32 + tx // 4
+        for i in T.unroll(7):
+            power = T.Cast("uint32", T.min(exponents_8[h * 8 + i], T.Cast("uint8", 127 + 7))) << 23
             gain = T.Cast("float16", T.reinterpret(power, "float32"))
             for v in T.vectorized(16):
-                k_tile[stage, key, i * 64 + lane * 16 + v] = T.Cast("float16", raw_8[i * 16 + v]) * gain
-        else:
+                k_tile[stage, key, i * 64 + tx % 4 * 16 + v] = T.Cast("float16", raw_8[h * 144 + i * 16 + v]) * gain
+        for i in T.unroll(2):
             for v in T.vectorized(8):
-                k_tile[stage, key, 448 + (i - 7) * 32 + lane * 8 + v] = T.Cast("float16", raw_16[i * 8 + v])
-
-    @T.macro
-    def tell(n, entry, hidden, key, lane):
-        if lane == 0:
-            hidden[n % 4, key] = T.if_then_else(entry[0] >= 0, 0.0, -T.infinity("float32"))
-
-    @T.macro
-    def producer(tx, t, begin, mine, tiles, request, position, count, pool, pages, entry_pool, entry_pages, picked,
-                 k_tile, hidden, filled, freed):  # fmt: skip
-        """Four threads turn a key; lookups run two tiles ahead, loads and what is hidden one."""
-        key, lane = (tx - 256) // 4, tx % 4
-        raw = T.alloc_local((4 * CHUNKS,), "uint32")
-        raw_8 = T.view(raw, (16 * CHUNKS,), "float8_e4m3fn")
-        raw_16 = T.view(raw, (8 * CHUNKS,), "bfloat16")
-        exponents = T.alloc_local((2,), "uint32")
-        exponents_8 = T.view(exponents, (8,), "uint8")
-        pick = T.alloc_local((1,), "uint32")
-        entry = T.alloc_local((1,), "int32")
-        page_of = T.alloc_local((1,), "uint32")
-        at = T.alloc_local((1,), "int64")
-        pick[0] = 0
-        page_of[0] = 0
-        choose(begin, tiles, pick, picked, t, key)
-        look_up(begin, tiles, pick, entry, page_of, pages, entry_pages, request, position, count, key)
-        choose(begin + 1, tiles, pick, picked, t, key)
-        at[0] = locate(begin, entry[0], page_of[0], pool, entry_pool) + lane * 16
-        for i in T.unroll(CHUNKS):
-            raw[i * 4 : i * 4 + 4] = load("uint32x4", "tl.ldg128", at[0] + i * 64, entry[0] >= 0)
-        exponents[0:2] = load("uint32x2", "tl.ldg64", at[0] - lane * 16 + behind(begin, entry[0]), entry[0] >= 0)
-        tell(0, entry, hidden, key, lane)
-        look_up(begin + 1, tiles, pick, entry, page_of, pages, entry_pages, request, position, count, key)
-        choose(begin + 2, tiles, pick, picked, t, key)
-        for n in T.serial(mine):
-            T.barrier_wait(freed[n % 2], (n // 2 + 1) % 2)
-            tell(n + 1, entry, hidden, key, lane)
-            at[0] = locate(begin + n + 1, entry[0], page_of[0], pool, entry_pool) + lane * 16
-            for i in T.unroll(CHUNKS):
-                convert(i, n % 2, k_tile, raw_8, raw_16, exponents_8, key, lane)
-                raw[i * 4 : i * 4 + 4] = load("uint32x4", "tl.ldg128", at[0] + i * 64, entry[0] >= 0)
-            T.fence_proxy_async()
-            T.barrier_arrive(filled[n % 2])
-            scales = at[0] - lane * 16 + behind(begin + n + 1, entry[0])
-            exponents[0:2] = load("uint32x2", "tl.ldg64", scales, entry[0] >= 0)
-            look_up(begin + n + 2, tiles, pick, entry, page_of, pages, entry_pages, request, position, count, key)
-            choose(begin + n + 3, tiles, pick, picked, t, key)
+                k_tile[stage, key, 448 + i * 32 + tx % 4 * 8 + v] = T.Cast("float16", raw_16[h * 72 + 56 + i * 8 + v])
 
     @T.macro
     def logits(g, i, q_tile, k_tile, hidden, filled, s):
         T.barrier_wait(filled[g], i % 2)
         for r, c in T.Parallel(HEADS, KEYS):
-            s[r, c] = hidden[(2 * i + g) % 4, c]
+            s[r, c] = hidden[g, c]
         T.wgmma_gemm(q_tile, k_tile[g, :, :], s, transpose_B=True)
         T.wait_wgmma(0)
-
-    @T.macro
-    def values(g, tile, p_tile, k_tile, o):
-        """Starts adding a tile's weighted values to this warpgroup's half of the channels."""
-        first = g * half
-        T.wgmma_gemm(p_tile[tile, :, :], k_tile[tile, :, first : first + half // 2], o[0])
-        T.wgmma_gemm(p_tile[tile, :, :], k_tile[tile, :, first + half // 2 : first + half], o[1])
-
-    @T.macro
-    def scale_by(o, factor):
-        for r, c in T.Parallel(HEADS, half // 2):
-            o[r, c] *= factor[r]
 
     @T.macro
     def send(k_tile, split, to, landed):
@@ -188,11 +136,10 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
                 total[r] += stats[c, 1, r] * T.exp2(stats[c, 0, r] - top[r])
         for r in T.Parallel(HEADS):
             part[r] = T.exp2(m[r] - top[r]) / total[r]
-        scale_by(o[0], part)
-        scale_by(o[1], part)
+        for r, c in T.Parallel(HEADS, half):
+            o[r, c] *= part[r]
         # All blocks have told their sums, so nobody reads keys any more: their tiles carry the parts.
-        T.copy(o[0], k_tile[0, :, g * half : g * half + half // 2])
-        T.copy(o[1], k_tile[0, :, g * half + half // 2 : g * half + half])
+        T.copy(o, k_tile[0, :, g * half : g * half + half])
         T.fence_proxy_async()
         T.sync_threads(1, 256)
         if g == 0 and tx == 0:
@@ -214,7 +161,7 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
     def worker(g, q, t, tx, first_head, mine, split, q_tile, k_tile, p_tile, hidden, peaks, sums, filled, freed,
                peak_in, p_in, mine_of, stats, told, landed, sink, out):  # fmt: skip
         other = 1 - g
-        o = (T.alloc_fragment((HEADS, half // 2), "float32"), T.alloc_fragment((HEADS, half // 2), "float32"))
+        o = T.alloc_fragment((HEADS, half), "float32")
         s = T.alloc_fragment((HEADS, KEYS), "float32")
         m = T.alloc_fragment((HEADS,), "float32")
         top = T.alloc_fragment((HEADS,), "float32")
@@ -222,8 +169,7 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
         total = T.alloc_fragment((HEADS,), "float32")
         T.copy(q[t, first_head : first_head + HEADS, g * half : g * half + half], q_tile[:, g * half : g * half + half])
         T.fence_proxy_async()
-        T.fill(o[0], 0)
-        T.fill(o[1], 0)
+        T.fill(o, 0)
         for r in T.Parallel(HEADS):
             m[r] = T.max(sink[first_head + r] * LOG2_E, NOWHERE) if splits == 1 else NOWHERE
         for r in T.Parallel(HEADS):
@@ -252,8 +198,8 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
                 m[r] = T.exp2(m[r] - top[r])
             for r in T.Parallel(HEADS):
                 total[r] *= m[r]
-            scale_by(o[0], m)
-            scale_by(o[1], m)
+            for r, c in T.Parallel(HEADS, half):
+                o[r, c] *= m[r]
             T.copy(top, m)
             if g == 0:
                 for r, c in T.Parallel(HEADS, KEYS):
@@ -261,14 +207,14 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
                 T.copy(s, p_tile[g, :, :])
                 T.fence_proxy_async()
                 T.barrier_arrive(p_in[g])
-                values(g, g, p_tile, k_tile, o)
+                T.wgmma_gemm(p_tile[g, :, :], k_tile[g, :, g * half : g * half + half], o)
                 T.reduce_sum(s, part, dim=1)
                 for r in T.Parallel(HEADS):
                     total[r] += part[r]
                 if both:
                     T.barrier_wait(p_in[other], i % 2)
-                    values(g, other, p_tile, k_tile, o)
-                    T.wait_wgmma(2)
+                    T.wgmma_gemm(p_tile[other, :, :], k_tile[other, :, g * half : g * half + half], o)
+                    T.wait_wgmma(1)
                     T.barrier_arrive(freed[g])
                     T.wait_wgmma(0)
                     T.barrier_arrive(freed[other])
@@ -281,19 +227,19 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
                     T.copy(s, p_tile[g, :, :])
                     T.fence_proxy_async()
                     T.barrier_arrive(p_in[g])
-                    values(g, g, p_tile, k_tile, o)
+                    T.wgmma_gemm(p_tile[g, :, :], k_tile[g, :, g * half : g * half + half], o)
                     T.reduce_sum(s, part, dim=1)
                     for r in T.Parallel(HEADS):
                         total[r] += part[r]
                     T.barrier_wait(p_in[other], i % 2)
-                    values(g, other, p_tile, k_tile, o)
-                    T.wait_wgmma(2)
+                    T.wgmma_gemm(p_tile[other, :, :], k_tile[other, :, g * half : g * half + half], o)
+                    T.wait_wgmma(1)
                     T.barrier_arrive(freed[g])
                     T.wait_wgmma(0)
                     T.barrier_arrive(freed[other])
                 else:
                     T.barrier_wait(p_in[other], i % 2)
-                    values(g, other, p_tile, k_tile, o)
+                    T.wgmma_gemm(p_tile[other, :, :], k_tile[other, :, g * half : g * half + half], o)
                     T.wait_wgmma(0)
         T.copy(total, sums[g, :])
         T.sync_threads(1, 256)
@@ -302,24 +248,22 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
         if splits == 1:
             for r in T.Parallel(HEADS):
                 total[r] = 1.0 / total[r]
-            scale_by(o[0], total)
-            scale_by(o[1], total)
-            first = g * half
-            T.copy(o[0], out[t, first_head : first_head + HEADS, first : first + half // 2])
-            T.copy(o[1], out[t, first_head : first_head + HEADS, first + half // 2 : first + half])
+            for r, c in T.Parallel(HEADS, half):
+                o[r, c] *= total[r]
+            T.copy(o, out[t, first_head : first_head + HEADS, g * half : g * half + half])
         else:
             join(g, t, tx, first_head, split, o, m, top, part, total, k_tile, mine_of, stats, told, landed, sink, out)
 
     @T.macro
     def body(q, pool, pages, entry_pool, entry_pages, picked, request_rows, positions, sink, out):
-        with T.Kernel(H // HEADS * splits, tokens, threads=512, cluster_dims=splits) as (bx, t):
+        with T.Kernel(H // HEADS * splits, tokens, threads=384, cluster_dims=splits) as (bx, t):
             q_tile = T.alloc_shared((HEADS, C), "float16")
             k_tile = T.alloc_shared((2, KEYS, C), "float16")
             p_tile = T.alloc_shared((2, HEADS, KEYS), "float16")
-            hidden = T.alloc_shared((4, KEYS), "float32")  # 0 for a key that is seen, else -inf
+            hidden = T.alloc_shared((2, KEYS), "float32")  # 0 for a key that is seen, else -inf
             peaks = T.alloc_shared((2, HEADS), "float32")
             sums = T.alloc_shared((2, HEADS), "float32")
-            filled = T.alloc_barrier([256, 256])
+            filled = T.alloc_barrier([128, 128])
             freed = T.alloc_barrier([256, 256])
             peak_in = T.alloc_barrier([128, 128])
             p_in = T.alloc_barrier([128, 128])
@@ -334,15 +278,47 @@ def attend(kind: str, H: int, window: int, page: int, picks: int, per_page: int,
             request = T.Cast("int32", request_rows[t])
             count = (position + 1) // ratio if kind == "hca" else 0
             tiles = near + (T.ceildiv(count, KEYS) if kind == "hca" else picks // KEYS)
-            begin = split * tiles // splits
-            mine = (split + 1) * tiles // splits - begin
+            share = T.ceildiv(tiles, splits)
+            begin = T.min(split * share, tiles)
+            mine = T.min(share, tiles - begin)
+
             if splits > 1:
                 T.cluster_sync()  # nobody sends to a block whose barriers are not ready
 
             if tx >= 256:
-                T.set_max_nreg(64, 0)
-                producer(tx, t, begin, mine, tiles, request, position, count, pool, pages, entry_pool, entry_pages,
-                         picked, k_tile, hidden, filled, freed)  # fmt: skip
+                T.set_max_nreg(120, 0)
+                raw = T.alloc_local((2 * 36,), "uint32")
+                raw_8 = T.view(raw, (2 * 144,), "float8_e4m3fn")
+                raw_16 = T.view(raw, (2 * 72,), "bfloat16")
+                exponents = T.alloc_local((2 * 2,), "uint32")
+                exponents_8 = T.view(exponents, (16,), "uint8")
+                row = T.alloc_local((2,), "int32")
+                seen = T.alloc_local((2,), "int32")
+                pick = T.alloc_local((2,), "int32")
+                for h in T.unroll(2):
+                    choose(h, begin, pick, picked, t, tx - 256)
+                for h in T.unroll(2):
+                    locate(h, begin, pick, row, pages, entry_pages, request, position, count, tx - 256)
+                    choose(h, begin + 1, pick, picked, t, tx - 256)
+                for h in T.unroll(2):
+                    fetch(h, begin, row, raw, exponents, pool, entry_pool, tx - 256)
+                    seen[h] = row[h]
+                for n in T.serial(mine):
+                    for h in T.unroll(2):
+                        locate(h, begin + n + 1, pick, row, pages, entry_pages, request, position, count, tx - 256)
+                        choose(h, begin + n + 2, pick, picked, t, tx - 256)
+                    T.barrier_wait(freed[n % 2], (n // 2 + 1) % 2)
+                    for h in T.unroll(2):
+                        if tx % 4 == 0:
+                            hidden[n % 2, h * 32 + (tx - 256) // 4] = T.if_then_else(
+                                seen[h] >= 0, 0.0, -T.infinity("float32")
+                            )
+                        convert(h, n % 2, k_tile, raw_8, raw_16, exponents_8, tx - 256)
+                        if n + 1 < mine:
+                            fetch(h, begin + n + 1, row, raw, exponents, pool, entry_pool, tx - 256)
+                            seen[h] = row[h]
+                    T.fence_proxy_async()
+                    T.barrier_arrive(filled[n % 2])
             elif tx < 128:
                 T.set_max_nreg(192, 1)
                 worker(0, q, t, tx, first_head, mine, split, q_tile, k_tile, p_tile, hidden, peaks, sums, filled, freed,
