@@ -106,7 +106,7 @@ def test_an_absent_argument_is_named() -> None:
 def test_slow_code_and_too_much_shared_memory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="needs 328704 bytes of shared memory, a block has 232448"):
         compile_tile(product(stages=20), (A, B, C), "sm_90a", tmp_path)
-    with pytest.raises(ScheduleError, match="spills|serialised"):
+    with pytest.raises(ScheduleError, match=r"spills|serialised"):
         compile_tile(product(("cdiv(a0_0, 128)", 1, 1), BM=128, BN=256), (A, B, C), "sm_90a", tmp_path)
 
 
