@@ -25,7 +25,7 @@ from dsv4c.runtime import layouts
 from dsv4c.runtime.gpu import GpuKernels, Run
 from dsv4c.runtime.kernels import VENDOR_CALLS
 from dsv4c.schedules._schedule import Choice, Transforms
-from dsv4c.schedules._tuned import Row, node_key
+from dsv4c.schedules._tuned import Row, node_key, node_symbols
 from dsv4c.schedules._workload import Args, Workload
 
 Others = Mapping[str, Mapping[str, Callable[..., Callable[[], object]]]]
@@ -91,7 +91,7 @@ class Trial:
         row = Row(
             op=work.op,
             key=node_key(work.node),
-            symbols=dict(work.symbols),
+            symbols=node_symbols(work.node, work.symbols),
             label=work.label,
             schedule=choice.schedule,
             config=dict(choice.config),

@@ -1,8 +1,9 @@
 """Measured rows: which schedule and config was fastest for an op at a size, on which card, when.
 
 One JSON object a line in schedules/tuned/<arch>.jsonl, written by `dsv4c tune`, read by selection. A row fits a node
-of the same op, attributes and static sizes; of the rows at several values of the symbols the nearest counts (by the
-sum of |log2| distances), and only if it is within a factor of two in every symbol: beyond that the cost model decides.
+of the same op, attributes and static sizes. Of the rows at several sizes the nearest counts: by |log2| of the tokens,
+then of the context (columns of page tables). Rows at more than twice or less than half the tokens never count: there
+the cost model decides. How large pools are, and how many requests or entries a step has, does not matter.
 """
 
 from __future__ import annotations
@@ -47,10 +48,30 @@ class Row:
         return f"tuned {self.microseconds:.1f} us at `{self.label}`"
 
 
+def symbol_names(node: OpNode) -> dict[str, str]:
+    """The node's symbols -> names by kind: `T` stays, `P_c4` (columns of a page table) becomes `P0`, and so on."""
+    out: dict[str, str] = {}
+    for value in (*node.inputs, *node.outputs):
+        for size in value.shape if value is not None else ():
+            if isinstance(size, str) and size not in out:
+                kind = size.partition("_")[0]
+                out[size] = size if size == "T" else f"{kind}{sum(n.startswith(kind) for n in out.values())}"
+    return out
+
+
 def node_key(node: OpNode) -> str:
     """Text that is equal for nodes which one tuned row can serve."""
-    values = [None if v is None else [list(v.shape), v.dtype] for v in (*node.inputs, *node.outputs)]
+    names = symbol_names(node)
+    values = [
+        None if v is None else [[names[s] if isinstance(s, str) else s for s in v.shape], v.dtype]
+        for v in (*node.inputs, *node.outputs)
+    ]
     return json.dumps([dict(sorted(node.attrs.items())), values], separators=(",", ":"))
+
+
+def node_symbols(node: OpNode, symbols: Mapping[str, int]) -> dict[str, int]:
+    """The values of a node's symbols by their names in `node_key`."""
+    return {new: symbols[old] for old, new in symbol_names(node).items() if old in symbols}
 
 
 class Tuned:
@@ -70,19 +91,19 @@ class Tuned:
     def best(self, node: OpNode, target: str, symbols: Mapping[str, int]) -> Row | None:
         """The fastest row at the nearest measured sizes, or None."""
         rows = self._rows.get((node.op, node_key(node)), [])
-        near = [(self._distance(row.symbols, symbols), row.microseconds, i) for i, row in enumerate(rows)]
+        wanted = node_symbols(node, symbols)
+        near = [(self._distance(row.symbols, wanted), row.microseconds, i) for i, row in enumerate(rows)]
         near = [entry for entry in near if entry[0] < math.inf]
         return rows[min(near)[2]] if near else None
 
     @staticmethod
     def _distance(measured: Mapping[str, int], wanted: Mapping[str, int]) -> float:
-        total = 0.0
-        for name, size in measured.items():
-            apart = abs(math.log2(max(size, 1)) - math.log2(max(wanted.get(name, size), 1)))
-            if apart > 1:
-                return math.inf
-            total += apart
-        return round(total, 6)
+        def apart(name: str) -> float:
+            return abs(math.log2(max(measured[name], 1)) - math.log2(max(wanted.get(name, measured[name]), 1)))
+
+        if "T" in measured and apart("T") > 1:
+            return math.inf
+        return round(sum((1.0 if name == "T" else 0.01) * apart(name) for name in measured if name[0] in "TP"), 6)
 
 
 def read_rows(path: Path) -> list[Row]:

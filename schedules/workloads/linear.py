@@ -86,7 +86,8 @@ def shapes(model: str) -> tuple[Shape, ...]:
     c = preset(model)
     d, heads, rank = c.hidden_size, c.num_attention_heads * c.head_dim, c.q_lora_rank
     index, inner = c.index_n_heads * c.index_head_dim, c.moe_intermediate_size
-    csa = 4 * c.head_dim + 4 * c.index_head_dim  # k and gate of two streams, main and index compressor
+    # k and gate of two streams, main and index compressor, and the indexer's weights
+    csa = 4 * c.head_dim + 4 * c.index_head_dim + c.index_n_heads
     return (
         Shape(model, "wq_a+wkv", rank + c.head_dim, d),
         Shape(model, "wq_b", heads, rank),
@@ -97,7 +98,6 @@ def shapes(model: str) -> tuple[Shape, ...]:
         Shape(model, "w2", d, inner),
         Shape(model, "csa_compress", csa, d, mixed=True),
         Shape(model, "hca_compress", 2 * c.head_dim, d, mixed=True),
-        Shape(model, "index_weight", c.index_n_heads, d, mixed=True),
         Shape(model, "gate", c.n_routed_experts, d, mixed=True),
         Shape(model, "lm_head", c.vocab_size, d, mixed=True),
     )

@@ -194,8 +194,9 @@ def _describe(op: str, config: ModelConfig, tokens: int) -> tuple[OpNode, Make, 
     eps, wide = config.rms_norm_eps, heads * dim
     table = Value(("T", rope), "float32")
     if op == "quantise_rows":
-        node = OpNode(op, {"group": GROUP}, (_activation("T", hidden),), _quantised("T", hidden))
-        return node, lambda d: [d.rows(tokens, hidden)], quantised_error
+        mid = config.o_groups * config.o_lora_rank  # the output projection's inner rows; others are quantised when made
+        node = OpNode(op, {"group": GROUP}, (_activation("T", mid),), _quantised("T", mid))
+        return node, lambda d: [d.rows(tokens, mid)], quantised_error
     if op == "rms_norm":
         node = OpNode(op, {"eps": eps}, (_activation("T", hidden), _weight(hidden)), (_activation("T", hidden),))
         return node, lambda d: [d.rows(tokens, hidden), d.weight(hidden)], None
