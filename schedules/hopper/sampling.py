@@ -91,15 +91,7 @@ def _build(node: OpNode, config: Config) -> Build:
     )  # fmt: skip
     pick = TritonLaunch(
         f"{_KERNELS}:list_rows",
-        {
-            **rows,
-            "bests": bests,
-            "bounds": bound,
-            "modes": mode,
-            "listed": listed,
-            "places": places,
-            "numbers": numbers,
-        },
+        {**rows, "bounds": bound, "modes": mode, "listed": listed, "places": places, "numbers": numbers},
         {**constants, "L": LISTED},
         ("a0_0", chunks, 1),
         num_warps=config["scan"],

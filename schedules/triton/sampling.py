@@ -158,7 +158,7 @@ def _enough(ends, number, heaviest, depth, by_count, k, tail):
 
 @triton.jit
 def list_rows(
-    logits, slots, counts, repetition, frequency, presence, bests, bounds, modes, listed, places, numbers,
+    logits, slots, counts, repetition, frequency, presence, bounds, modes, listed, places, numbers,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, L: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
     """listed float32 and places int32 [T, C, L]: logits and ids; numbers int32 [T, C]: how many there are, L or not."""
@@ -167,19 +167,15 @@ def list_rows(
     gdc_wait()
     gdc_launch_dependents()
     if tl.load(modes + s) == LISTED:
-        bound = tl.load(bounds + s)
-        number = 0
-        if tl.load(bests + s * C + c) >= bound:  # most chunks of a peaked row hold nothing, and are not read again
-            at = c * W + tl.arange(0, W)
-            x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
-            keep = (x >= bound) & (x > float("-inf"))
-            order = tl.cumsum(keep.to(tl.int32), 0)
-            to = (s * C + c) * L + order - 1
-            fits = keep & (order <= L)
-            tl.store(listed + to, x, fits)
-            tl.store(places + to, at, fits)
-            number = tl.max(order, 0)
-        tl.store(numbers + s * C + c, number)
+        at = c * W + tl.arange(0, W)
+        x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+        keep = (x >= tl.load(bounds + s)) & (x > float("-inf"))
+        order = tl.cumsum(keep.to(tl.int32), 0)
+        to = (s * C + c) * L + order - 1
+        fits = keep & (order <= L)
+        tl.store(listed + to, x, fits)
+        tl.store(places + to, at, fits)
+        tl.store(numbers + s * C + c, tl.max(order, 0))
 
 
 @triton.jit
