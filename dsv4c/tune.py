@@ -1,8 +1,8 @@
 """Measures schedules on a card: builds every candidate, checks it against the reference, times it, writes rows.
 
-    python -m dsv4c.tune build --family hyper --out DIR        any machine: cubins, launcher, bundle.json
-    python -m dsv4c.tune measure DIR --out rows.jsonl          a machine with the card: checks, times, prints a table
-    dsv4c tune --target sm_90a                                 both, for every family
+    dsv4c tune --target sm_90a                      builds, checks, times and records rows, for every family
+    dsv4c tune --target sm_90a --build-only DIR     any machine: cubins, launcher, bundle.json
+    dsv4c tune --target sm_90a --bundle DIR         where the card is: checks, times, prints a table, records rows
 
 A result that is wrong, not wholly written or different from run to run makes no row (dsv4c/trial.py). Limits come from
 a copy and matrix products in the same run.
@@ -10,11 +10,9 @@ a copy and matrix products in the same run.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 
 from dsv4c import artifact
-from dsv4c.errors import ConfigError, Dsv4cError, ScheduleError
+from dsv4c.errors import ConfigError, ScheduleError
 from dsv4c.runtime.gpu import GpuKernels
 from dsv4c.schedules._schedule import Choice, Progress, Schedule
 from dsv4c.schedules._tuned import FOLDER, Row, Tuned, read_rows, write_rows
@@ -121,10 +119,6 @@ def build(
     return len(entries)
 
 
-def _progress(done: int, total: int, name: str) -> None:
-    print(f"\r{done}/{total} {name[:100]:100}", end="" if done < total else "\n", file=sys.stderr, flush=True)
-
-
 def measure(
     bundle: Path,
     out: Path | None,
@@ -214,46 +208,3 @@ def merge_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def _identity(row: Row) -> tuple[str, ...]:
     return row.op, row.label, row.schedule, json.dumps(dict(row.config), sort_keys=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dsv4c.tune", description="Build and measure schedules.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("build", help="compile all candidates of a family (no GPU needed)")
-    one.add_argument("--family", action="append", required=True, choices=FAMILIES)
-    one.add_argument("--extra", action="append", default=[], help="another file of schedules/hopper, e.g. tile")
-    one.add_argument("--op", help="only this op")
-    one.add_argument("--label", help="only workloads whose label contains this")
-    one.add_argument("--schedule", help="only schedules whose name contains this")
-    one.add_argument("--max-configs", type=int, default=12)
-    one.add_argument("--top", type=int, default=1000, help="of all schedules' configs, by the cost model")
-    one.add_argument("--arch", default="sm_90a")
-    one.add_argument("--cache", type=Path, default=Path("build/.tune-cache"))
-    one.add_argument("--out", type=Path, required=True)
-    two = commands.add_parser("measure", help="check and time a bundle on this machine's card")
-    two.add_argument("bundle", type=Path)
-    two.add_argument("--out", type=Path)
-    two.add_argument("--no-timing", action="store_true")
-    two.add_argument("--no-check", action="store_true")
-    two.add_argument("--baselines", action="store_true")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "build":
-            count = build(
-                args.family, args.out, args.cache, args.arch, extra=args.extra, most=args.max_configs, top=args.top,
-                keep=lambda w: (not args.op or w.op == args.op) and (not args.label or args.label in w.label),
-                keep_schedule=lambda s: not args.schedule or args.schedule in s.name, progress=_progress,
-            )  # fmt: skip
-            print(f"{count} candidates in {args.out}")
-        else:
-            measure(
-                args.bundle, args.out, timing=not args.no_timing, checking=not args.no_check, baselines=args.baselines
-            )
-    except Dsv4cError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
