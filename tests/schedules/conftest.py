@@ -19,7 +19,7 @@ from .cases import CASES, Case, make_case
 
 
 def accepting(case: Case) -> list[Schedule]:
-    known = [s for s in SCHEDULES if s.op in (case.node.op, "*")]
+    known = [s for s in SCHEDULES if s.op in (case.node.op, "*") and "cpu" in s.targets]
     return [s for s in known if s.accepts(case.node) is None]
 
 
