@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsv4c.errors import Dsv4cError
+from dsv4c.runtime.gpu import check_card
 from dsv4c.schedules._tuned import Row, Tuned, write_rows
 from dsv4c.trial import Others
 from dsv4c.tune import FAMILIES, build, measure
@@ -64,6 +66,8 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, metavar="DIR")
     parser.add_argument("--rows", type=Path, help="write the rows here")
     args = parser.parse_args()
+    if args.build_only is None:
+        check_card(args.arch, 0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.bundle or args.build_only or Path(scratch)
         if args.bundle is None:
@@ -81,4 +85,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Dsv4cError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -23,7 +23,7 @@ import torch
 
 from dsv4c import artifact
 from dsv4c.errors import ConfigError, ScheduleError
-from dsv4c.runtime.gpu import GpuKernels
+from dsv4c.runtime.gpu import GpuKernels, check_card
 from dsv4c.schedules._schedule import Choice, Progress, Schedule
 from dsv4c.schedules._tuned import FOLDER, Row, Tuned, read_rows, write_rows
 from dsv4c.schedules._workload import Workload
@@ -185,6 +185,8 @@ def tune(
     for family in families or ():
         if family not in FAMILIES:
             raise ConfigError(f"unknown family `{family}`", hint=f"families are {', '.join(FAMILIES)}")
+    if build_only is None:
+        check_card(arch, 0)  # before minutes of building for nothing
     target = rows or FOLDER / f"{arch}.jsonl"
     with tempfile.TemporaryDirectory() as scratch:
         folder = bundle or build_only or Path(scratch)

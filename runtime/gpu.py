@@ -128,13 +128,13 @@ def check_card(arch: str, device: int) -> None:
     """Refuses a machine without a card, and a card of another architecture than `arch` (`sm_90a`)."""
     if not torch.cuda.is_available():
         raise ArtifactError(
-            f"the artifact is made for `{arch}`, this machine has no usable CUDA device",
+            f"the kernels are made for `{arch}`, this machine has no usable CUDA device",
             hint="serve it where the card is, or compile it with `--target cpu`",
         )
     major, minor = torch.cuda.get_device_capability(device)
     if arch.rstrip("abcf") != f"sm_{major}{minor}":
         raise ArtifactError(
-            f"the artifact is made for `{arch}`, device {device} ({torch.cuda.get_device_name(device)}) is "
+            f"the kernels are made for `{arch}`, device {device} ({torch.cuda.get_device_name(device)}) is "
             f"sm_{major}{minor}",
             hint=f"compile it with `--target sm_{major}{minor}a`",
         )
