@@ -65,10 +65,11 @@ def _measured(file: Path) -> list[str]:
         if key not in best or row.microseconds < best[key].microseconds:
             best[key] = row
     about = f"""The fastest of {len(rows)} rows of `schedules/tuned/{file.name}`, which
-`dsv4c tune --target {file.stem}` writes: medians of CUDA graph replays on random data, inputs rotated through more than
-the L2 cache. `% limit` is the time that the least bytes at the copy bandwidth or the flops at the matrix rate would
-take (both measured in the same run) over the time measured; `error` is the largest against the float32 reference. `others`:
-the reference run by PyTorch (eager), by torch.compile, and other kernels where there are any, in the same run."""
+`dsv4c tune --target {file.stem}` writes: medians of CUDA graph replays on random data, inputs rotated through more
+than the L2 cache. `% limit` is the time that the least bytes at the copy bandwidth or the flops at the matrix rate
+would take (both measured in the same run) over the time measured; `error` is the largest against the float32
+reference. `others`: the reference run by PyTorch (eager), by torch.compile, and other kernels where there are any, in
+the same run."""
     head = "op | shape | us | GB/s | TFLOPS | % limit | error | others, us | schedule | hardware, date"
     lines = [f"## Measured: {file.stem}", "", about, "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
     for (op, label), row in sorted(best.items()):
