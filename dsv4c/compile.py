@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from dsv4c.passes import default_pipeline
 from dsv4c.pipeline import Step
 from dsv4c.plan import Plan, plan
 from dsv4c.program import Program
+from dsv4c.schedules._gpu import ptxas_version
 from dsv4c.schedules._schedule import Progress
 from dsv4c.schedules.emit import emit
 from dsv4c.weights import stored_formats
@@ -195,7 +197,7 @@ def _manifest(
         compute_dtype="float32" if target.arch == "cpu" else "bfloat16",
         max_context=options.max_context,
         vocab_size=program.config.vocab_size,
-        tools={"dsv4c": __version__, "python": platform.python_version(), "torch": torch.__version__},
+        tools={**_tools(target), "dsv4c": __version__, "python": platform.python_version(), "torch": torch.__version__},
         passes=program.history,
         numerics=numerics(program, options),
         kernels=dict(sorted(kernels.items())),
@@ -205,6 +207,13 @@ def _manifest(
         weights=tuple(made.weights[name] for name in sorted(made.weights)),
         embedded_weights=embedded,
     )
+
+
+def _tools(target: Target) -> dict[str, str]:
+    """Versions of the kernel compilers, where kernels are for a GPU."""
+    if target.arch == "cpu":
+        return {}
+    return {"ptxas": ptxas_version(), **{name: version(name) for name in ("tilelang", "triton")}}
 
 
 def _embed(checkpoint: Path, directory: Path) -> None:

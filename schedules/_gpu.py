@@ -204,6 +204,11 @@ def _ptxas() -> tuple[str, str]:
     return "", "triton"
 
 
+def ptxas_version() -> str:
+    """Of the assembler that makes cubins: a CUDA release, or `triton` for the one Triton carries."""
+    return _ptxas()[1]
+
+
 def resource_usage(image: bytes, stem: Path) -> dict[str, int]:
     """Registers and bytes of local memory of a thread, as the image says."""
     import triton
