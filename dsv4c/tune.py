@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dsv4c import artifact
-from dsv4c.errors import ConfigError, ScheduleError
+from dsv4c.errors import ArtifactError, ConfigError, ScheduleError
 from dsv4c.runtime.gpu import GpuKernels, check_card
 from dsv4c.schedules._schedule import Choice, Progress, Schedule
 from dsv4c.schedules._tuned import FOLDER, Row, Tuned, read_rows, write_rows
@@ -129,7 +129,12 @@ def measure(
     others: Others | None = None,
 ) -> list[Row]:
     """Runs a bundle on this machine's card, prints a table, writes the rows that are right. Rows are returned too."""
-    data = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    try:
+        data = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"`{bundle}` is no bundle: {error}", hint="make one with `dsv4c tune --build-only DIR`"
+        ) from error
     kernels: dict[str, artifact.Kernel] = artifact.decode(dict[str, artifact.Kernel], data["kernels"])
     entries = [Entry(**e) for e in data["entries"]]
     native = GpuKernels(kernels, bundle, data["arch"]) if any(k.kind == "gpu" for k in kernels.values()) else None
@@ -182,6 +187,8 @@ def tune(
     folder. Otherwise both happen here, and the number of rows is returned. Raises ConfigError for an unknown family,
     ScheduleError if a kernel does not build, ArtifactError without a fitting card.
     """
+    if arch == "cpu":
+        raise ConfigError("target `cpu` has no tuning space", hint="give a GPU target: `--target sm_90a`")
     for family in families or ():
         if family not in FAMILIES:
             raise ConfigError(f"unknown family `{family}`", hint=f"families are {', '.join(FAMILIES)}")

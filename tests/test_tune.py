@@ -13,7 +13,7 @@ from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.schedules._tuned import Row, read_rows
 from dsv4c.schedules.hopper import SCHEDULES
 from dsv4c.trial import find_op
-from dsv4c.tune import FAMILIES, choices_of, merge_rows, shortlist, tune, workloads_of
+from dsv4c.tune import FAMILIES, choices_of, measure, merge_rows, shortlist, tune, workloads_of
 
 ROW = Row(
     op="op", key="[]", symbols={"T": 1}, label="one", schedule="op.a", config={"x": 1}, microseconds=2.0, gb_per_s=1.0,
@@ -62,6 +62,17 @@ def test_measuring_without_a_card_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     )  # fmt: skip
     with pytest.raises(ArtifactError, match="no usable CUDA device"):
         tune("sm_90a", bundle=tmp_path / "bundle", rows=tmp_path / "rows.jsonl")
+
+
+def test_what_is_no_bundle_and_what_cannot_be_tuned_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is no bundle"):
+        measure(tmp_path, None)
+    (tmp_path / "bundle.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="is no bundle") as error:
+        measure(tmp_path, None)
+    assert "--build-only" in error.value.hint
+    with pytest.raises(ConfigError, match="`cpu` has no tuning space"):
+        tune("cpu")
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
