@@ -181,6 +181,18 @@ def _no_quantise_after(program: Program) -> list[fx.Node]:
     return [n for n in calls(program) if is_op(n, "quantise_rows") and quantise_source(n)]
 
 
+COUNTS, LAST_TOKENS = "sampling.counts", "sampling.last_tokens"
+"""State of sampling on the device: how often each seat's request generated each token, and its last one."""
+
+
+def _hosted_sampling(program: Program) -> list[fx.Node]:
+    """What still needs the host between two steps: a reader of the token ids as given, or logits without tokens."""
+    graph = program.graphs["step"]
+    ids = [n for n in graph.nodes if n.op == "placeholder" and n.meta["value"].name == "token_ids"]
+    readers = [user for node in ids for user in node.users if not is_op(user, "feed_tokens")]
+    return readers if "tokens" in graph.output_node().meta["outputs"] else [*readers, graph.output_node()]
+
+
 def _lowered(program: Program) -> list[fx.Node]:
     return [n for n in calls(program) if not isinstance(n.target, Op) or n.target.name not in OPS]
 
@@ -248,5 +260,6 @@ CHECKERS: dict[str, Checker] = {
     "gate-fused": _none_of("gate_bias", "gate_hash"),
     "quantise-fused": _no_quantise_after,
     "activations-narrow": _wide_activations,
+    "samples-inside": _hosted_sampling,
     "lowered": _lowered,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dsv4c.passes.append_sampling import AppendSampling
 from dsv4c.passes.canonicalize import Canonicalize
 from dsv4c.passes.check_lowered import CheckLowered
 from dsv4c.passes.fuse_hc_head_norm import FuseHcHeadNorm
@@ -66,6 +67,7 @@ STORE: tuple[Pass, ...] = (
     StoreExperts(),
     FuseQuantise(),
     NarrowActivations(),
+    AppendSampling(),
 )
 """For targets that compute on what the checkpoint stores (GPUs)."""
 

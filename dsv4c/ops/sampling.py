@@ -8,7 +8,10 @@ often each seat's request generated each token, a 64-bit noise key and a counter
 
 The draw depends on (key, counter) and on the row's own logits and parameters, never on other rows. float64 inside.
 
-Legend: S rows, V vocabulary, Z seats, M edits.
+A step need not wait for the host to know a token: `keep_tokens` leaves each drawn token with its request's seat, and
+`feed_tokens` reads it in the next step where the host gave none.
+
+Legend: T tokens of the step, S rows of logits, V vocabulary, Z seats, M edits.
 """
 
 from __future__ import annotations
@@ -25,15 +28,31 @@ IN_PROMPT = 1 << 14
 _MOST = IN_PROMPT - 1
 
 
-def edit_logits(logits_SV: Tensor, starts: Tensor, tokens_M: Tensor, values_M: Tensor) -> Tensor:
-    """The logits with values[m] added to token tokens[m] of row s, for starts[s] <= m < starts[s + 1].
+def edit_logits(
+    logits_SV: Tensor, starts_S: Tensor, stops_S: Tensor, tokens_M: Tensor, values_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logits with values[m] added to token tokens[m] of row s, for starts[s] <= m < stops[s], and what they were.
 
-    Tokens of a row are distinct; -inf masks one. starts: int64 [S + 1]; tokens: int64.
+    Tokens of a row are distinct; -inf masks one. starts, stops, tokens: int64. The second result, float32 [M], holds
+    the logits that were replaced (0 where no row edits): with them the raw ones can be had back, bit for bit.
     """
-    rows = torch.repeat_interleave(torch.arange(len(starts) - 1, device=starts.device), starts.diff())
-    edited, live = logits_SV.clone(), slice(int(starts[0]), int(starts[-1]))
-    edited[rows, tokens_M[live]] += values_M[live]
-    return edited
+    replaced_M = torch.zeros_like(values_M)
+    edited = logits_SV.clone()
+    for row, (start, stop) in enumerate(zip(starts_S.tolist(), stops_S.tolist(), strict=True)):
+        live = slice(start, stop)
+        replaced_M[live] = edited[row, tokens_M[live]]
+        edited[row, tokens_M[live]] += values_M[live]
+    return edited, replaced_M
+
+
+def feed_tokens(token_ids_T: Tensor, last_tokens_Z: Tensor, seats_T: Tensor) -> Tensor:
+    """int64 [T]: the token ids, with the seat's last token where an id is negative; 0 where that is negative too."""
+    return torch.where(token_ids_T < 0, last_tokens_Z[seats_T], token_ids_T).clamp(min=0)
+
+
+def keep_tokens(last_tokens_Z: Tensor, seats_S: Tensor, tokens_S: Tensor) -> Tensor:
+    """The last tokens with tokens[s] at seat seats[s] (in place on a device); seat 0 is nobody's and keeps anything."""
+    return last_tokens_Z.index_put((seats_S,), tokens_S)
 
 
 def penalise(
@@ -145,7 +164,9 @@ def sample_penalised(
 
 
 OPS = (
-    Op("edit_logits", edit_logits, in_place={0: "logits_SV"}),
+    Op("feed_tokens", feed_tokens),
+    Op("keep_tokens", keep_tokens, in_place={0: "last_tokens_Z"}),
+    Op("edit_logits", edit_logits, outputs=2, in_place={0: "logits_SV"}),
     Op("sample", sample),
     Op("sample_penalised", sample_penalised, outputs=2, in_place={1: "counts_ZV"}),
 )

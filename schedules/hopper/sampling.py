@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4c.schedules._launch import LaunchArg, TritonLaunch, ptr
+from dsv4c.schedules._launch import LaunchArg, TritonLaunch, i32, ptr
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work
 
 HOPPER = frozenset({"sm_90a"})
@@ -119,14 +119,32 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
 
 
 def _edit_build(node: OpNode, config: Config) -> Build:
-    args = {"logits": ptr(0), "starts": ptr(1), "tokens": ptr(2), "values": ptr(3)}
+    names = ("logits", "starts", "stops", "tokens", "values", "replaced")
+    args = {name: ptr(i) for i, name in enumerate(names)}
     # 128 edits of a row at a time: most rows have none, few have more than the 300 of an OpenAI request
     launch = TritonLaunch(f"{_KERNELS}:edit_rows", args, {"V": _vocab(node), "BLOCK": 128}, ("a0_0", 1, 1), num_warps=4)
     return Build("gpu", launches=(launch,))
 
 
+def _feed_build(node: OpNode, config: Config) -> Build:
+    """Tokens of a step to their seats, or back: a few kilobytes."""
+    feeds = node.op == "feed_tokens"
+    names = ("token_ids", "last_tokens", "seats", "out") if feeds else ("last_tokens", "seats", "tokens")
+    count = "a0_0" if feeds else "a1_0"
+    args: dict[str, LaunchArg] = {name: ptr(i) for i, name in enumerate(names)}
+    args["count"] = i32(count)
+    launch = TritonLaunch(
+        f"{_KERNELS}:{'feed' if feeds else 'keep'}", args, {"N": 128}, (f"cdiv({count}, 128)", 1, 1), num_warps=4
+    )
+    return Build("gpu", launches=(launch,))
+
+
 def _edit_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     return Work(20.0 * symbols.get("M", 0), 0.0, "gpu")
+
+
+def _feed_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    return Work(32.0 * symbols["T"], 0.0, "gpu")
 
 
 # how far outside its interval of the distribution a draw may fall: float32 weights and sums of a row
@@ -141,4 +159,8 @@ SCHEDULES = (
         for op in ("sample", "sample_penalised")
     ),
     Schedule("edit_logits.triton_rows", "edit_logits", HOPPER, _edit_build, _edit_cost, tolerance=0.0),
+    *(
+        Schedule(f"{op}.triton_rows", op, HOPPER, _feed_build, _feed_cost, tolerance=0.0)
+        for op in ("feed_tokens", "keep_tokens")
+    ),
 )  # fmt: skip

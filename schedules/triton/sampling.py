@@ -386,15 +386,37 @@ def draw_rows(
 
 
 @triton.jit
-def edit_rows(logits, starts, tokens, values, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds values[m] to token tokens[m] of row s, for starts[s] <= m < starts[s + 1]; tokens of a row are distinct."""
+def edit_rows(logits, starts, stops, tokens, values, replaced, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds values[m] to token tokens[m] of row s, for starts[s] <= m < stops[s], and keeps what was there."""
     s = tl.program_id(0).to(tl.int64)
     gdc_wait()
     gdc_launch_dependents()
-    end = tl.load(starts + s + 1)
+    end = tl.load(stops + s)
     for first in range(tl.load(starts + s), end, BLOCK):
         m = first + tl.arange(0, BLOCK)
         token = tl.load(tokens + m, m < end, 0)
         at = logits + s * V + token
         live = (m < end) & (token >= 0) & (token < V)
-        tl.store(at, tl.load(at, live, 0.0) + tl.load(values + m, live, 0.0), live)
+        old = tl.load(at, live, 0.0)
+        tl.store(replaced + m, old, live)
+        tl.store(at, old + tl.load(values + m, live, 0.0), live)
+
+
+@triton.jit
+def feed(token_ids, last_tokens, seats, out, count, N: tl.constexpr):
+    """Token ids, or the last token of the seat where an id is negative; never below 0."""
+    t = tl.program_id(0) * N + tl.arange(0, N)
+    live = t < count
+    token = tl.load(token_ids + t, live, 0)
+    seat = tl.load(seats + t, live, 0)
+    last = tl.load(last_tokens + seat, live & (token < 0), 0)
+    tl.store(out + t, tl.maximum(tl.where(token < 0, last, token), 0), live)
+
+
+@triton.jit
+def keep(last_tokens, seats, tokens, count, N: tl.constexpr):
+    """Leaves the token of every row with its seat."""
+    s = tl.program_id(0) * N + tl.arange(0, N)
+    live = s < count
+    seat = tl.load(seats + s, live, 0)
+    tl.store(last_tokens + seat, tl.load(tokens + s, live, 0), live)

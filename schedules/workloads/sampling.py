@@ -203,34 +203,63 @@ def _edits(model: str, rows: int) -> Workload:
     def make_edits(generator: torch.Generator) -> Args:
         device = generator.device
         numbers = torch.tensor([(0, 1, 300, 128, 5)[i % 5] for i in range(rows)], dtype=torch.int64)
-        starts = torch.cat((torch.zeros(1, dtype=torch.int64), numbers.cumsum(0))).to(device)
+        stops = numbers.cumsum(0).to(device)
         tokens = [torch.randperm(vocab, generator=generator, device=device)[:n] for n in numbers.tolist()]
         values = torch.randn(int(numbers.sum()), generator=generator, device=device) * 10
         values[::7] = -math.inf
         logits = torch.randn(rows, vocab, generator=generator, device=device)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
-        return [logits, starts, torch.cat([empty, *tokens]), values]
+        return [logits, stops - numbers.to(device), stops, torch.cat([empty, *tokens]), values]
 
     total = sum((0, 1, 300, 128, 5)[i % 5] for i in range(rows))
     inputs = (
-        Value(("T", vocab), "float32"), Value(("T + 1",), "int64", "input"), Value(("M",), "int64", "input"),
-        Value(("M",), "float32", "input"),
+        Value(("T", vocab), "float32"), Value(("T",), "int64", "input"), Value(("T",), "int64", "input"),
+        Value(("M",), "int64", "input"), Value(("M",), "float32", "input"),
     )  # fmt: skip
     return Workload(
         label=f"{model} edits {rows}",
-        node=OpNode("edit_logits", {}, inputs, (), mutates=(0,)),
-        symbols={"T": rows, "T + 1": rows + 1, "M": total},
+        node=OpNode("edit_logits", {}, inputs, (Value(("M",), "float32"),), mutates=(0,)),
+        symbols={"T": rows, "M": total},
         make=make_edits,
         bytes_moved=20.0 * total,
         unit="fp32",
-        error=lambda outputs, expected: 0.0 if torch.equal(outputs[0], expected[0]) else math.inf,
+        error=_exact,
     )
+
+
+def _exact(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return 0.0 if all(torch.equal(out, ref) for out, ref in zip(outputs, expected, strict=True)) else math.inf
+
+
+def _seats(rows: int, feeds: bool) -> Workload:
+    """Tokens to their seats and back; some ids are negative, and some seats' last token too."""
+    row, seats = Value(("T",), "int64", "input"), Value((SEATS,), "int64", "pool")
+
+    def make_seats(generator: torch.Generator) -> Args:
+        device = generator.device
+        where = torch.randperm(SEATS - 1, generator=generator, device=device)[:rows] + 1
+        last, ids = (
+            torch.randint(-1, 1000, (n,), generator=generator, device=device) for n in (SEATS, rows)
+        )
+        ids = torch.where(torch.rand(rows, generator=generator, device=device) < 0.5, -1, ids)
+        return [ids, last, where] if feeds else [last, where, ids]
+
+    node = (
+        OpNode("feed_tokens", {}, (row, seats, row), (row,))
+        if feeds
+        else OpNode("keep_tokens", {}, (seats, row, row), (), mutates=(0,))
+    )
+    return Workload(
+        label=f"{'feed' if feeds else 'keep'} {rows}", node=node, symbols={"T": rows}, make=make_seats,
+        bytes_moved=32.0 * rows, unit="fp32", error=_exact,
+    )  # fmt: skip
 
 
 def workloads() -> tuple[Workload, ...]:
     plain, mixed = _KINDS[1], _KINDS[-1]
     out = [workload("nano", mixed, rows, penalised, bench=False) for rows in (0, 1, 64) for penalised in (False, True)]
     out += [_edits("nano", 64), _edits("flash", 64)]
+    out += [_seats(rows, feeds) for rows in (0, 1, 200) for feeds in (True, False)]
     out += [workload("flash", kind, rows) for kind in _KINDS for rows in (1, 64)]
     out += [workload("flash", kind, 256) for kind in (plain, mixed)]
     out += [workload("flash", kind, rows, True) for kind in (plain, mixed) for rows in (1, 64)]
