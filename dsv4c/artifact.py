@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from dsv4c.errors import ArtifactError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Size = int | str
 Shape = tuple[Size, ...]
@@ -79,12 +79,20 @@ InputKind = Literal[
     "page_table",  # [R, P] pages of `group`; entry i holds the page of tokens [i * page_tokens, ...), 0 if absent
     "window_ends",  # [E] rows of T, ascending, whose position + 1 is a multiple of `ratio`
     "logit_rows",  # [S] rows of T whose logits are wanted
+    # of programs that sample, for each row of logits [S]:
+    "token_seats",  # slot where its token is left for the next step; 0: nobody's
+    "temperature", "top_k", "top_p", "min_p",  # as SamplingParams
+    "noise_keys", "noise_counters",  # the stream of its request, and how many tokens were drawn from it
+    "penalty_seats",  # slot of its counts, 0: no penalties
+    "repetition", "frequency", "presence",  # penalties
+    "edit_starts", "edit_stops",  # which edits are the row's
+    "edit_tokens", "edit_values",  # [M] what is added to which token's logit
 ]
 
 
 @dataclass(frozen=True)
 class Input:
-    """One int64 tensor the engine gives at every step. `min_columns`: least width of a page table."""
+    """One tensor the engine gives at every step. `min_columns`: least width of a page table."""
 
     name: str
     kind: InputKind
@@ -92,6 +100,7 @@ class Input:
     group: str | None = None
     ratio: int | None = None
     min_columns: int = 1
+    dtype: str = "int64"
 
 
 @dataclass(frozen=True)
@@ -133,15 +142,22 @@ class Segment:
 
 @dataclass(frozen=True)
 class Program:
-    """One executable program: its symbols with their largest values, inputs, planned buffers and segments."""
+    """One executable program: its symbols with their largest values, inputs, planned buffers and segments.
 
-    phase: str
+    Phase `mixed` (CPU) takes any sizes up to the symbols. `decode` and `prefill` (GPU) run at exactly these sizes, to
+    be captured once: a step is padded with tokens of slot 0 at position 0, ends of -1 and logit rows of slot 0, and
+    per-request inputs have a row for every slot, in place of one for every request of the step. They sample: a token
+    id below 0 is the last token of its slot. A decode step has one token a request.
+    """
+
+    phase: Literal["mixed", "decode", "prefill"]
     symbols: dict[str, int]
     inputs: tuple[Input, ...]
     buffers: tuple[Buffer, ...]
     segments: tuple[Segment, ...]
     outputs: dict[str, str]
-    """Meaning -> value name; `logits` is [S, vocab_size] float32."""
+    """Meaning -> value name. `logits` is [S, vocab_size] float32, after edits. Programs that sample also have `tokens`
+    int64 [S], -1 where the logits are no numbers, and `replaced` [M]: the logits that edits changed."""
     arena_bytes: int
 
 

@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("-o", "--output", type=Path, help="the artifact's folder")
     compile_.add_argument("--dry-run", action="store_true", help="everything but emitting; print the passes")
     compile_.add_argument("--max-context", type=_positive, help="longest request in tokens")
-    compile_.add_argument("--max-tokens", type=_positive, default=512, help="tokens of one step (default 512)")
-    compile_.add_argument("--max-requests", type=_positive, default=64, help="requests of one step (default 64)")
+    compile_.add_argument("--max-tokens", type=_positive, help="tokens of one step (default 512, GPU 8192)")
+    compile_.add_argument("--max-requests", type=_positive, help="requests of one step (default 64, GPU 256)")
     compile_.add_argument("--fake-quant", action="store_true", help="fake-quantise KV entries as in training")
     compile_.add_argument("--cache", type=Path, help="folder for built kernels (default: beside the artifact)")
     compile_.set_defaults(run=_compile)
@@ -123,10 +123,11 @@ def _compile(args: argparse.Namespace) -> int:
         config = checkpoint.config
     else:
         config = _preset_or_folder(args.model)
+    max_tokens = args.max_tokens or (512 if target.arch == "cpu" else 8192)
     options = Options(
         max_context=args.max_context or min(config.max_position_embeddings, 131072),
-        max_tokens=args.max_tokens,
-        max_requests=min(args.max_requests, args.max_tokens),
+        max_tokens=max_tokens,
+        max_requests=min(args.max_requests or (64 if target.arch == "cpu" else 256), max_tokens),
         fake_quant=args.fake_quant,
     )
     table = PassTable()

@@ -18,12 +18,15 @@ from pathlib import Path
 import torch
 
 from dsv4c import __version__, artifact
+from dsv4c.buckets import gpu_buckets
 from dsv4c.capture import capture, step_inputs
 from dsv4c.config import ModelConfig, StateLayout, Target
 from dsv4c.errors import ArtifactError, ConfigError
+from dsv4c.facts import COUNTS, LAST_TOKENS
 from dsv4c.model.state import group_ratios, min_columns, page_tokens, state_tensors
 from dsv4c.ops import TensorType
 from dsv4c.passes import default_pipeline
+from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
 from dsv4c.pipeline import Step
 from dsv4c.plan import Plan, plan
 from dsv4c.program import Program
@@ -57,11 +60,18 @@ def lower(
 
 
 def largest_symbols(config: ModelConfig, layout: StateLayout, options: Options) -> dict[str, int]:
-    """The largest value of every symbol that a buffer may depend on."""
+    """The largest value of every symbol that a buffer of the `step` program may depend on."""
     tokens, requests = options.max_tokens, options.max_requests
-    out = {"T": tokens, "S": tokens, "R": requests, "Z": requests + 1}
+    out = {**state_symbols(config, layout, options), "T": tokens, "S": tokens, "R": requests}
     for ratio in config.ratios:
         out[f"E_{ratio}"] = min(tokens, tokens // ratio + requests)
+    return out
+
+
+def state_symbols(config: ModelConfig, layout: StateLayout, options: Options) -> dict[str, int]:
+    """Sizes of page tables, pools and slots; per-request inputs have a row for every slot."""
+    requests = options.max_requests
+    out = {"R": requests + 1, "Z": requests + 1}
     for group, ratio in group_ratios(config).items():
         columns = max(min_columns(config, layout, group), math.ceil(options.max_context / page_tokens(layout, ratio)))
         out[f"P_{group}"] = columns
@@ -89,6 +99,13 @@ def artifact_inputs(config: ModelConfig, layout: StateLayout) -> tuple[artifact.
     return tuple(out)
 
 
+def sampling_inputs() -> tuple[artifact.Input, ...]:
+    """What a program that samples asks for besides; edits, which most steps lack, come last."""
+    rows = [artifact.Input(name, name, ("S",), dtype=dtype) for name, dtype in ROW_INPUTS.items()]  # type: ignore[arg-type]
+    edits = [artifact.Input(name, name, ("M",), dtype=dtype) for name, dtype in EDIT_INPUTS.items()]  # type: ignore[arg-type]
+    return (*rows, *edits)
+
+
 def kv_groups(
     program: Program, names: set[str]
 ) -> tuple[tuple[artifact.KVGroup, ...], tuple[artifact.StateGroup, ...]]:
@@ -102,7 +119,11 @@ def kv_groups(
         horizon = config.sliding_window if ratio == 0 else None
         groups.append(artifact.KVGroup(group, max(ratio, 1), page_tokens(layout, ratio), horizon, pools))
     rings = tuple(pool for of, pool in tensors if of is None)
-    return tuple(groups), (artifact.StateGroup("compressor", rings),) if rings else ()
+    states = [artifact.StateGroup("compressor", rings)] if rings else []
+    sampling = tuple(_pool(name, types[name]) for name in (COUNTS, LAST_TOKENS) if name in names)
+    if sampling:
+        states.append(artifact.StateGroup("sampling", sampling))
+    return tuple(groups), tuple(states)
 
 
 def _pool(name: str, kind: TensorType) -> artifact.Pool:
@@ -110,11 +131,18 @@ def _pool(name: str, kind: TensorType) -> artifact.Pool:
 
 
 def plan_artifact(program: Program, target: Target, options: Options) -> Plan:
-    """Schedules, buffers and segments of the `step` entry point."""
-    layout = program.layout
-    symbols = largest_symbols(program.config, layout, options)
-    inputs = artifact_inputs(program.config, layout)
-    return plan(program, "step", "mixed", target.arch, symbols, inputs)
+    """Schedules, buffers and segments: of `step` for a CPU, of every bucket for a GPU."""
+    config, layout = program.config, program.layout
+    inputs = artifact_inputs(config, layout)
+    if target.arch == "cpu":
+        sizes = {"step": ("mixed", largest_symbols(config, layout, options))}
+    else:
+        inputs = (*inputs, *sampling_inputs())
+        shared = state_symbols(config, layout, options)
+        buckets = gpu_buckets(options.max_tokens, options.max_requests)
+        sizes = {b.name: (b.phase, b.symbols(config, shared)) for b in buckets}
+    plans = [plan(program, "step", name, phase, target.arch, symbols, inputs) for name, (phase, symbols) in sizes.items()]
+    return Plan.joined(plans)
 
 
 def numerics(program: Program, options: Options) -> tuple[str, ...]:
@@ -201,7 +229,7 @@ def _manifest(
         passes=program.history,
         numerics=numerics(program, options),
         kernels=dict(sorted(kernels.items())),
-        programs={"step": made.program},
+        programs=made.programs,
         kv_groups=groups,
         state_groups=states,
         weights=tuple(made.weights[name] for name in sorted(made.weights)),

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -52,21 +53,29 @@ class PassTable:
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """Kernels by op with the schedule chosen, and the sizes of what was planned."""
-    calls = Counter(call.kernel for segment in plan.program.segments for call in segment.calls)
+    """Kernels by op with the schedule chosen, their calls in all programs, and the sizes of what was planned."""
+    programs = plan.programs.values()
+    calls = Counter(call.kernel for p in programs for segment in p.segments for call in segment.calls)
     table = _table("op", "schedule", "calls", "reason", text=(0, 1, 3))
     for name, choice in sorted(plan.choices.items(), key=lambda c: (c[1].node.op, c[0])):
         table.add_row(choice.node.op, choice.schedule, f"{calls[name]:,}", choice.reason)
     summary = _table("planned", "", text=(0,))
     for label, value in (
-        ("calls a step", f"{sum(calls.values()):,}"),
-        ("segments", f"{len(plan.program.segments)}"),
+        ("programs", f"{len(plan.programs)}"),
+        ("calls a step", _span(sum(len(s.calls) for s in p.segments) for p in programs)),
+        ("segments a step", _span(len(p.segments) for p in programs)),
         ("distinct kernels", f"{len(plan.choices)}"),
         ("weights", f"{len(plan.weights):,}"),
-        ("arena, MB", f"{plan.program.arena_bytes / 1e6:,.1f}"),
+        ("arena, MB", f"{plan.arena_bytes / 1e6:,.1f}"),
     ):
         summary.add_row(label, value)
     return Group(table, summary)
+
+
+def _span(counts: Iterable[int]) -> str:
+    """`84`, or `84 to 90` where programs differ."""
+    found = sorted(set(counts))
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
 
 
 def manifest_tables(manifest: Manifest) -> RenderableType:

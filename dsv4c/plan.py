@@ -7,10 +7,12 @@ State that an op updates in place keeps its name: its old value must have no lat
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -31,12 +33,34 @@ VECTOR = 16  # bytes that a GPU thread loads at once: every argument starts at a
 
 @dataclass
 class Plan:
-    """What `emit` builds and the manifest states."""
+    """What `emit` builds and the manifest states: programs by name, and what all of them need."""
 
-    program: artifact.Program
+    programs: dict[str, artifact.Program]
     choices: dict[str, Choice]
     weights: dict[str, artifact.Weight]
     states: set[str]
+
+    @property
+    def arena_bytes(self) -> int:
+        """Of the one arena that all programs use in turn."""
+        return max(program.arena_bytes for program in self.programs.values())
+
+    @classmethod
+    def joined(cls, plans: Iterable[Plan]) -> Plan:
+        """One plan of several over the same weights. Raises CompileError where they lay one out differently."""
+        out = cls({}, {}, {}, set())
+        for one in plans:
+            for name, found in one.weights.items():
+                if out.weights.setdefault(name, found) != found:
+                    raise CompileError(
+                        f"programs want weight `{name}` in different layouts: {out.weights[name].transforms} and "
+                        f"{found.transforms}",
+                        hint="a schedule's layout may depend on nothing but its op's static shapes",
+                    )
+            out.programs.update(one.programs)
+            out.choices.update(one.choices)
+            out.states |= one.states
+        return out
 
 
 @dataclass
@@ -214,17 +238,19 @@ class _Planner:
     def allocate(self) -> int:
         """Offsets for all owning buffers, largest first, each at the lowest place free for its whole life."""
         owners = [b for b in self.buffers.values() if b.of is None]
-        placed: list[tuple[int, int, _Buffer]] = []
+        alive: dict[int, list[_Buffer]] = defaultdict(list)  # placed buffers by the calls during which they live
         top = 0
         for buffer in sorted(owners, key=lambda b: (-self._bytes(b), b.first, b.name)):
             size = self._bytes(buffer)
+            others = {b.name: b for place in range(buffer.first, buffer.last + 1) for b in alive[place]}
             start = 0
-            for low, high, other in sorted(placed, key=lambda p: p[0]):
-                alive_together = other.first <= buffer.last and buffer.first <= other.last
-                if alive_together and start < high and low < start + size:
-                    start = high
+            for other in sorted(others.values(), key=lambda b: b.offset or 0):
+                low = other.offset or 0
+                if start < low + self._bytes(other) and low < start + size:
+                    start = low + self._bytes(other)
             buffer.offset = start
-            placed.append((start, start + size, buffer))
+            for place in range(buffer.first, buffer.last + 1):
+                alive[place].append(buffer)
             top = max(top, start + size)
         return top
 
@@ -262,28 +288,40 @@ def _dense(shape: artifact.Shape) -> tuple[int, ...]:
 def plan(
     program: Program,
     graph_name: str,
-    phase: str,
+    name: str,
+    phase: Literal["mixed", "decode", "prefill"],
     target: str,
     symbols: Mapping[str, int],
     inputs: tuple[artifact.Input, ...],
 ) -> Plan:
-    """Plans one entry point of a lowered program. `symbols`: the largest value of every symbol.
+    """Plans a lowered program's graph as the program `name`. `symbols`: the largest (GPU: the) value of every symbol.
 
     Raises ScheduleError if no schedule accepts an op.
     """
     tuned = None if target == "cpu" else Tuned.of(target)
     planner = _Planner(program, program.graphs[graph_name], target, symbols, parameter_sources(program.config), tuned)
     planner.run()
-    outputs = {"logits": planner.names[results_of(planner.graph)["logits"]]}
-    for name in outputs.values():
-        planner.buffers[name].last = len(planner.calls)
+    results = results_of(planner.graph)
+    outputs = {key: planner.names[results[key]] for key in ("logits", "tokens", "replaced") if key in results}
+    for value in outputs.values():
+        planner.buffers[value].last = len(planner.calls)
     arena = planner.allocate()
     buffers = tuple(
         artifact.Buffer(b.name, b.type.shape, b.type.dtype, b.strides, b.offset, b.of, b.element_offset)
         for b in planner.buffers.values()
     )
-    segment = artifact.Segment("graph", tuple(planner.calls))
-    made = artifact.Program(
-        phase, dict(symbols), tuple(i for i in inputs if i.name in planner.inputs), buffers, (segment,), outputs, arena
-    )
-    return Plan(made, planner.choices, planner.weights, planner.states)
+    used = tuple(i for i in inputs if i.name in planner.inputs)
+    segments = _segments(planner.calls, planner.choices)
+    made = artifact.Program(phase, dict(symbols), used, buffers, segments, outputs, arena)
+    return Plan({name: made}, planner.choices, planner.weights, planner.states)
+
+
+def _segments(calls: Sequence[artifact.Call], choices: Mapping[str, Choice]) -> tuple[artifact.Segment, ...]:
+    """Runs of calls that a CUDA graph can hold, broken by those that it cannot, each with the reason."""
+    out: list[artifact.Segment] = []
+    for capturable, run in itertools.groupby(calls, lambda call: choices[call.kernel].capturable):
+        held = tuple(run)
+        names = sorted({choices[call.kernel].schedule for call in held})
+        why = "" if capturable else f"`{'`, `'.join(names)}` cannot be captured"
+        out.append(artifact.Segment("graph" if capturable else "eager", held, why))
+    return tuple(out)
