@@ -27,15 +27,23 @@ def sizes_of(shape: Shape, symbols: Mapping[str, int]) -> tuple[int, ...]:
 class Arena:
     """`program.arena_bytes` bytes on `device`, aligned, zeroed so that nothing undefined is ever read."""
 
-    def __init__(self, program: Program, device: torch.device | None = None) -> None:
+    def __init__(
+        self, program: Program, device: torch.device | None = None, memory: Tensor | None = None
+    ) -> None:
+        """`memory`: what `Arena.memory` gave for the largest of several programs that run in turn."""
         self._buffers = {buffer.name: buffer for buffer in program.buffers}
-        align = _ALIGNMENT if device is None or device.type == "cpu" else _DEVICE_ALIGNMENT
-        whole = torch.zeros(program.arena_bytes + 2 * align, dtype=torch.uint8, device=device)
-        start = -whole.data_ptr() % align
-        self._bytes = whole[start : start + program.arena_bytes + align]
+        self._bytes = self.memory(program.arena_bytes, device) if memory is None else memory
         self._flat: dict[torch.dtype, Tensor] = {}
         for buffer in program.buffers:
             self._check(buffer, program.arena_bytes)
+
+    @staticmethod
+    def memory(arena_bytes: int, device: torch.device | None = None) -> Tensor:
+        """Aligned, zeroed bytes for an arena, and a little more: a view of size 0 may lie at its end."""
+        align = _ALIGNMENT if device is None or device.type == "cpu" else _DEVICE_ALIGNMENT
+        whole = torch.zeros(arena_bytes + 2 * align, dtype=torch.uint8, device=device)
+        start = -whole.data_ptr() % align
+        return whole[start : start + arena_bytes + align]
 
     def _check(self, buffer: Buffer, arena_bytes: int) -> None:
         dtype = getattr(torch, buffer.dtype, None)

@@ -79,7 +79,7 @@ class ArtifactExecutor:
         found: dict[str, Tensor] = {}
         of = {buffer.name: buffer.of or buffer.name for buffer in self.program.buffers}
         for call in self._calls:
-            for run in self._kernels.bind([(call.kernel, self._arguments(call, binding.values))]):
+            for run in self._kernels.bind([(call.kernel, arguments(call, binding.values))]):
                 run()
             written = set(call.args[len(call.args) - call.outputs :])
             found.update({n: binding.values[n].clone() for n in want if of.get(n) in written})
@@ -96,7 +96,7 @@ class ArtifactExecutor:
         binding = self._binding(self._sizes(inputs))
         out: list[tuple[Call, Callable[[], object]]] = []
         for call in self._calls:
-            (run,) = self._kernels.bind([(call.kernel, self._arguments(call, binding.values))]) or [_nothing]
+            (run,) = self._kernels.bind([(call.kernel, arguments(call, binding.values))]) or [_nothing]
             out.append((call, run))
         return out
 
@@ -142,23 +142,25 @@ class ArtifactExecutor:
             for item in self.program.inputs
         }
         values = {**self._arena.views(symbols), **self._weights, **self.states, **inputs}
-        calls = [(call.kernel, self._arguments(call, values)) for call in self._calls]
+        calls = [(call.kernel, arguments(call, values)) for call in self._calls]
         logits = values[self.program.outputs["logits"]]
         return _Binding(inputs, values, self._kernels.bind(calls), logits)
 
-    def _arguments(self, call: Call, values: Mapping[str, Tensor]) -> list[Arg]:
-        out: list[Arg] = []
-        for arg in call.args:
-            if not isinstance(arg, str):
-                out.append(arg)
-            elif arg in values:
-                out.append(values[arg])
-            else:
-                raise ArtifactError(
-                    f"a call of `{call.kernel}` reads `{arg}`, which nothing provides",
-                    hint="the manifest is corrupted; compile the artifact again",
-                )
-        return out
+
+def arguments(call: Call, values: Mapping[str, Tensor]) -> list[Arg]:
+    """A call's arguments: tensors by name, and its scalars. Raises ArtifactError for a name without a value."""
+    out: list[Arg] = []
+    for arg in call.args:
+        if not isinstance(arg, str):
+            out.append(arg)
+        elif arg in values:
+            out.append(values[arg])
+        else:
+            raise ArtifactError(
+                f"a call of `{call.kernel}` reads `{arg}`, which nothing provides",
+                hint="the manifest is corrupted; compile the artifact again",
+            )
+    return out
 
 
 def _nothing() -> None:

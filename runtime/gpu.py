@@ -11,6 +11,7 @@ ints, `+ - * // %`, `cdiv(x, y)`, `min` and `max`. A launch whose grid is empty 
 from __future__ import annotations
 
 import ast
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -154,7 +155,7 @@ class _Sizes:
     def value(self, expression: Expr) -> int:
         if isinstance(expression, int):
             return expression
-        return self._eval(ast.parse(expression, mode="eval").body, expression)
+        return self._eval(_parsed(expression), expression)
 
     def _eval(self, node: ast.expr, text: str) -> int:
         if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -175,6 +176,12 @@ class _Sizes:
         if tensor is None or int(dim) >= tensor.dim():
             raise ArtifactError(f"`{name}` in `{text}` of kernel `{self.name}` has no such tensor or dimension")
         return tensor.shape[int(dim)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(expression: str) -> ast.expr:
+    """An artifact has a few hundred expressions, each evaluated for every program."""
+    return ast.parse(expression, mode="eval").body
 
 
 _OPERATORS: Mapping[type, Callable[[int, int], int]] = {

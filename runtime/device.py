@@ -1,0 +1,273 @@
+"""Steps on a GPU: spans -> a padded bucket -> one launch -> tokens, read by the host one step late.
+
+    launch   pick the smallest program that holds the step, fill its inputs, send them with what changed in the page
+             tables, replay, start the copy of the tokens to the host; nothing here waits for the device
+    collect  wait for that copy
+
+What a request asks of sampling is kept by slot, so that a step gathers it; penalties count tokens on the device. Only
+rows that ask for log-probabilities cost more: they are computed behind the step, from its logits as they were before
+edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dsv4c.artifact import Program
+from dsv4c.errors import EngineError, RunnerBroken
+from dsv4c.runtime.graphs import GraphExecutor
+from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.request import Request
+from dsv4c.runtime.runner import Chosen
+from dsv4c.runtime.sampler import TokenLogprob
+from dsv4c.runtime.scheduler import Span
+from dsv4c.runtime.seats import Seats
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Log-probabilities on their way to the host: of the token [N], of the best [N, K], and which these are."""
+
+    owners: list[tuple[int, int]]
+    """Of each row: the index of its span, and how many of the best it asks for."""
+    chosen: Tensor
+    best: Tensor
+    ids: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way: its tokens' place on the host, which rows are sampled ones, and when they are there."""
+
+    spans: tuple[Span, ...]
+    tokens: Tensor
+    sampled: Int64Array
+    scores: _Scores | None
+    done: torch.cuda.Event | None
+
+
+class DeviceRunner:
+    """A StepRunner over the programs of a GPU artifact. `pool` must track its table writes.
+
+    `states`: names of the state pools that `copy_states` copies.
+    """
+
+    lag = 1
+
+    def __init__(self, executor: GraphExecutor, pool: KVPool, *, vocab_size: int, states: Sequence[str] = ()) -> None:
+        self.executor = executor
+        self._pool = pool
+        self._states = tuple(states)
+        self._seats = Seats(pool.sizes.slots, vocab_size)
+        self._decode = _sorted(executor.programs, "decode")
+        self._prefill = _sorted(executor.programs, "prefill")
+        first = next(iter(executor.programs.values()))
+        self._ratios = {i.name: int(i.ratio or 1) for i in first.inputs if i.kind == "window_ends"}
+        self._pinned = executor.stream is not None
+        self._hosts = [torch.zeros(self.max_rows, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)]
+        self._turn = 0
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of logits that a step can have."""
+        return max(p.symbols["S"] for p in self.executor.programs.values())
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError (400) for what the device's buffers cannot hold."""
+        self._seats.check(request)
+
+    def launch(self, spans: Sequence[Span], /) -> Launched:
+        """See StepRunner. Raises EngineError if no bucket holds the step."""
+        spans = tuple(spans)
+        lengths = np.fromiter((s.end - s.start for s in spans), np.int64, len(spans))
+        rows = np.fromiter((s.samples + len(s.prompt_rows) for s in spans), np.int64, len(spans))
+        name = self._program(spans, int(lengths.sum()), int(rows.sum()), bool((lengths == 1).all()))
+        try:
+            return self._launch(name, spans, lengths, rows)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(f"the device is out of memory: {_first_line(error)}") from error
+        except torch.AcceleratorError as error:
+            raise RunnerBroken(f"the device failed: {_first_line(error)}", hint="restart the server") from error
+
+    def _launch(self, name: str, spans: tuple[Span, ...], lengths: Int64Array, rows: Int64Array) -> Launched:
+        views = self.executor.staging.begin(name)
+        slots = np.fromiter((s.request.slot for s in spans), np.int64, len(spans))
+        firsts = np.cumsum(lengths) - lengths
+        self._fill_tokens(views, spans, slots, firsts, lengths)
+        sampled = self._fill_rows(views, spans, slots, firsts, rows)
+        edits = self._seats.fill(views, spans, slots, sampled)
+        with self.executor.on_stream():
+            self.executor.staging.send(name, edits)
+            self.executor.tables.update(self._pool.drain_updates())
+            for slot, counts in self._seats.fresh_counts():
+                self.executor.states["sampling.counts"][slot].copy_(torch.from_numpy(counts), non_blocking=True)
+            outputs = self.executor.launch(name)
+            count = int(rows.sum())
+            self._turn = (self._turn + 1) % len(self._hosts)
+            tokens = self._hosts[self._turn][:count]
+            tokens.copy_(outputs["tokens"][:count], non_blocking=True)
+            scores = self._scores(spans, rows, views, outputs)
+            done = torch.cuda.Event() if self._pinned else None
+            if done is not None:
+                done.record()
+        return Launched(spans, tokens, sampled, scores, done)
+
+    def collect(self, ticket: Launched, /) -> Chosen:
+        """See StepRunner."""
+        try:
+            if ticket.done is not None:
+                ticket.done.synchronize()
+        except torch.AcceleratorError as error:
+            raise RunnerBroken(f"the device failed: {_first_line(error)}", hint="restart the server") from error
+        found: list[int] = ticket.tokens.numpy()[ticket.sampled].tolist()
+        tokens = [token if token >= 0 else None for token in found]
+        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+        prompt: dict[str, list[TokenLogprob]] = {}
+        if ticket.scores is not None:
+            self._read_scores(ticket.spans, ticket.scores, logprobs, prompt)
+        return Chosen(tokens, logprobs, prompt)
+
+    def copy_states(self, pairs: Sequence[tuple[int, int]], /) -> None:
+        """See StepRunner."""
+        if pairs:
+            with self.executor.on_stream():
+                self.executor.copy_states(pairs, self._states)
+
+    def _program(self, spans: Sequence[Span], tokens: int, rows: int, singles: bool) -> str:
+        known = self._decode if singles else self._prefill
+        for name in known if not singles else (*known, *self._prefill):
+            symbols = self.executor.programs[name].symbols
+            if symbols["T"] >= tokens and symbols["S"] >= max(rows, len(spans)):
+                return name
+        raise EngineError(
+            f"no program of the artifact holds {tokens} tokens of {len(spans)} requests and {rows} rows of logits",
+            hint="compile with larger `--max-tokens` or `--max-requests`",
+        )
+
+    def _fill_tokens(
+        self, views: Mapping[str, npt.NDArray[Any]], spans: Sequence[Span], slots: Int64Array, firsts: Int64Array,
+        lengths: Int64Array,
+    ) -> None:  # fmt: skip
+        starts = np.fromiter((s.start for s in spans), np.int64, len(spans))
+        count = int(lengths.sum())
+        if count == len(spans):
+            tokens = np.fromiter((s.request.token(s.start) for s in spans), np.int64, count)
+            positions, owners = starts, slots
+        else:
+            tokens = np.concatenate([s.request.tokens(s.start, s.end) for s in spans])
+            positions = np.arange(count) + np.repeat(starts - firsts, lengths)
+            owners = np.repeat(slots, lengths)
+        views["token_ids"][:count] = tokens
+        views["positions"][:count] = positions
+        views["request_rows"][:count] = owners
+        if "seq_starts" in views:
+            views["seq_starts"][slots] = starts
+            views["seq_ends"][slots] = starts + lengths
+        for name, ratio in self._ratios.items():
+            ends = np.flatnonzero((positions + 1) % ratio == 0)
+            views[name][: ends.size] = ends
+
+    @staticmethod
+    def _fill_rows(
+        views: Mapping[str, npt.NDArray[Any]], spans: Sequence[Span], slots: Int64Array, firsts: Int64Array,
+        rows: Int64Array,
+    ) -> Int64Array:  # fmt: skip
+        """Rows of logits: of a span its prompt rows, then the one it samples. Returns the rows that are sampled."""
+        samples = np.fromiter((s.samples for s in spans), bool, len(spans))
+        lasts = np.cumsum(rows) - 1
+        sampled: Int64Array = lasts[samples]
+        ends = np.fromiter((s.end - s.start for s in spans), np.int64, len(spans))
+        views["logit_rows"][sampled] = (firsts + ends - 1)[samples]
+        for i, span in enumerate(spans):
+            if span.prompt_rows:
+                begin = int(lasts[i] + 1 - rows[i])
+                wanted = np.arange(span.prompt_rows.start, span.prompt_rows.stop) - span.start + firsts[i]
+                views["logit_rows"][begin : begin + wanted.size] = wanted
+        views["token_seats"][sampled] = slots[samples]
+        return sampled
+
+    def _scores(
+        self, spans: Sequence[Span], rows: Int64Array, views: Mapping[str, npt.NDArray[Any]],
+        outputs: Mapping[str, Tensor],
+    ) -> _Scores | None:  # fmt: skip
+        """Log-probabilities of the rows that ask for them, started on the device."""
+        lasts = np.cumsum(rows) - 1
+        owners: list[tuple[int, int]] = []
+        at: list[int] = []
+        targets: list[int] = []
+        for i, span in enumerate(spans):
+            params = span.request.params
+            for j, position in enumerate(span.prompt_rows):
+                owners.append((i, params.prompt_logprobs or 0))
+                at.append(int(lasts[i] + 1 - rows[i]) + j)
+                targets.append(span.request.token(position + 1))
+            if span.samples and params.logprobs is not None:
+                owners.append((i, params.logprobs))
+                at.append(int(lasts[i]))
+                targets.append(-1)
+        if not at:
+            return None
+        device = self.executor.device
+        where = torch.tensor([at, targets], pin_memory=self._pinned).to(device, non_blocking=True)
+        raw = outputs["logits"].index_select(0, where[0])
+        self._restore(raw, at, views, outputs["replaced"])
+        sampled = outputs["tokens"].index_select(0, where[0]).clamp(min=0)
+        tokens = torch.where(where[1] < 0, sampled, where[1])
+        logp = torch.log_softmax(raw, dim=-1)
+        best, ids = logp.topk(min(max(1, *(k for _, k in owners)), logp.shape[-1]), dim=-1)
+        chosen = logp.gather(1, tokens.unsqueeze(1))[:, 0]
+        return _Scores(owners, *(self._to_host(t) for t in (chosen, best, ids, tokens)))
+
+    def _restore(
+        self, raw: Tensor, at: Sequence[int], views: Mapping[str, npt.NDArray[Any]], replaced: Tensor
+    ) -> None:  # fmt: skip
+        """Puts back what edits changed."""
+        places = [
+            (i, m, int(views["edit_tokens"][m]))
+            for i, row in enumerate(at)
+            for m in range(int(views["edit_starts"][row]), int(views["edit_stops"][row]))
+        ]
+        if places:
+            rows, edits, tokens = torch.tensor(places, pin_memory=self._pinned).t().to(raw.device, non_blocking=True)
+            raw[rows, tokens] = replaced[edits]
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+        return host.copy_(tensor, non_blocking=True)
+
+    @staticmethod
+    def _read_scores(
+        spans: Sequence[Span], scores: _Scores, logprobs: list[TokenLogprob | None],
+        prompt: dict[str, list[TokenLogprob]],
+    ) -> None:  # fmt: skip
+        order = {i: n for n, i in enumerate(i for i, span in enumerate(spans) if span.samples)}
+        tokens, chosen = scores.tokens.tolist(), scores.chosen.tolist()
+        best, ids = scores.best.tolist(), scores.ids.tolist()
+        left = {i: len(span.prompt_rows) for i, span in enumerate(spans)}
+        for row, (i, k) in enumerate(scores.owners):
+            top = tuple(zip(ids[row][:k], best[row][:k], strict=True))
+            entry = TokenLogprob(tokens[row], chosen[row], top)
+            if left[i]:
+                left[i] -= 1
+                prompt.setdefault(spans[i].request.id, []).append(entry)
+            else:
+                logprobs[order[i]] = entry
+
+
+def _sorted(programs: Mapping[str, Program], phase: str) -> list[str]:
+    found = [name for name, program in programs.items() if program.phase == phase]
+    return sorted(found, key=lambda n: (programs[n].symbols["T"], programs[n].symbols["S"]))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

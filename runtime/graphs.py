@@ -1,0 +1,204 @@
+"""Runs the programs of a GPU artifact as CUDA graphs, broken where a segment or the user says so.
+
+    plan's segments --break patterns--> pieces --capture, largest program first--> graphs and eager calls
+    step: inputs staged by the caller --launch(name)--> one replay (or more, with eager calls between) --> outputs
+
+All programs share one arena, one graph memory pool and one stream. Capturing runs nothing; before it every program runs
+once on a step of nobody, so that libraries allocate what they need. Nothing is captured or compiled later.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4c.artifact import Call, Program
+from dsv4c.errors import ArtifactError, ConfigError
+from dsv4c.runtime.buffers import Arena
+from dsv4c.runtime.executor import arguments
+from dsv4c.runtime.kernels import Kernels, Run
+from dsv4c.runtime.staging import Staging
+from dsv4c.runtime.tables import PageTables
+
+Progress = Callable[[int, int, str], None]
+"""(programs done, programs in all, name of the last)."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Calls in a row that are captured together (`why` empty), or run one by one for the reason given."""
+
+    calls: tuple[Call, ...]
+    why: str = ""
+
+
+def pieces_of(program: Program, breaks: Sequence[str] = ()) -> tuple[Piece, ...]:
+    """The segments of a program, with calls whose scope matches a pattern of `breaks` taken out of the graphs.
+
+    Neighbouring `graph` segments join.
+    """
+    out: list[Piece] = []
+    for segment in program.segments:
+        for call in segment.calls:
+            pattern = next((p for p in breaks if fnmatch.fnmatchcase(call.scope, p)), None)
+            why = segment.why or segment.kind if segment.kind != "graph" else ""
+            why = why or (f"--break {pattern}" if pattern else "")
+            if out and out[-1].why == why:
+                out[-1] = Piece((*out[-1].calls, call), why)
+            else:
+                out.append(Piece((call,), why))
+    return tuple(out)
+
+
+@dataclass
+class _Bound:
+    """A program over its tensors: what runs, in order, and what it gives."""
+
+    values: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    pieces: tuple[Piece, ...]
+    runs: list[list[Run]]
+    replays: list[Callable[[], object]]
+
+
+class GraphExecutor:
+    """All programs of one artifact on one device. One thread at a time; work is on `stream`, in the order of calls.
+
+    `rows`: the sizes the runtime chose for symbols that state has (`R`, `Z`, `P_<group>`, `N_<group>`). Inputs are
+    written through `staging` and `tables`.
+    """
+
+    def __init__(
+        self,
+        programs: Mapping[str, Program],
+        kernels: Kernels,
+        weights: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        rows: Mapping[str, int],
+        breaks: Sequence[str] = (),
+    ) -> None:
+        _check_breaks(programs, breaks)
+        self.programs = dict(programs)
+        self.states = dict(states)
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._kernels = kernels
+        largest = max(programs.values(), key=lambda p: p.arena_bytes)
+        arena = Arena.memory(largest.arena_bytes, device)
+        self.staging = Staging(programs, device, rows)
+        groups = {i.group: rows[str(i.shape[1])] for p in programs.values() for i in p.inputs if i.kind == "page_table"}
+        self.tables = PageTables(rows["R"], {str(group): width for group, width in groups.items()}, device)
+        slots = torch.arange(rows["R"], device=device)
+        self._bound: dict[str, _Bound] = {}
+        for name, program in programs.items():
+            views = Arena(program, device, arena).views({**program.symbols, **rows})
+            resident = {
+                i.name: self.tables.tensors[str(i.group)] if i.kind == "page_table" else slots
+                for i in program.inputs
+                if i.kind in ("page_table", "state_slots")
+            }
+            values = {**views, **weights, **states, **resident, **self.staging.tensors(name)}
+            self._bound[name] = self._bind(program, values, pieces_of(program, breaks))
+
+    def _bind(self, program: Program, values: dict[str, Tensor], pieces: tuple[Piece, ...]) -> _Bound:
+        runs = [self._kernels.bind([(c.kernel, arguments(c, values)) for c in piece.calls]) for piece in pieces]
+        outputs = {meaning: values[value] for meaning, value in program.outputs.items()}
+        return _Bound(values, outputs, pieces, runs, [_all(run) for run in runs])
+
+    def on_stream(self) -> torch.cuda.StreamContext:
+        """`with executor.on_stream():` everything that must keep the order of steps."""
+        return torch.cuda.stream(self.stream)
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """What a program is cut into."""
+        return self._bound[name].pieces
+
+    def outputs(self, name: str) -> dict[str, Tensor]:
+        """Meaning -> tensor on the device, valid until the next launch of any program."""
+        return self._bound[name].outputs
+
+    def values(self, name: str) -> Mapping[str, Tensor]:
+        """Every value of a program by name: inputs, weights, states and buffers, for checks."""
+        return self._bound[name].values
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Runs every program once, uncaptured, on a step of nobody."""
+        for done, name in enumerate(self._largest_first(), 1):
+            self.staging.begin(name)
+            with self.on_stream():
+                self.staging.send(name)
+                for run in self._bound[name].runs:
+                    _all(run)()
+            self.synchronize()  # the pinned buffers come round again
+            if progress:
+                progress(done, len(self.programs), name)
+
+    def capture(self, progress: Progress | None = None) -> None:
+        """Captures every piece that can be, largest program first, into one pool. `warm_up` comes before."""
+        pool = torch.cuda.graph_pool_handle()
+        for done, name in enumerate(self._largest_first(), 1):
+            bound = self._bound[name]
+            for i, (piece, runs) in enumerate(zip(bound.pieces, bound.runs, strict=True)):
+                if piece.why:
+                    continue
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                    _all(runs)()
+                bound.replays[i] = graph.replay
+            if progress:
+                progress(done, len(self.programs), name)
+
+    def launch(self, name: str) -> dict[str, Tensor]:
+        """Runs one step on what was staged, on the current stream; the outputs, not yet computed."""
+        bound = self._bound[name]
+        for replay in bound.replays:
+            replay()
+        return bound.outputs
+
+    def calls(self, name: str) -> list[tuple[Call, Callable[[], object]]]:
+        """Every call of a program with a function that makes it alone, for measuring and checking."""
+        bound, out = self._bound[name], []
+        for piece in bound.pieces:
+            for call in piece.calls:
+                out.append((call, _all(self._kernels.bind([(call.kernel, arguments(call, bound.values))]))))
+        return out
+
+    def copy_states(self, pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> None:
+        """Copies rows (source, target) of these states, on the current stream."""
+        at = torch.tensor(pairs, dtype=torch.int64).t()
+        source, target = (at.pin_memory() if self.stream else at).to(self.device, non_blocking=True)
+        for name in names:
+            self.states[name].index_copy_(0, target, self.states[name].index_select(0, source))
+
+    def synchronize(self) -> None:
+        """Waits for everything launched."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def _largest_first(self) -> list[str]:
+        return sorted(self.programs, key=lambda n: -self.programs[n].symbols["T"])
+
+
+def _all(runs: Sequence[Run]) -> Callable[[], object]:
+    def run() -> None:
+        for one in runs:
+            one()
+
+    return run
+
+
+def _check_breaks(programs: Mapping[str, Program], breaks: Sequence[str]) -> None:
+    scopes = {call.scope for p in programs.values() for s in p.segments for call in s.calls}
+    for pattern in breaks:
+        if not fnmatch.filter(scopes, pattern):
+            raise ConfigError(
+                f"no call is in `{pattern}`", hint=f"scopes are like {', '.join(sorted(scopes)[:3])}, and end in `*`"
+            )
+    if not programs:
+        raise ArtifactError("the artifact has no programs", hint="compile it again")
