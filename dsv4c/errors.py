@@ -11,6 +11,7 @@
     │   ├── PassError           a pass broke its contract (facts, rewrites, order)
     │   └── ScheduleError       no schedule accepts an op, or one failed to build
     └── EngineError             the engine cannot serve: a fault of ours; the CLI exits with 1
+        └── RunnerBroken        the device is lost: nothing can be computed any more
 
 Messages are lower case without a final period and put names in backticks; the hint says the way out.
 """
@@ -85,3 +86,7 @@ class ScheduleError(CompileError):
 
 class EngineError(Dsv4cError):
     """The engine cannot serve."""
+
+
+class RunnerBroken(EngineError):
+    """What computes the steps never will again: the engine fails every request, and takes no more."""

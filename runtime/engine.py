@@ -1,40 +1,41 @@
 """The engine: requests in, events out, one synchronous step at a time.
 
-    Engine(executor, inputs, pool sizes, groups, vocab_size, limits, eos ids)    or Engine.for_manifest(...)
+    Engine(runner, pool, vocab_size, limits, eos ids)    or Engine.for_manifest(executor, ...) on the host
     engine.submit(request)      RequestError if it cannot be served; else it waits
-    engine.step() -> [Event]    schedule -> build inputs -> executor -> sample -> events
+    engine.step() -> [Event]    schedule -> launch step n + 1 -> collect step n -> tokens, events
     engine.cancel(id) -> Event  pages back at once
 
-A request ends exactly once: finished (`stop`, `length`), `cancelled`, or `failed` with an error. Whatever the
-executor raises fails the requests of that step, each with the same clear error; the others go on. Stop strings
-are a hook of the request (`TextStop`), called in the step that chose the token: nothing after a stop is computed
-here. An executor that overlaps steps will compute at most one token more, and none is ever delivered.
+A request ends exactly once: finished (`stop`, `length`), `cancelled`, or `failed` with an error. Stop strings are a
+hook of the request (`TextStop`), called when the token is collected.
+
+The runner says how far the host may be ahead (runner.py). With lag 0 a step is collected as soon as it is launched.
+With lag 1 the host learns a step's tokens while the next step runs. What it can know ahead, it does: lengths. A
+request that ends otherwise may have one more token in flight, which is dropped when it is collected: nothing after a
+stop is ever delivered. A token belongs to the request object of its span, at the position behind that span; since a
+preempted request is admitted again only when none of its tokens is in flight, tokens of two lives never mix.
+
+Failures: what `launch` raises fails the requests of that step, what `collect` raises those of every step in flight,
+each with the same clear error; the others go on. RunnerBroken fails all there are, and sets `failure`.
 Not thread-safe: `EngineLoop` (loop.py) drives an Engine in a thread of its own.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple
 
-import torch
-
-from dsv4c.artifact import Input, KVGroup, Manifest
-from dsv4c.errors import ConfigError, Dsv4cError, EngineError, RequestError
-from dsv4c.runtime.batch import BatchBuilder, step_inputs
+from dsv4c.artifact import Manifest
+from dsv4c.errors import Dsv4cError, EngineError, RequestError, RunnerBroken
+from dsv4c.runtime.batch import step_inputs
 from dsv4c.runtime.kvpool import KVPool, PoolSizes
+from dsv4c.runtime.limits import limits_for
 from dsv4c.runtime.request import Event, FinishReason, Request
-from dsv4c.runtime.sampler import SamplerState, TokenLogprob, logprobs_of, sample
+from dsv4c.runtime.runner import Chosen, Executor, HostRunner, StepRunner, Ticket
+from dsv4c.runtime.sampler import SamplerState, TokenLogprob
 from dsv4c.runtime.scheduler import Limits, Scheduler, Span
-
-
-class Executor(Protocol):
-    """Runs one step of the model and updates the pools it owns, of the sizes it was made with."""
-
-    def step(self, inputs: Mapping[str, torch.Tensor], /) -> torch.Tensor:
-        """Logits [S, vocab_size] float32 of the wanted rows, S = 0 included. `inputs`: by Input.name, int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,48 +53,55 @@ class EngineStats:
     prompt_tokens: int = 0
     """Tokens of the prompts of requests that were accepted."""
     generated_tokens: int = 0
+    failed_steps: int = 0
+    """Steps that raised, whether or not any request was left to tell."""
     step_s: float = 0.0
-    """Seconds in steps, executor included."""
-    executor_s: float = 0.0
+    """Seconds in `Engine.step`."""
+    launch_s: float = 0.0
+    """Of these, in the runner's `launch`: with lag 0 the computation itself."""
+    wait_s: float = 0.0
+    """Of these, in the runner's `collect`: waiting for the device."""
     last_step_s: float = 0.0
     ended: Mapping[str, int] = field(default_factory=dict)
     """Requests ended, by reason."""
 
+    @property
+    def host_s(self) -> float:
+        """Seconds in steps outside waiting; divided by `steps`, what the host spends on one."""
+        return self.step_s - self.wait_s
 
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """Tokens and their log-probabilities, one for each span that samples; entries for prompts, by request."""
 
-    tokens: list[int | None]
-    logprobs: list[TokenLogprob | None]
-    prompt: dict[str, list[TokenLogprob]]
+class _Flight(NamedTuple):
+    """A step that was launched and not collected yet."""
+
+    spans: Sequence[Span]
+    ticket: Ticket
 
 
 class Engine:
-    """Continuous batching over one executor. `sizes` must be those the executor's pools were made with."""
+    """Continuous batching over one runner. `pool` must be the one whose tables the runner reads."""
 
     def __init__(
         self,
-        executor: Executor,
+        runner: StepRunner,
         *,
-        inputs: Iterable[Input],
-        groups: Sequence[KVGroup],
-        sizes: PoolSizes,
+        pool: KVPool,
         vocab_size: int,
         limits: Limits | None = None,
         eos_token_ids: Sequence[int] = (),
-        symbols: Mapping[str, int] | None = None,
     ) -> None:
-        self.executor = executor
+        self.runner = runner
+        self.pool = pool
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
-        self.pool = KVPool(groups, sizes)
-        self.scheduler = Scheduler(self.pool, limits or Limits(max_requests=sizes.max_requests))
-        self._batch = BatchBuilder(inputs, self.pool, symbols)
+        self.scheduler = Scheduler(pool, limits or Limits(max_requests=pool.sizes.max_requests))
+        self.failure: RunnerBroken | None = None
+        """Why nothing can be computed any more, or None while the runner is well."""
+        self._flights: deque[_Flight] = deque()
         self._requests: dict[str, Request] = {}
         self._ended: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "failed": 0}
-        self._steps = self._step_tokens = self._prompt_tokens = self._generated = 0
-        self._step_s = self._executor_s = self._last_step_s = 0.0
+        self._steps = self._step_tokens = self._failed_steps = self._prompt_tokens = self._generated = 0
+        self._step_s = self._launch_s = self._wait_s = self._last_step_s = 0.0
 
     @classmethod
     def for_manifest(
@@ -105,36 +113,17 @@ class Engine:
         limits: Limits | None = None,
         eos_token_ids: Sequence[int] = (),
     ) -> Engine:
-        """An engine for an artifact: inputs, groups and vocabulary are the manifest's, and so are default limits.
+        """An engine for an artifact run on the host: inputs, groups, vocabulary and default limits are the manifest's.
 
-        Raises ConfigError if limits or sizes exceed what its programs were made for.
+        `sizes` must be those the executor's pools were made with. Raises ConfigError if limits or sizes exceed what
+        its programs were made for.
         """
+        limits = limits_for(manifest, sizes, limits)
         inputs, symbols = step_inputs(manifest)
-        largest = {i.kind: symbols.get(str(i.shape[0]), 2**62) for i in inputs}
-        tokens, rows = largest.get("token_ids", 2**62), largest.get("logit_rows", 2**62)
-        requests = min(largest.get("seq_starts", 2**62), sizes.max_requests, tokens, rows)
-        limits = limits or Limits(requests, min(512, tokens), max_logit_rows=min(512, tokens, rows))
-        for name, asked, most in (
-            ("max_requests", limits.max_requests, requests),
-            ("max_step_tokens", limits.max_step_tokens, tokens),
-            ("max_logit_rows", limits.logit_rows, rows),
-            ("max_context", sizes.max_context, manifest.max_context),
-        ):
-            if asked > most:
-                raise ConfigError(
-                    f"`{name}` is {asked}, the artifact and its pools allow {most}",
-                    hint=f"lower `{name}`, or compile for more",
-                )
-        return cls(
-            executor,
-            inputs=inputs,
-            groups=manifest.kv_groups,
-            sizes=sizes,
-            vocab_size=manifest.vocab_size,
-            limits=limits,
-            eos_token_ids=eos_token_ids,
-            symbols=symbols,
-        )
+        pool = KVPool(manifest.kv_groups, sizes)
+        states = [p.name for group in manifest.state_groups for p in group.pools]
+        runner = HostRunner(executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states)
+        return cls(runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids)
 
     @property
     def max_context(self) -> int:
@@ -143,13 +132,16 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether a request has not ended, or a step is in flight, if only to be dropped."""
+        return self.scheduler.has_work or bool(self._flights)
 
     def check(self, request: Request, ahead: int = 0) -> None:
         """Raises RequestError if the request can never be served, or if the queue (and `ahead` more) is full.
 
         Changes nothing; safe from any thread.
         """
+        if self.failure is not None:
+            raise RequestError(self.failure.message, status=503, code="unavailable", hint=self.failure.hint)
         request.params.check_vocab(self.vocab_size)
         if request.params.n != 1:
             raise RequestError("one request makes one choice", param="n", hint="expand it into `n` requests")
@@ -185,72 +177,82 @@ class Engine:
         return [self._end(request, "failed", error=error) for request in list(self._requests.values())]
 
     def step(self) -> list[Event]:
-        """Computes one step and returns its events, at most one a request; nothing to do gives none."""
+        """Launches one step, and collects the oldest in flight if more are than the runner's lag, or none was launched.
+
+        Returns what was collected or failed, at most one event a request; nothing to do gives none.
+        """
         began = time.perf_counter()
         spans = self.scheduler.schedule()
-        if not spans:
+        if not spans and not self._flights:
             if self.has_work:
                 raise EngineError("requests wait, but the scheduler gives none of them a token")
             return []
-        try:
-            chosen = self._choose(spans, self._execute(spans))
-        except Exception as error:  # noqa: BLE001  the border to kernels: what they raise ends this step's requests
-            events = self._fail_step(spans, error)
-        else:
-            events = self._record(spans, chosen)
-        self._steps += 1
-        self._step_tokens += sum(s.length for s in spans)
+        events = self._launch(spans) if spans else []
+        if len(self._flights) > (self.runner.lag if spans else 0):
+            events += self._collect()
         self._last_step_s = time.perf_counter() - began
         self._step_s += self._last_step_s
         return events
 
-    def _execute(self, spans: Sequence[Span]) -> torch.Tensor:
-        inputs = self._batch.build(spans)
+    def _launch(self, spans: Sequence[Span]) -> list[Event]:
+        self._steps += 1
+        self._step_tokens += sum(s.length for s in spans)
         began = time.perf_counter()
-        logits_SV = self.executor.step(inputs)
-        self._executor_s += time.perf_counter() - began
-        rows = sum(s.samples + len(s.prompt_rows) for s in spans)
-        if tuple(logits_SV.shape) != (rows, self.vocab_size):
-            raise EngineError(f"the executor gave logits {list(logits_SV.shape)}, not {[rows, self.vocab_size]}")
-        return logits_SV
-
-    def _choose(self, spans: Sequence[Span], logits_SV: torch.Tensor) -> _Chosen:
-        """What the logits say, with no request changed: all that can fail for the whole step fails here."""
-        prompt: dict[str, list[TokenLogprob]] = {}
-        if any(s.prompt_rows for s in spans):
-            logits_SV, prompt = self._split_rows(spans, logits_SV)
-        states = [s.request.sampler for s in spans if s.samples and s.request.sampler is not None]
-        tokens, logprobs = sample(logits_SV, states) if states else ([], [])
-        return _Chosen(tokens, logprobs, prompt)
-
-    def _record(self, spans: Sequence[Span], chosen: _Chosen) -> list[Event]:
+        try:
+            ticket = self.runner.launch(spans)
+        except Exception as error:  # noqa: BLE001  the border to kernels: what they raise ends this step's requests
+            return self._fail_steps([spans], error)
+        finally:
+            self._launch_s += time.perf_counter() - began
         self.scheduler.commit(spans)
-        for span in spans:
-            span.request.prompt_logprobs.extend(chosen.prompt.get(span.request.id, ()))
-        sampling = [s.request for s in spans if s.samples]
-        return [self._accept(*item) for item in zip(sampling, chosen.tokens, chosen.logprobs, strict=True)]
+        self._flights.append(_Flight(spans, ticket))
+        return []
 
-    @staticmethod
-    def _split_rows(
-        spans: Sequence[Span], logits_SV: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, list[TokenLogprob]]]:
-        """The rows to sample from, and by request the log-probabilities of the prompt's tokens."""
-        sample_rows, prompt, row = [], {}, 0
-        for span in spans:
-            count = len(span.prompt_rows)
-            if count:
-                request = span.request
-                targets = [request.token(p + 1) for p in span.prompt_rows]
-                top = [request.params.prompt_logprobs or 0] * count
-                prompt[request.id] = logprobs_of(logits_SV[row : row + count], targets, top)
-            row += count
-            if span.samples:
-                sample_rows.append(row)
-                row += 1
-        return logits_SV[sample_rows], prompt
+    def _collect(self) -> list[Event]:
+        spans, ticket = self._flights.popleft()
+        chosen = self._wait(ticket)
+        if not isinstance(chosen, Exception):
+            return self._record(spans, chosen)
+        events = self._fail_steps([spans, *(f.spans for f in self._flights)], chosen)
+        while self._flights:  # to be dropped, before new requests share a step's fate with them
+            events += self._collect()
+        return events
 
-    def _accept(self, request: Request, token: int | None, logprob: TokenLogprob | None) -> Event:
+    def _wait(self, ticket: Ticket) -> Chosen | Exception:
+        began = time.perf_counter()
+        try:
+            return self.runner.collect(ticket)
+        except Exception as error:  # noqa: BLE001  as in _launch; the steps in flight read what this one wrote
+            return error
+        finally:
+            self._wait_s += time.perf_counter() - began
+
+    def _record(self, spans: Sequence[Span], chosen: Chosen) -> list[Event]:
+        """Hands a step's results to its requests; those of requests that have ended meanwhile are dropped."""
+        for span in spans:
+            span.request.gather_prompt(span.prompt_rows, chosen.prompt.get(span.request.id, ()))
+        sampling = zip((s for s in spans if s.samples), chosen.tokens, chosen.logprobs, strict=True)
+        return [self._accept(*item) for item in sampling if item[0].request.status != "ended"]
+
+    def _fail_steps(self, steps: Iterable[Sequence[Span]], error: Exception) -> list[Event]:
+        """Ends the requests of these steps, or all of them and the engine if the runner is broken."""
+        self._failed_steps += 1
+        if isinstance(error, RunnerBroken):
+            self.failure = error
+            self._flights.clear()
+            return self.fail_all(error)
+        if isinstance(error, Dsv4cError):
+            clear: Dsv4cError = error
+        else:
+            clear = EngineError(f"the step failed: {type(error).__name__}: {error}")
+        requests = {s.request.id: s.request for spans in steps for s in spans if s.request.status != "ended"}
+        return [self._end(request, "failed", error=clear) for request in requests.values()]
+
+    def _accept(self, span: Span, token: int | None, logprob: TokenLogprob | None) -> Event:
         """Adds a sampled token to its request and ends the request if it must; None: the logits were no numbers."""
+        request = span.request
+        if span.end != request.num_tokens:
+            raise EngineError(f"{request} got token {span.end}, which is not its next")
         if token is None:
             error = EngineError(f"the logits after {request.num_tokens} tokens hold NaN or infinity")
             return self._end(request, "failed", error=error)
@@ -292,13 +294,6 @@ class Engine:
         end = request.ended(reason, stop_token=stop_token, error=error)
         return replace(given or Event(request.id), end=end)
 
-    def _fail_step(self, spans: Sequence[Span], error: Exception) -> list[Event]:
-        if isinstance(error, Dsv4cError):
-            clear: Dsv4cError = error
-        else:
-            clear = EngineError(f"the step failed: {type(error).__name__}: {error}")
-        return [self._end(s.request, "failed", error=clear) for s in spans if s.request.status == "running"]
-
     def stats(self, ahead: int = 0) -> EngineStats:
         """A snapshot for metrics; safe from any thread. `ahead` more requests wait outside."""
         return EngineStats(
@@ -311,15 +306,23 @@ class Engine:
             step_tokens=self._step_tokens,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated,
+            failed_steps=self._failed_steps,
             step_s=self._step_s,
-            executor_s=self._executor_s,
+            launch_s=self._launch_s,
+            wait_s=self._wait_s,
             last_step_s=self._last_step_s,
             ended=dict(self._ended),
         )
 
     def audit(self) -> None:
-        """Proves that every page, slot and request is accounted for. Raises EngineError."""
+        """Proves that every page, slot, request and token in flight is accounted for. Raises EngineError."""
         self.scheduler.audit()
         known = [*self.scheduler.running, *self.scheduler.waiting]
         if {r.id for r in known} != set(self._requests) or len(known) != len(self._requests):
             raise EngineError("the queues and the requests of the engine differ")
+        if len(self._flights) > self.runner.lag:
+            raise EngineError(f"{len(self._flights)} steps are in flight, the runner's lag is {self.runner.lag}")
+        inflight = Counter(id(s.request) for flight in self._flights for s in flight.spans if s.samples)
+        for request in known:
+            if request.num_inflight != inflight[id(request)]:
+                raise EngineError(f"{request} expects {request.num_inflight} tokens, not {inflight[id(request)]}")

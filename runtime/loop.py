@@ -100,9 +100,13 @@ class EngineLoop:
                 self._take_inbox()
                 for event in self._engine.step():
                     self._deliver(event)
+                if self._engine.failure is not None:
+                    raise self._engine.failure
             self._take_inbox()
             for event in self._engine.fail_all(self._closing or EngineError("the engine is closed")):
                 self._deliver(event)
+            while self._engine.has_work:
+                self._engine.step()  # waits for what is in flight; its requests have ended
         except Exception as error:  # noqa: BLE001  a fault of the engine itself: every client must hear of it
             message = error.message if isinstance(error, Dsv4cError) else f"{type(error).__name__}: {error}"
             self._end_all(EngineError(f"the engine stopped: {message}", hint="restart the server"))

@@ -6,6 +6,9 @@
 
 A request ends in exactly one way and then holds no page and no slot. Tokens generated so far, the sampler's state
 and the text hook live here, outside the pools, so that a preempted request goes on as if nothing had happened.
+
+A token in flight is being chosen by a step that was launched and not yet collected: its position is taken, its id not
+known (-1). Schedules and sampling count it as there, events and ends do not.
 """
 
 from __future__ import annotations
@@ -82,8 +85,10 @@ class Request:
         self.choice = choice
         self._tokens: npt.NDArray[np.int64] = np.array(prompt, dtype=np.int64).reshape(-1)
         self.num_tokens = self.num_prompt = self._tokens.size
+        self.num_inflight = 0
+        """Tokens in flight; they follow the known ones. Preemption keeps them: they were chosen rightly."""
         self.num_computed = 0
-        """Tokens whose state lies in the pools."""
+        """Tokens whose state lies in the pools once all that was launched has run."""
         self.max_tokens_total = 0
         """Prompt and generated tokens at most; set on submission."""
         self.stop_ids: frozenset[int] = frozenset()
@@ -104,25 +109,51 @@ class Request:
         return self.num_tokens - self.num_prompt
 
     @property
+    def num_total(self) -> int:
+        """Known tokens and those in flight."""
+        return self.num_tokens + self.num_inflight
+
+    @property
+    def num_sampled(self) -> int:
+        """Generated tokens and those in flight: the number of the next one, for its noise and for `min_tokens`."""
+        return self.num_total - self.num_prompt
+
+    @property
     def pending(self) -> int:
         """Tokens not yet in the pools: 1 while decoding, more while (re)computing."""
-        return self.num_tokens - self.num_computed
+        return self.num_total - self.num_computed
+
+    @property
+    def awaits_last(self) -> bool:
+        """Whether the token in flight reaches the length limit: no step more is needed."""
+        return self.num_total >= self.max_tokens_total
 
     def tokens(self, start: int = 0, end: int | None = None) -> npt.NDArray[np.int64]:
-        """A view of tokens [start, end) of prompt and generated ones together."""
+        """A view of tokens [start, end) of prompt and generated ones together; by default to the last known one.
+
+        Tokens in flight are -1: the device feeds them.
+        """
         return self._tokens[start : self.num_tokens if end is None else end]
 
     def token(self, position: int) -> int:
+        """The token at a position; -1 while it is in flight."""
         return int(self._tokens[position])
 
+    def expect(self) -> None:
+        """Records that a step was launched which chooses the next token."""
+        self._write(self.num_total, -1)
+        self.num_inflight += 1
+
     def append(self, token: int) -> None:
-        """Adds a generated token."""
-        if self.num_tokens == self._tokens.size:
-            grown = np.zeros(max(64, 2 * self._tokens.size), dtype=np.int64)
-            grown[: self.num_tokens] = self._tokens
-            self._tokens = grown
-        self._tokens[self.num_tokens] = token
+        """Adds a generated token: the first in flight, now known."""
+        self._write(self.num_tokens, token)
         self.num_tokens += 1
+        self.num_inflight = max(0, self.num_inflight - 1)
+
+    def _write(self, position: int, token: int) -> None:
+        if position == self._tokens.size:
+            self._tokens = np.resize(self._tokens, max(64, 2 * position))
+        self._tokens[position] = token
 
     def prompt_logprob_rows(self, start: int, end: int) -> range:
         """Positions in [start, end) whose logits give prompt log-probabilities not gathered yet."""
@@ -130,6 +161,11 @@ class Request:
             return range(0)
         # the row of position p predicts the prompt's token p + 1, which is entry p + 1
         return range(max(start, len(self.prompt_logprobs) - 1), min(end, self.num_prompt - 1))
+
+    def gather_prompt(self, rows: range, entries: Sequence[TokenLogprob]) -> None:
+        """Keeps the entries of these rows that are new; a chunk computed again after preemption brings some twice."""
+        gathered = len(self.prompt_logprobs) - 1
+        self.prompt_logprobs.extend(entries[max(0, gathered - rows.start) :])
 
     def ended(self, reason: FinishReason, *, stop_token: int | None = None, error: Dsv4cError | None = None) -> End:
         """The End of this request, with its counts."""

@@ -10,6 +10,10 @@
 The oldest running request can always preempt the others, and a request that would not fit alone is refused on
 submission, so every step makes progress. Age is the order of submission; admission and preemption keep it.
 Pages move here and only here: `schedule` grows, `commit` evicts, `remove` and preemption release.
+
+A step may be planned while the one before is in flight. A request whose token in flight is its last gets nothing more;
+a preempted one is admitted when its token in flight is known, for the slot that sampled it is no longer its own. If
+neither leaves anything to do, the plan is empty although there is work: the step in flight will bring it.
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Span:
-    """Tokens [start, end) of a request, computed in one step. `samples`: they reach its last known token.
+    """Tokens [start, end) of a request, computed in one step. `samples`: they reach its last token, known or in flight.
 
     `prompt_rows`: positions whose logits are wanted for prompt log-probabilities. The logit rows of a span are
     these, then, if it samples, its last position.
@@ -162,25 +166,31 @@ class Scheduler:
         request.status = "ended"
 
     def schedule(self) -> list[Span]:
-        """The spans of the next step, with their pages in place; at most one a request; empty: nothing to do."""
+        """The spans of the next step, with their pages in place; at most one a request; empty: nothing to do yet."""
         spans: dict[str, Span] = {}
         preempted = self.num_preemptions
         self._tokens_left = self.limits.max_step_tokens
         self._prompt_rows_left = self.limits.logit_rows - self.limits.max_requests
         # a stable sort: decoding before prefilling, oldest first in both
         for request in sorted(self.running, key=lambda r: r.pending > 1):
-            if request.status == "running" and self._tokens_left:
+            if request.status == "running" and self._tokens_left and not request.awaits_last:
                 self._extend(request, spans)
         while self.waiting and self._tokens_left and self.num_preemptions == preempted:
-            if len(self.running) == self.limits.max_requests or not self._has_room(self.waiting[0]):
+            first = self.waiting[0]
+            if len(self.running) == self.limits.max_requests or first.num_inflight or not self._has_room(first):
                 break
             self._extend(self._admit(), spans)
         return list(spans.values())
 
     def commit(self, spans: Sequence[Span]) -> None:
-        """Records that the spans were computed, and frees the window pages that nobody can read any more."""
+        """Records that the spans were launched, and frees the window pages that no later step can read.
+
+        `Request.append` is due for each span that samples.
+        """
         for span in spans:
             span.request.num_computed = span.end
+            if span.samples:
+                span.request.expect()
             self.pool.evict(span.request.slot, span.end)
 
     def _extend(self, request: Request, spans: dict[str, Span]) -> None:
@@ -201,7 +211,7 @@ class Scheduler:
                 return
         self.pool.grow(request.slot, fit)
         rows = request.prompt_logprob_rows(start, fit)
-        spans[request.id] = Span(request, start, fit, fit == request.num_tokens, rows)
+        spans[request.id] = Span(request, start, fit, fit == request.num_total, rows)
         self._tokens_left -= fit - start
         self._prompt_rows_left -= len(rows)
 
@@ -217,7 +227,7 @@ class Scheduler:
         free = self.pool.free_pages()
         if self.pool.free_slots == 0:
             return False
-        for slot, tokens in [(r.slot, r.num_tokens) for r in self.running] + [(None, request.num_tokens)]:
+        for slot, tokens in [(r.slot, r.num_total) for r in self.running] + [(None, request.num_total)]:
             for group, pages in self.pool.claim(slot, tokens).items():
                 free[group] -= pages
         return min(free.values(), default=0) >= 0

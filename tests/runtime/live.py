@@ -169,7 +169,7 @@ def start_toy(
     groups_sizes = _sizes(max_requests, max_context, limits)
     engine, standin = make_engine(groups_sizes, limits, eos=[EOS])
     paced = Paced(standin, step_s)
-    engine.executor = paced
+    engine.runner.executor = paced
     return start(engine, ToyCodec(), **options), paced
 
 

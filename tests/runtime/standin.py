@@ -15,8 +15,10 @@ import torch
 
 from dsv4c.artifact import Input, KVGroup, Pool
 from dsv4c.runtime.engine import Engine
-from dsv4c.runtime.kvpool import PoolSizes
+from dsv4c.runtime.kvpool import KVPool, PoolSizes
+from dsv4c.runtime.runner import HostRunner
 from dsv4c.runtime.scheduler import Limits
+from tests.runtime.lagged import LaggedRunner
 
 VOCAB = 61
 HORIZON = 128
@@ -100,6 +102,7 @@ class StandIn:
         self.groups = {g.name: g for g in groups}
         self.pools = {g.name: np.full(sizes.pages[g.name] * g.entries_per_page, 10**9, np.int64) for g in groups}
         self.rings = {name: np.full((sizes.slots, n), 10**9, np.int64) for name, n in RING.items()}
+        self.states = {name: torch.from_numpy(ring) for name, ring in self.rings.items()}
         self.horizon = horizon
         self.steps = 0
         self.fail_at: set[int] = set()
@@ -154,13 +157,14 @@ def make_engine(
     groups: tuple[KVGroup, ...] | None = None,
     eos: Sequence[int] = (),
     horizon: int = HORIZON,
+    lag: int = 0,
 ) -> tuple[Engine, StandIn]:
-    """An engine over a stand-in; by default 33 slots, 1024 tokens of context and pages for all."""
+    """An engine over a stand-in; by default 33 slots, 1024 tokens of context and pages for all, and no lag."""
     groups = groups or kv_groups(horizon=horizon)
     limits = limits or Limits(max_requests=32, max_step_tokens=256)
     sizes = sizes or PoolSizes.for_requests(groups, 32, 1024, limits.max_step_tokens)
     standin = StandIn(groups, sizes, horizon)
-    engine = Engine(
-        standin, inputs=INPUTS, groups=groups, sizes=sizes, vocab_size=VOCAB, limits=limits, eos_token_ids=eos
-    )
-    return engine, standin
+    pool = KVPool(groups, sizes)
+    make_runner = (HostRunner, LaggedRunner)[lag]
+    runner = make_runner(standin, INPUTS, pool, vocab_size=VOCAB, states=tuple(RING))
+    return Engine(runner, pool=pool, vocab_size=VOCAB, limits=limits, eos_token_ids=eos), standin

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import pytest
 import torch
 
-from dsv4c.errors import EngineError, RequestError
+from dsv4c.errors import EngineError, RequestError, RunnerBroken
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.params import SamplingParams
@@ -52,9 +52,9 @@ class Gate(StandIn):
         return super().step(inputs)
 
 
-@pytest.fixture
-def served() -> Iterator[tuple[EngineLoop, Engine, StandIn]]:
-    engine, standin = make_engine(limits=Limits(max_requests=4, max_step_tokens=64, max_waiting=4))
+@pytest.fixture(params=[0, 1], ids=["lag0", "lag1"])
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[EngineLoop, Engine, StandIn]]:
+    engine, standin = make_engine(limits=Limits(max_requests=4, max_step_tokens=64, max_waiting=4), lag=request.param)
     loop = EngineLoop(engine).start()
     yield loop, engine, standin
     loop.close(drain=False)
@@ -63,8 +63,9 @@ def served() -> Iterator[tuple[EngineLoop, Engine, StandIn]]:
         assert not engine.has_work
 
 
-def gated(max_waiting: int = 4) -> tuple[EngineLoop, Engine, Gate]:
-    engine, standin = make_engine(limits=Limits(max_requests=1, max_step_tokens=64, max_waiting=max_waiting))
+def gated(max_waiting: int = 4, lag: int = 0) -> tuple[EngineLoop, Engine, Gate]:
+    limits = Limits(max_requests=1, max_step_tokens=64, max_waiting=max_waiting)
+    engine, standin = make_engine(limits=limits, lag=lag)
     standin.__class__ = Gate
     assert isinstance(standin, Gate)
     standin.leave, standin.inside = threading.Semaphore(0), threading.Semaphore(0)
@@ -179,8 +180,26 @@ def test_a_fault_of_the_engine_ends_every_request_with_it() -> None:
     assert not loop.close()
 
 
-def test_closing_lets_requests_finish() -> None:
-    loop, _, gate = gated()
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_lost_device_fails_everything_and_stops_the_loop(lag: int) -> None:
+    loop, engine, gate = gated(lag=lag)
+    gate.fail_at, gate.fail_with = {3}, RunnerBroken("the device is lost", hint="look at its log")
+    readers = [submit(loop, "a", [1]), submit(loop, "b", [2])]
+    gate.leave.release(100)
+    ends = [reader.wait() for reader in readers]
+    assert [(e.reason, e.error and e.error.message) for e in ends] == [("failed", "the device is lost")] * 2
+    assert [len(r.tokens) for r in readers] == [2, 0]
+    assert not loop.close() and loop.failure is not None and "the device is lost" in loop.failure.message
+    with pytest.raises(RequestError) as caught:
+        submit(loop, "c", [1])
+    assert caught.value.status == 503
+    engine.audit()
+    assert not engine.has_work and not any(engine.pool.used_pages().values())
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_closing_lets_requests_finish(lag: int) -> None:
+    loop, _, gate = gated(lag=lag)
     readers = [submit(loop, "a", [1]), submit(loop, "b", [2])]
     closed: list[bool] = []
     thread = threading.Thread(target=lambda: closed.append(loop.close()))
@@ -193,8 +212,9 @@ def test_closing_lets_requests_finish() -> None:
         submit(loop, "c", [1])
 
 
-def test_closing_without_draining_fails_what_is_left() -> None:
-    loop, engine, gate = gated()
+@pytest.mark.parametrize("lag", [0, 1])
+def test_closing_without_draining_fails_what_is_left(lag: int) -> None:
+    loop, engine, gate = gated(lag=lag)
     readers = [submit(loop, "a", [1]), submit(loop, "b", [2])]
     assert gate.inside.acquire(timeout=WAIT_S)
     gate.leave.release(1)

@@ -131,7 +131,7 @@ from dsv4c.runtime.serve import bind, serve
 from dsv4c.runtime.server import create_app
 
 engine, standin = make_engine(eos=[EOS])
-engine.executor = Paced(standin, 0.005)
+engine.runner.executor = Paced(standin, 0.005)
 loop = EngineLoop(engine).start()
 sock = bind(port=0)
 print(sock.getsockname()[1], flush=True)

@@ -1,0 +1,145 @@
+"""Who computes a step: spans in, chosen tokens out, in two halves so that a device can work while the host plans.
+
+    launch(spans) -> ticket     the step is on its way; launched steps and copies run in the order they were given
+    collect(ticket) -> Chosen   waits for it and reads it; every ticket once, oldest first
+
+`lag` is how many steps the host may be ahead. 0: `launch` computes. 1: step n + 1 is launched before the tokens of
+step n are known to the host. They are fed on the device: a span then starts at a token that `Request.tokens` gives as
+-1, the one that its slot (`state_slots`) sampled in the step launched just before. A row whose logits are no numbers
+feeds any valid token: its request ends when it is collected. What a step reads and writes is settled at `launch`;
+pages and slots may change hands while it is in flight, because whoever gets them writes later in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dsv4c.artifact import Input
+from dsv4c.errors import EngineError
+from dsv4c.runtime.batch import BatchBuilder
+from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.sampler import SamplerState, TokenLogprob, logprobs_of, sample
+from dsv4c.runtime.scheduler import Span
+
+Ticket = Any
+"""What a runner gives for a launched step; nobody else looks inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Tokens and their log-probabilities, one for each span that samples; entries for prompts, by request id.
+
+    A token is None where the logits were no numbers, a log-probability where none was asked for. The entries of a
+    request are those of its span's `prompt_rows`.
+    """
+
+    tokens: Sequence[int | None]
+    logprobs: Sequence[TokenLogprob | None]
+    prompt: Mapping[str, Sequence[TokenLogprob]]
+
+
+class StepRunner(Protocol):
+    """See the file's docstring. Raises RunnerBroken when it can never compute again.
+
+    Any other exception of `launch` means that the step has no ticket, of `collect` that no result in flight is to be
+    trusted: the engine then ends the requests of these steps and collects the other tickets before it launches again.
+    """
+
+    @property
+    def lag(self) -> int:
+        """Steps that the host may be ahead: 0 or 1."""
+
+    def launch(self, spans: Sequence[Span], /) -> Ticket:
+        """Starts a step of at least one span; at most one a request."""
+
+    def collect(self, ticket: Ticket, /) -> Chosen:
+        """Waits for the step and returns what it chose."""
+
+    def copy_states(self, pairs: Sequence[tuple[int, int]], /) -> None:
+        """Copies rows (source slot, target slot) of the state pools, after all launched so far and before all later.
+
+        All sources are read before any target is written.
+        """
+
+
+class Executor(Protocol):
+    """Runs one step of the model and updates the pools it owns, of the sizes it was made with."""
+
+    @property
+    def states(self) -> Mapping[str, torch.Tensor]:
+        """Pools and states by value name, in place."""
+
+    def step(self, inputs: Mapping[str, torch.Tensor], /) -> torch.Tensor:
+        """Logits [S, vocab_size] float32 of the wanted rows, S = 0 included. `inputs`: by Input.name, int64."""
+
+
+class HostRunner:
+    """Steps computed where they are launched: inputs built, executor run, tokens sampled on the host. Lag 0.
+
+    `states`: names of the executor's state pools, one row a slot, that `copy_states` copies.
+    """
+
+    lag = 0
+
+    def __init__(
+        self,
+        executor: Executor,
+        inputs: Iterable[Input],
+        pool: KVPool,
+        symbols: Mapping[str, int] | None = None,
+        *,
+        vocab_size: int,
+        states: Sequence[str] = (),
+    ) -> None:
+        self.executor = executor
+        self.vocab_size = vocab_size
+        self.states = tuple(states)
+        self._batch = BatchBuilder(inputs, pool, symbols)
+
+    def launch(self, spans: Sequence[Span], /) -> Chosen:
+        states = [s.request.sampler for s in spans if s.samples and s.request.sampler is not None]
+        return self.compute(spans, self._batch.build(spans), states)
+
+    def collect(self, ticket: Chosen, /) -> Chosen:
+        return ticket
+
+    def copy_states(self, pairs: Sequence[tuple[int, int]], /) -> None:
+        sources, targets = [s for s, _ in pairs], [t for _, t in pairs]
+        for name in self.states:
+            rows = self.executor.states[name]
+            rows[targets] = rows[sources]  # indexing copies the sources first
+
+    def compute(
+        self, spans: Sequence[Span], inputs: Mapping[str, torch.Tensor], states: Sequence[SamplerState]
+    ) -> Chosen:
+        """What the model says to these inputs; `states` are those of the sampling spans. No request changes."""
+        logits_SV = self.executor.step(inputs)
+        rows = sum(s.samples + len(s.prompt_rows) for s in spans)
+        if tuple(logits_SV.shape) != (rows, self.vocab_size):
+            raise EngineError(f"the executor gave logits {list(logits_SV.shape)}, not {[rows, self.vocab_size]}")
+        prompt: dict[str, list[TokenLogprob]] = {}
+        if any(s.prompt_rows for s in spans):
+            logits_SV, prompt = _split_rows(spans, logits_SV)
+        tokens, logprobs = sample(logits_SV, states) if states else ([], [])
+        return Chosen(tokens, logprobs, prompt)
+
+
+def _split_rows(spans: Sequence[Span], logits_SV: torch.Tensor) -> tuple[torch.Tensor, dict[str, list[TokenLogprob]]]:
+    """The rows to sample from, and by request the log-probabilities of the prompt's tokens."""
+    sample_rows, prompt, row = [], {}, 0
+    for span in spans:
+        count = len(span.prompt_rows)
+        if count:
+            request = span.request
+            targets = [request.token(p + 1) for p in span.prompt_rows]
+            top = [request.params.prompt_logprobs or 0] * count
+            prompt[request.id] = logprobs_of(logits_SV[row : row + count], targets, top)
+        row += count
+        if span.samples:
+            sample_rows.append(row)
+            row += 1
+    return logits_SV[sample_rows], prompt
