@@ -27,9 +27,9 @@ from dsv4c.checkpoint.hf_names import plain_names
 from dsv4c.checkpoint.reader import Checkpoint, load_model_state
 from dsv4c.config import ModelConfig
 from dsv4c.runtime.engine import Engine
-from dsv4c.runtime.kvpool import PoolSizes
 from dsv4c.runtime.loader import load
 from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
 

@@ -22,11 +22,11 @@ from dsv4c.checkpoint.source import WeightSource
 from dsv4c.config import ModelConfig
 from dsv4c.errors import ArtifactError, ConfigError, EngineError
 from dsv4c.runtime.engine import Engine
-from dsv4c.runtime.kvpool import PoolSizes
 from dsv4c.runtime.loader import check_host, load
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
 from dsv4c.runtime.serve import serve as serve_app

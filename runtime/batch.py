@@ -14,7 +14,8 @@ import torch
 
 from dsv4c.artifact import Input, Manifest, Size
 from dsv4c.errors import ArtifactError, EngineError
-from dsv4c.runtime.kvpool import Int64Array, KVPool, ceil_div, power_of_two
+from dsv4c.runtime.kvpool import Int64Array, KVPool
+from dsv4c.runtime.poolsizes import ceil_div, power_of_two
 from dsv4c.runtime.scheduler import Span
 
 

@@ -30,8 +30,9 @@ from typing import NamedTuple
 from dsv4c.artifact import Manifest
 from dsv4c.errors import Dsv4cError, EngineError, RequestError, RunnerBroken
 from dsv4c.runtime.batch import step_inputs
-from dsv4c.runtime.kvpool import KVPool, PoolSizes
+from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Event, FinishReason, Request
 from dsv4c.runtime.runner import Chosen, Executor, HostRunner, StepRunner, Ticket
 from dsv4c.runtime.sampler import SamplerState, TokenLogprob

@@ -15,141 +15,16 @@ The pool does no I/O and holds no tensor; the executor allocates `PoolSizes` pag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from dsv4c.artifact import KVGroup, StateGroup
+from dsv4c.artifact import KVGroup
 from dsv4c.errors import ConfigError, EngineError
+from dsv4c.runtime.poolsizes import PoolSizes, ceil_div, peak_pages
 
 Int64Array = npt.NDArray[np.int64]
-
-DTYPE_BYTES = {
-    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e8m0fnu": 1, "uint8": 1, "int8": 1,
-    "int32": 4, "int64": 8,
-}  # fmt: skip
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n (n >= 1)."""
-    return 1 << (n - 1).bit_length()
-
-
-def peak_pages(group: KVGroup, tokens: int, chunk: int = 1) -> int:
-    """Most pages of `group` that a request of `tokens` tokens holds at once, computed `chunk` tokens a step.
-
-    With a horizon, a chunk that starts anywhere spans at most (chunk + horizon) tokens and touches a partial page
-    at both ends.
-    """
-    whole = ceil_div(tokens, group.page_tokens)
-    if group.horizon is None:
-        return whole
-    return min(whole, (chunk + group.horizon + 2 * group.page_tokens - 2) // group.page_tokens)
-
-
-def _row_bytes(entry_shape: Sequence[int], dtype: str) -> int:
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"pool dtype `{dtype}` is unknown", hint=f"known: {', '.join(sorted(DTYPE_BYTES))}")
-    return int(np.prod(entry_shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
-
-
-def page_bytes(group: KVGroup) -> int:
-    """Bytes of one page of `group`, over all its pools (all layers)."""
-    return group.entries_per_page * sum(_row_bytes(p.entry_shape, p.dtype) for p in group.pools)
-
-
-def slot_bytes(states: Sequence[StateGroup]) -> int:
-    """Bytes of one request's row in all state pools."""
-    return sum(_row_bytes(p.entry_shape, p.dtype) for s in states for p in s.pools)
-
-
-@dataclass(frozen=True)
-class PoolSizes:
-    """Rows the executor allocates: `pages` of each KV group and `slots` of the states, null page and slot included.
-
-    `max_context` is the longest request in tokens; `max_requests` = slots - 1.
-    """
-
-    pages: Mapping[str, int]
-    slots: int
-    max_context: int
-
-    @property
-    def max_requests(self) -> int:
-        return self.slots - 1
-
-    @classmethod
-    def for_requests(
-        cls, groups: Sequence[KVGroup], max_requests: int, max_context: int, step_tokens: int = 1
-    ) -> PoolSizes:
-        """Enough that `max_requests` requests of `max_context` tokens never lack a page at `step_tokens` a step."""
-        _check_counts(max_requests, max_context, step_tokens)
-        pages = {}
-        for group in groups:
-            whole = ceil_div(max_context, group.page_tokens)
-            if group.horizon is None:
-                pages[group.name] = 1 + max_requests * whole
-            else:  # each holds its tail; a step's chunks come on top, one partial page for each request
-                tail = peak_pages(group, max_context) + 1
-                extra = ceil_div(step_tokens, group.page_tokens)
-                pages[group.name] = 1 + min(max_requests * whole, max_requests * tail + extra)
-        return cls(pages, max_requests + 1, max_context)
-
-    @classmethod
-    def for_bytes(
-        cls,
-        groups: Sequence[KVGroup],
-        states: Sequence[StateGroup],
-        budget_bytes: int,
-        max_requests: int,
-        max_context: int,
-        step_tokens: int = 1,
-    ) -> PoolSizes:
-        """The most tokens that `budget_bytes` hold: states and windows for `max_requests` first, the rest for context.
-
-        Never more than `for_requests` would give. Raises ConfigError if not even one request of `max_context`
-        tokens fits, with both numbers.
-        """
-        full = cls.for_requests(groups, max_requests, max_context, step_tokens)
-        fixed = full.slots * slot_bytes(states)
-        fixed += sum(full.pages[g.name] * page_bytes(g) for g in groups if g.horizon is not None)
-        growing = [g for g in groups if g.horizon is None]
-
-        def pages_at(tokens: int) -> dict[str, int]:
-            return {g.name: min(1 + ceil_div(tokens, g.page_tokens), full.pages[g.name]) for g in growing}
-
-        def bytes_at(tokens: int) -> int:
-            counts = pages_at(tokens)
-            return fixed + sum(counts[g.name] * page_bytes(g) for g in growing)
-
-        if bytes_at(max_context) > budget_bytes:
-            raise ConfigError(
-                f"one request of {max_context} tokens among {max_requests} needs {bytes_at(max_context)} bytes of KV "
-                f"memory, the budget is {budget_bytes}",
-                hint="give more memory, or lower the context or the number of requests",
-            )
-        low = max_context
-        high = max([low, *((full.pages[g.name] - 1) * g.page_tokens for g in growing)])
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if bytes_at(middle) <= budget_bytes else (low, middle - 1)
-        return cls({**full.pages, **pages_at(low)}, full.slots, max_context)
-
-    def total_bytes(self, groups: Sequence[KVGroup], states: Sequence[StateGroup]) -> int:
-        """Bytes of all pools and states."""
-        return self.slots * slot_bytes(states) + sum(self.pages[g.name] * page_bytes(g) for g in groups)
-
-
-def _check_counts(max_requests: int, max_context: int, step_tokens: int) -> None:
-    for name, value in (("max_requests", max_requests), ("max_context", max_context), ("step_tokens", step_tokens)):
-        if value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, not {value}")
 
 
 class _Group:

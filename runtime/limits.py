@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsv4c.artifact import Manifest
 from dsv4c.errors import ConfigError
 from dsv4c.runtime.batch import step_inputs
-from dsv4c.runtime.kvpool import PoolSizes
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.scheduler import Limits
 
 

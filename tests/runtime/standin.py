@@ -15,7 +15,8 @@ import torch
 
 from dsv4c.artifact import Input, KVGroup, Pool
 from dsv4c.runtime.engine import Engine
-from dsv4c.runtime.kvpool import KVPool, PoolSizes
+from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.runner import HostRunner
 from dsv4c.runtime.scheduler import Limits
 from tests.runtime.lagged import LaggedRunner

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dsv4c.artifact import Input
 from dsv4c.errors import ArtifactError, EngineError
 from dsv4c.runtime.batch import BatchBuilder, logit_positions
-from dsv4c.runtime.kvpool import KVPool, PoolSizes
+from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Span
 from tests.runtime.standin import INPUTS, kv_groups

@@ -14,8 +14,8 @@ import torch
 from dsv4c.artifact import KVGroup, Manifest, Program
 from dsv4c.errors import ArtifactError, ConfigError, EngineError, RequestError
 from dsv4c.runtime.engine import Engine
-from dsv4c.runtime.kvpool import PoolSizes
 from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Event, Request, expand
 from dsv4c.runtime.sampler import SamplerState, sample
 from dsv4c.runtime.scheduler import Limits

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from dsv4c.artifact import KVGroup, Pool, StateGroup
 from dsv4c.errors import ConfigError, EngineError
-from dsv4c.runtime.kvpool import KVPool, PoolSizes, page_bytes, peak_pages, slot_bytes
+from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.poolsizes import PoolSizes, page_bytes, peak_pages, slot_bytes
 from tests.runtime.standin import kv_groups
 
 

@@ -17,8 +17,8 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from dsv4c.artifact import KVGroup, Pool
 from dsv4c.errors import EngineError, RequestError, RunnerBroken
 from dsv4c.runtime.engine import Engine
-from dsv4c.runtime.kvpool import PoolSizes
 from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Event, Request
 from dsv4c.runtime.runner import HostRunner
 from dsv4c.runtime.scheduler import Limits

@@ -17,8 +17,9 @@ from hypothesis.stateful import (
 )
 
 from dsv4c.errors import ConfigError, EngineError, RequestError
-from dsv4c.runtime.kvpool import KVPool, PoolSizes
+from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits, Scheduler, Span
 from tests.runtime.standin import kv_groups

@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 
-from dsv4c.runtime.kvpool import PoolSizes
+from dsv4c.runtime.poolsizes import PoolSizes
 from tests.runtime.live import Live, wait_for
 from tests.runtime.standin import direct_logits
 

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from dsv4c.runtime.kvpool import PoolSizes
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.scheduler import Limits
 from tests.runtime.live import EOS, MODEL, Live, Paced, ToyCodec, start, start_toy, wait_for
 from tests.runtime.standin import StandIn, make_engine
