@@ -46,8 +46,8 @@ class KVGroup:
     """Pools that share page tables. Page 0 is the null page: writes of padding land there, nobody reads it.
 
     An entry stands for `tokens_per_entry` tokens and a page for `page_tokens`; the pools have
-    `num_pages * entries_per_page` rows. A page whose tokens all lie more than `horizon` tokens behind the next
-    token may be freed (None keeps all); its place in the page table then holds 0.
+    `num_pages * entries_per_page` rows. A token reads the last `horizon` tokens, itself included (None: all); a page
+    that the next token reads nothing of may be freed, and its place in the page table then holds 0.
     """
 
     name: str

@@ -33,6 +33,8 @@ class _Group:
     def __init__(self, spec: KVGroup, pages: int, slots: int, max_context: int) -> None:
         if pages < 2:
             raise ConfigError(f"KV group `{spec.name}` needs at least 2 pages (page 0 is null), not {pages}")
+        if spec.horizon is not None and spec.horizon < 1:
+            raise ConfigError(f"KV group `{spec.name}` has horizon {spec.horizon}: a token reads at least itself")
         self.spec = spec
         self.pages = pages
         self.free = list(range(pages - 1, 0, -1))
@@ -154,7 +156,7 @@ class KVPool:
         return True
 
     def evict(self, slot: int, computed: int) -> int:
-        """Frees the pages whose tokens all lie more than the horizon behind token `computed`, the next one.
+        """Frees the pages of which token `computed`, the next one, and later ones read nothing.
 
         Returns the number of pages freed. Call it only when tokens before `computed` will not be rewritten.
         """
@@ -164,7 +166,7 @@ class KVPool:
             horizon = group.spec.horizon
             if horizon is None:
                 continue
-            before = (computed - horizon) // group.spec.page_tokens
+            before = (computed + 1 - horizon) // group.spec.page_tokens
             if before > group.first[slot]:
                 freed += group.drop(slot, before)
         return freed

@@ -32,13 +32,29 @@ def power_of_two(n: int) -> int:
 def peak_pages(group: KVGroup, tokens: int, chunk: int = 1) -> int:
     """Most pages of `group` that a request of `tokens` tokens holds at once, computed `chunk` tokens a step.
 
-    With a horizon, a chunk that starts anywhere spans at most (chunk + horizon) tokens and touches a partial page
-    at both ends.
+    With a horizon, a chunk and what its first token reads are `chunk + horizon - 1` tokens, which may begin on the
+    last token of a page.
     """
     whole = ceil_div(tokens, group.page_tokens)
     if group.horizon is None:
         return whole
-    return min(whole, (chunk + group.horizon + 2 * group.page_tokens - 2) // group.page_tokens)
+    return min(whole, (chunk + group.horizon + 2 * group.page_tokens - 3) // group.page_tokens)
+
+
+def step_pages(group: KVGroup, requests: int, tokens: int, step_tokens: int) -> int:
+    """Most pages of `group` that `requests` requests of `tokens` tokens hold at once, `step_tokens` a step for all.
+
+    With a horizon, every request keeps its tail, `peak_pages` of no chunk; of the step's tokens, the first `first`
+    that a request gets may begin another page, and then every page's worth does.
+    """
+    size, whole = group.page_tokens, ceil_div(tokens, group.page_tokens)
+    tail = peak_pages(group, tokens, 0)
+    if group.horizon is None or tail == whole:
+        return requests * whole
+    first = size - (group.horizon - 3) % size
+    growing = min(requests, step_tokens // first)
+    more = min(growing * (whole - tail - 1), (step_tokens - growing * first) // size)
+    return requests * tail + growing + more
 
 
 def _row_bytes(entry_shape: Sequence[int], dtype: str) -> int:
@@ -80,13 +96,7 @@ class PoolSizes:
         _check_counts(max_requests, max_context, step_tokens)
         pages = {}
         for group in groups:
-            whole = ceil_div(max_context, group.page_tokens)
-            if group.horizon is None:
-                pages[group.name] = 1 + max_requests * whole
-            else:  # each holds its tail; a step's chunks come on top, one partial page for each request
-                tail = peak_pages(group, max_context) + 1
-                extra = ceil_div(step_tokens, group.page_tokens)
-                pages[group.name] = 1 + min(max_requests * whole, max_requests * tail + extra)
+            pages[group.name] = 1 + step_pages(group, max_requests, max_context, step_tokens)
         return cls(pages, max_requests + 1, max_context)
 
     @classmethod

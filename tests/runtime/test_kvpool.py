@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsv4c.artifact import KVGroup, Pool, StateGroup
 from dsv4c.errors import ConfigError, EngineError
 from dsv4c.runtime.kvpool import KVPool
-from dsv4c.runtime.poolsizes import PoolSizes, page_bytes, peak_pages, slot_bytes
+from dsv4c.runtime.poolsizes import PoolSizes, page_bytes, peak_pages, slot_bytes, step_pages
 from tests.runtime.standin import kv_groups
 
 
@@ -57,11 +57,12 @@ def test_window_pages_leave_when_nobody_can_read_them() -> None:
     for token in range(1000):
         assert pool.grow(slot, token + 1)
         window = pool.tables["window"][slot]
-        # token t reads back to t - 127; a page is gone once all of it is more than 128 behind the next token
+        # token t reads back to t - 127, and every page that it reads nothing of is gone
         assert (window[max(0, token - 127) // 64 : token // 64 + 1] > 0).all()
+        assert not window[: max(0, token - 127) // 64].any()
         most = max(most, int((window > 0).sum()))
         pool.evict(slot, token + 1)
-        assert not window[: max(0, (token + 1 - 128) // 64)].any()
+        assert pool.used_pages()["window"] == token // 64 + 1 - max(0, token - 126) // 64
     assert most == peak_pages(pool.groups[0], 1000) == 3
     pool.audit()
     pool.release(slot)
@@ -69,7 +70,7 @@ def test_window_pages_leave_when_nobody_can_read_them() -> None:
     pool.audit()
 
 
-@given(st.integers(1, 300), st.integers(1, 700), st.integers(1, 64), st.integers(0, 200))
+@given(st.integers(1, 300), st.integers(1, 700), st.integers(1, 64), st.integers(1, 200))
 def test_peak_pages_bounds_every_chunking(chunk: int, tokens: int, page: int, horizon: int) -> None:
     group = KVGroup("w", 1, page, horizon, ())
     pool = KVPool([group], PoolSizes({"w": 1 + peak_pages(group, tokens, chunk)}, 2, tokens))
@@ -79,6 +80,50 @@ def test_peak_pages_bounds_every_chunking(chunk: int, tokens: int, page: int, ho
         done = min(done + chunk, tokens)
         assert pool.grow(slot, done)
         pool.evict(slot, done)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 30))
+def test_peak_pages_is_reached(chunk: int, page: int, horizon: int) -> None:
+    """Some chunk of a long request holds as many pages as its bound says."""
+    group = KVGroup("w", 1, page, horizon, ())
+    most = 0
+    for first in range(page):
+        pool = KVPool([group], PoolSizes({"w": 200}, 2, 150))
+        slot = admitted(pool)
+        for end in (horizon + first, horizon + first + chunk):
+            assert pool.grow(slot, end)
+            most = max(most, pool.used_pages()["w"] if end > horizon + first else 0)
+            pool.evict(slot, end)
+    assert most == peak_pages(group, 150, chunk)
+
+
+def most_pages(group: KVGroup, requests: int, tokens: int, step_tokens: int) -> int:
+    """By trying: the most pages that requests hold in a step, over where each stands and how many tokens each gets."""
+    size, horizon = group.page_tokens, group.horizon or 0
+    held = [0] * (step_tokens + 1)  # by the tokens that one request gets
+    for computed in range(tokens + 1):
+        for given_ in range(min(step_tokens, tokens - computed) + 1):
+            pages = -(-(computed + given_) // size) - max(0, computed + 1 - horizon) // size
+            held[given_] = max(held[given_], pages)
+    best = [0] * (step_tokens + 1)  # by the tokens of the step
+    for _ in range(requests):
+        best = [max(best[rest - n] + held[n] for n in range(rest + 1)) for rest in range(step_tokens + 1)]
+    return best[-1]
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 14), st.integers(1, 24))
+def test_step_pages_is_the_most_that_can_be_held(requests: int, page: int, horizon: int, step_tokens: int) -> None:
+    group = KVGroup("w", 1, page, horizon, ())
+    assert step_pages(group, requests, 60, step_tokens) == most_pages(group, requests, 60, step_tokens)
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 14), st.integers(1, 24), st.integers(1, 30))
+def test_step_pages_bounds_short_requests(
+    requests: int, page: int, horizon: int, step_tokens: int, tokens: int
+) -> None:
+    group = KVGroup("w", 1, page, horizon, ())
+    most = most_pages(group, requests, tokens, step_tokens)
+    assert most <= step_pages(group, requests, tokens, step_tokens) <= requests * -(-tokens // page)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -181,5 +226,7 @@ def test_sizes_that_make_no_sense_are_refused() -> None:
         PoolSizes.for_requests(GROUPS, 0, 100)
     with pytest.raises(ConfigError, match="at least 2 pages"):
         KVPool(GROUPS, PoolSizes({"window": 2, "c4": 1, "c128": 2}, 2, 64))
+    with pytest.raises(ConfigError, match="reads at least itself"):
+        KVPool([KVGroup("w", 1, 4, 0, ())], PoolSizes({"w": 2}, 2, 64))
     with pytest.raises(ConfigError, match="dtype `float3` is unknown"):
         page_bytes(KVGroup("g", 1, 4, None, (Pool("p", (1,), "float3"),)))
