@@ -63,10 +63,18 @@ class KVGroup:
 
 @dataclass(frozen=True)
 class StateGroup:
-    """Pools with one row a request slot (compressor rings). Slot 0 is the null slot."""
+    """Pools with one row a request slot (compressor rings). Slot 0 is the null slot.
+
+    After a multiple of `empty_every` tokens a row holds nothing that a later token reads (None: it always may).
+    """
 
     name: str
     pools: tuple[Pool, ...]
+    empty_every: int | None = None
+
+    def empty_at(self, tokens: int) -> bool:
+        """Whether a request can go on after `tokens` tokens without its row."""
+        return self.empty_every is not None and tokens % self.empty_every == 0
 
 
 InputKind = Literal[

@@ -112,17 +112,20 @@ def kv_groups(
     """The pools that the program reads, by group, and its per-request state, as its passes store them."""
     config, layout = program.config, program.layout
     types = {n.meta["value"].name: n.meta["type"] for n in program.nodes() if n.op == "placeholder"}
-    tensors = [(t.group, _pool(t.name, types[t.name])) for t in state_tensors(config, layout) if t.name in names]
+    tensors = [(t, _pool(t.name, types[t.name])) for t in state_tensors(config, layout) if t.name in names]
     groups = []
     for group, ratio in group_ratios(config).items():
-        pools = tuple(pool for of, pool in tensors if of == group)
+        pools = tuple(pool for t, pool in tensors if t.group == group)
         horizon = config.sliding_window if ratio == 0 else None
         groups.append(artifact.KVGroup(group, max(ratio, 1), page_tokens(layout, ratio), horizon, pools))
-    rings = tuple(pool for of, pool in tensors if of is None)
-    states = [artifact.StateGroup("compressor", rings)] if rings else []
+    states = []
+    for ratio, overlap in sorted({(t.ratio, t.overlap) for t, _ in tensors if t.group is None}):
+        rings = tuple(pool for t, pool in tensors if t.group is None and (t.ratio, t.overlap) == (ratio, overlap))
+        # where windows overlap, the next entry pools the last one's tokens too: such rings are never empty
+        states.append(artifact.StateGroup(f"compressor_{ratio}", rings, None if overlap else ratio))
     sampling = tuple(_pool(name, types[name]) for name in (COUNTS, LAST_TOKENS) if name in names)
-    if sampling:
-        states.append(artifact.StateGroup("sampling", sampling))
+    if sampling:  # the host knows all of it once a request is resumed
+        states.append(artifact.StateGroup("sampling", sampling, 1))
     return tuple(groups), tuple(states)
 
 

@@ -14,6 +14,7 @@ from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.gpu import check_card
 from dsv4c.runtime.kernels import Kernels
+from dsv4c.runtime.poolsizes import snapshot_states
 from dsv4c.runtime.weights import Progress, WeightSource, load_weights
 
 _ISAS = ("default", "avx2", "avx512")  # each can run what the ones before it need
@@ -27,6 +28,10 @@ class PoolRows(Protocol):
 
     @property
     def slots(self) -> int: ...
+
+    @property
+    def snapshots(self) -> int:
+        """Rows more of the state groups that snapshots copy."""
 
 
 def load(
@@ -84,7 +89,9 @@ def allocate(manifest: Manifest, rows: PoolRows) -> dict[str, Tensor]:
             out[pool.name] = torch.zeros(shape, dtype=getattr(torch, pool.dtype))
     if manifest.state_groups and rows.slots < 2:
         raise ConfigError(f"there are {rows.slots} state slots, it takes the null slot and one more")
+    copied = snapshot_states(manifest.state_groups, manifest.kv_groups)
     for states in manifest.state_groups:
+        count = rows.slots + (rows.snapshots if states in copied else 0)
         for pool in states.pools:
-            out[pool.name] = torch.zeros((rows.slots, *pool.entry_shape), dtype=getattr(torch, pool.dtype))
+            out[pool.name] = torch.zeros((count, *pool.entry_shape), dtype=getattr(torch, pool.dtype))
     return out

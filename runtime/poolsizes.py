@@ -6,6 +6,7 @@ state groups that a snapshot must copy have the latter (`snapshot_states`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ DTYPE_BYTES = {
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def first_page(group: KVGroup, computed: int) -> int:
+    """The first page that token `computed` or a later one reads."""
+    return 0 if group.horizon is None else max(0, computed + 1 - group.horizon) // group.page_tokens
 
 
 def power_of_two(n: int) -> int:
@@ -73,16 +79,33 @@ def slot_bytes(states: Sequence[StateGroup]) -> int:
     return sum(_row_bytes(p.entry_shape, p.dtype) for s in states for p in s.pools)
 
 
+def block_tokens(groups: Sequence[KVGroup]) -> int:
+    """Tokens of the smallest block that is made of whole pages of every group: what the prefix tree deals in."""
+    return math.lcm(*(g.page_tokens for g in groups))
+
+
+def tail_pages(group: KVGroup) -> int:
+    """Pages of `group` that a request needs to go on at a block's end, for groups with a horizon; 0 for others."""
+    return 0 if group.horizon is None else ceil_div(group.horizon - 1, group.page_tokens)
+
+
+def snapshot_states(states: Sequence[StateGroup], groups: Sequence[KVGroup]) -> tuple[StateGroup, ...]:
+    """The state groups whose rows a request needs to go on at a block's end."""
+    return tuple(s for s in states if not s.empty_at(block_tokens(groups)))
+
+
 @dataclass(frozen=True)
 class PoolSizes:
     """Rows the executor allocates: `pages` of each KV group and `slots` of the states, null page and slot included.
 
-    `max_context` is the longest request in tokens; `max_requests` = slots - 1.
+    `max_context` is the longest request in tokens; `max_requests` = slots - 1. `snapshots` more rows, behind the
+    slots, in the state groups that `snapshot_states` names; without any there is no prefix cache.
     """
 
     pages: Mapping[str, int]
     slots: int
     max_context: int
+    snapshots: int = 0
 
     @property
     def max_requests(self) -> int:
@@ -90,14 +113,23 @@ class PoolSizes:
 
     @classmethod
     def for_requests(
-        cls, groups: Sequence[KVGroup], max_requests: int, max_context: int, step_tokens: int = 1
+        cls,
+        groups: Sequence[KVGroup],
+        max_requests: int,
+        max_context: int,
+        step_tokens: int = 1,
+        snapshots: int = 0,
     ) -> PoolSizes:
-        """Enough that `max_requests` requests of `max_context` tokens never lack a page at `step_tokens` a step."""
-        _check_counts(max_requests, max_context, step_tokens)
+        """Enough that `max_requests` requests of `max_context` tokens never lack a page at `step_tokens` a step.
+
+        Snapshots have their window pages on top; what they need besides is what requests leave.
+        """
+        _check_counts(max_requests, max_context, step_tokens, snapshots)
         pages = {}
         for group in groups:
             pages[group.name] = 1 + step_pages(group, max_requests, max_context, step_tokens)
-        return cls(pages, max_requests + 1, max_context)
+            pages[group.name] += snapshots * tail_pages(group)
+        return cls(pages, max_requests + 1, max_context, snapshots)
 
     @classmethod
     def for_bytes(
@@ -108,14 +140,15 @@ class PoolSizes:
         max_requests: int,
         max_context: int,
         step_tokens: int = 1,
+        snapshots: int = 0,
     ) -> PoolSizes:
         """The most tokens that `budget_bytes` hold: states and windows for `max_requests` first, the rest for context.
 
         Never more than `for_requests` would give. Raises ConfigError if not even one request of `max_context`
         tokens fits, with both numbers.
         """
-        full = cls.for_requests(groups, max_requests, max_context, step_tokens)
-        fixed = full.slots * slot_bytes(states)
+        full = cls.for_requests(groups, max_requests, max_context, step_tokens, snapshots)
+        fixed = full.state_bytes(groups, states)
         fixed += sum(full.pages[g.name] * page_bytes(g) for g in groups if g.horizon is not None)
         growing = [g for g in groups if g.horizon is None]
 
@@ -137,14 +170,20 @@ class PoolSizes:
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if bytes_at(middle) <= budget_bytes else (low, middle - 1)
-        return cls({**full.pages, **pages_at(low)}, full.slots, max_context)
+        return cls({**full.pages, **pages_at(low)}, full.slots, max_context, snapshots)
+
+    def state_bytes(self, groups: Sequence[KVGroup], states: Sequence[StateGroup]) -> int:
+        """Bytes of all states, snapshots included."""
+        return self.slots * slot_bytes(states) + self.snapshots * slot_bytes(snapshot_states(states, groups))
 
     def total_bytes(self, groups: Sequence[KVGroup], states: Sequence[StateGroup]) -> int:
         """Bytes of all pools and states."""
-        return self.slots * slot_bytes(states) + sum(self.pages[g.name] * page_bytes(g) for g in groups)
+        return self.state_bytes(groups, states) + sum(self.pages[g.name] * page_bytes(g) for g in groups)
 
 
-def _check_counts(max_requests: int, max_context: int, step_tokens: int) -> None:
+def _check_counts(max_requests: int, max_context: int, step_tokens: int, snapshots: int) -> None:
     for name, value in (("max_requests", max_requests), ("max_context", max_context), ("step_tokens", step_tokens)):
         if value < 1:
             raise ConfigError(f"`{name}` must be at least 1, not {value}")
+    if snapshots < 0:
+        raise ConfigError(f"`snapshots` must be at least 0, not {snapshots}")

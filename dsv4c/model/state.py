@@ -18,11 +18,16 @@ from dsv4c.config import ModelConfig, StateLayout
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A pool of KV group `group`, or (group None) a ring with one row a request slot."""
+    """A pool of KV group `group`, or (group None) a compressor's ring with one row a request slot.
+
+    `overlap`: of a ring, that an entry pools the window before its own too.
+    """
 
     name: str
     group: str | None
     entry_shape: tuple[int, ...]
+    ratio: int = 0
+    overlap: bool = False
 
 
 def state_tensors(config: ModelConfig, layout: StateLayout) -> list[StateTensor]:
@@ -37,13 +42,13 @@ def state_tensors(config: ModelConfig, layout: StateLayout) -> list[StateTensor]
             continue
         csa = config.attention_kind(layer) == "csa"
         ring, channels = layout.ring(ratio, csa), config.head_dim * (2 if csa else 1)
-        out.append(StateTensor(f"{prefix}c{ratio}", f"c{ratio}", (config.head_dim,)))
-        out.append(StateTensor(prefix + "ring_k", None, (ring, channels)))
-        out.append(StateTensor(prefix + "ring_z", None, (ring, channels)))
+        out.append(StateTensor(f"{prefix}c{ratio}", f"c{ratio}", (config.head_dim,), ratio))
+        out.append(StateTensor(prefix + "ring_k", None, (ring, channels), ratio, csa))
+        out.append(StateTensor(prefix + "ring_z", None, (ring, channels), ratio, csa))
         if csa:
-            out.append(StateTensor(prefix + "index", "index", (config.index_head_dim,)))
-            out.append(StateTensor(prefix + "index_ring_k", None, (ring, 2 * config.index_head_dim)))
-            out.append(StateTensor(prefix + "index_ring_z", None, (ring, 2 * config.index_head_dim)))
+            out.append(StateTensor(prefix + "index", "index", (config.index_head_dim,), ratio))
+            out.append(StateTensor(prefix + "index_ring_k", None, (ring, 2 * config.index_head_dim), ratio, csa))
+            out.append(StateTensor(prefix + "index_ring_z", None, (ring, 2 * config.index_head_dim), ratio, csa))
     return out
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from dsv4c.runtime import executor as executor_module
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.kernels import Kernels
 from dsv4c.runtime.loader import allocate, check_host
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.schedules._schedule import Choice, OpNode, Value
 from dsv4c.schedules.emit import emit
 from dsv4c.schedules.select import select
@@ -211,24 +211,29 @@ def test_kernels_refuse_what_they_cannot_run(kernels: dict[str, Any], tmp_path: 
 
 
 def manifest(**fields: Any) -> Manifest:
-    pool, ring = Pool("p", (4,), "float32"), Pool("r", (3, 4), "float32")
+    pool, ring, whole = Pool("p", (4,), "float32"), Pool("r", (3, 4), "float32"), Pool("e", (2,), "float32")
     made = Manifest(
         format_version=1, model={}, model_sha256="", target="cpu", isa="default", compute_dtype="float32",
         max_context=8, vocab_size=V, tools={}, passes=(), numerics=(), kernels={}, programs={},
-        kv_groups=(KVGroup("window", 1, 64, 128, (pool,)),), state_groups=(StateGroup("rings", (ring,)),), weights=(),
-        embedded_weights=False,
+        kv_groups=(KVGroup("window", 1, 64, 128, (pool,)),), weights=(), embedded_weights=False,
+        state_groups=(StateGroup("rings", (ring,)), StateGroup("whole", (whole,), empty_every=32)),
     )  # fmt: skip
     return dataclasses.replace(made, **fields)
 
 
 def test_pools_have_the_rows_asked_for() -> None:
-    made = allocate(manifest(), SimpleNamespace(pages={"window": 3}, slots=5))
-    assert {name: tuple(t.shape) for name, t in made.items()} == {"p": (192, 4), "r": (5, 3, 4)}
+    def rows(window: int, slots: int, snapshots: int = 0) -> PoolSizes:
+        return PoolSizes({"window": window}, slots, 512, snapshots)
+
+    made = allocate(manifest(), rows(3, 5))
+    assert {name: tuple(t.shape) for name, t in made.items()} == {"p": (192, 4), "r": (5, 3, 4), "e": (5, 2)}
     assert all(bool((t == 0).all()) for t in made.values())
+    made = allocate(manifest(), rows(3, 5, 4))
+    assert (len(made["r"]), len(made["e"])) == (9, 5), "a snapshot at a block's end needs no rows that are empty there"
     with pytest.raises(ConfigError, match="`window` has 1 pages"):
-        allocate(manifest(), SimpleNamespace(pages={"window": 1}, slots=5))
+        allocate(manifest(), rows(1, 5))
     with pytest.raises(ConfigError, match="1 state slots"):
-        allocate(manifest(), SimpleNamespace(pages={"window": 2}, slots=1))
+        allocate(manifest(), rows(2, 1))
 
 
 @pytest.mark.parametrize(
