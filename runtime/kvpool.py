@@ -3,10 +3,15 @@
 A request holds one slot while it runs. The slot is its row in the compressor states and its row in the page table
 of every KV group: `tables[group][slot, i]` is the page of tokens [i * page_tokens, (i + 1) * page_tokens), or 0.
 
-    admit()             free slot -> owned, all tables empty
-    grow(slot, n)       owned pages cover the first n tokens, in every group or in none
-    evict(slot, n)      pages that token n and later can no longer read go back; their table entries become 0
-    release(slot)       every page and the slot go back, exactly once: a second release is an error
+    admit()               free slot -> owned, all tables empty
+    adopt(slot, pages, n) pages that others hold become its first n tokens; it writes behind them only
+    grow(slot, n)         owned pages cover the first n tokens, in every group or in none
+    evict(slot, n)        pages that token n and later can no longer read go back; their table entries become 0
+    release(slot)         every page and the slot go back, exactly once: a second release is an error
+
+A page is free when nobody refers to it. Requests do, once for each place in a table, and so does the prefix tree, which
+holds pages (`hold`, `let_go`) for requests to come: one that only the tree refers to is idle, and can be had by asking
+the tree to let go. `fit` and `claim` count idle pages as available, `grow` takes free ones only.
 
 Page 0 and slot 0 are the null page and slot: never handed out, written by padding, read by nobody. Nothing is
 cleared when a page or slot changes hands: readers are bounded by positions, so stale rows are never seen.
@@ -15,22 +20,25 @@ The pool does no I/O and holds no tensor; the executor allocates `PoolSizes` pag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from dsv4c.artifact import KVGroup
 from dsv4c.errors import ConfigError, EngineError
-from dsv4c.runtime.poolsizes import PoolSizes, ceil_div, peak_pages
+from dsv4c.runtime.poolsizes import PoolSizes, ceil_div, first_page, peak_pages
 
 Int64Array = npt.NDArray[np.int64]
+Update = tuple[int, int, int]
+"""Slot, column, page: one entry written into a page table."""
 
 
 class _Group:
-    """Pages of one KV group: a free list, and for each slot its table row and the columns [first, end) it owns."""
+    """Pages of one KV group: references, and for each slot its table row and the columns [first, end) it has."""
 
-    def __init__(self, spec: KVGroup, pages: int, slots: int, max_context: int) -> None:
+    def __init__(self, spec: KVGroup, pages: int, slots: int, max_context: int, log: list[Update] | None) -> None:
         if pages < 2:
             raise ConfigError(f"KV group `{spec.name}` needs at least 2 pages (page 0 is null), not {pages}")
         if spec.horizon is not None and spec.horizon < 1:
@@ -38,9 +46,20 @@ class _Group:
         self.spec = spec
         self.pages = pages
         self.free = list(range(pages - 1, 0, -1))
+        self.refs = [0] * pages
+        """References by page, the tree's included."""
+        self.held = [0] * pages
+        """References of the tree."""
+        self.idle = 0
+        """Pages that only the tree refers to."""
         self.table: Int64Array = np.zeros((slots, ceil_div(max_context, spec.page_tokens)), dtype=np.int64)
         self.first = [0] * slots
         self.end = [0] * slots
+        self.log = log
+
+    @property
+    def available(self) -> int:
+        return len(self.free) + self.idle
 
     def missing(self, slot: int, tokens: int) -> int:
         return max(0, ceil_div(tokens, self.spec.page_tokens) - self.end[slot])
@@ -48,16 +67,50 @@ class _Group:
     def take(self, slot: int, count: int) -> None:
         end = self.end[slot]
         for column in range(end, end + count):
-            self.table[slot, column] = self.free.pop()
+            page = self.free.pop()
+            self.refs[page] = 1
+            self._write(slot, column, page)
         self.end[slot] = end + count
 
+    def share(self, slot: int, column: int, page: int) -> None:
+        """Puts a page that somebody refers to into the table."""
+        if self.refs[page] < 1:
+            raise EngineError(f"group `{self.spec.name}`: page {page} is free and cannot be shared")
+        self.idle -= self.refs[page] == self.held[page]
+        self.refs[page] += 1
+        self._write(slot, column, page)
+
+    def hold(self, page: int) -> None:
+        if self.refs[page] < 1:
+            raise EngineError(f"group `{self.spec.name}`: page {page} is free and cannot be held")
+        self.refs[page] += 1
+        self.held[page] += 1
+
+    def let_go(self, page: int) -> None:
+        if self.held[page] < 1:
+            raise EngineError(f"group `{self.spec.name}`: page {page} is not held")
+        self.refs[page] -= 1
+        self.held[page] -= 1
+        if self.refs[page] == 0:
+            self.idle -= 1
+            self.free.append(page)
+
+    def unref(self, page: int) -> None:
+        """One table entry less."""
+        self.refs[page] -= 1
+        if self.refs[page] == 0:
+            self.free.append(page)
+        elif self.refs[page] == self.held[page]:
+            self.idle += 1
+
     def drop(self, slot: int, before: int) -> int:
-        """Gives back the columns before `before`; returns how many pages that were."""
+        """Gives back the columns before `before`; returns how many that were."""
         first, row = self.first[slot], self.table[slot]
         before = min(before, self.end[slot])
         if before <= first:
             return 0
-        self.free.extend(reversed(row[first:before].tolist()))
+        for page in reversed(row[first:before].tolist()):
+            self.unref(page)
         row[first:before] = 0
         self.first[slot] = before
         return before - first
@@ -66,13 +119,26 @@ class _Group:
         self.drop(slot, self.end[slot])
         self.first[slot] = self.end[slot] = 0
 
+    def _write(self, slot: int, column: int, page: int) -> None:
+        self.table[slot, column] = page
+        if self.log is not None:
+            self.log.append((slot, column, page))
+
 
 class KVPool:
-    """Pages and slots of all running requests. Every change is all or nothing; counts are in pages and tokens."""
+    """Pages and slots of all running requests. Every change is all or nothing; counts are in pages and tokens.
 
-    def __init__(self, groups: Sequence[KVGroup], sizes: PoolSizes) -> None:
+    `track`: page-table entries are logged for `drain_updates`.
+    """
+
+    def __init__(self, groups: Sequence[KVGroup], sizes: PoolSizes, *, track: bool = False) -> None:
         self.sizes = sizes
-        self._groups = [_Group(g, sizes.pages[g.name], sizes.slots, sizes.max_context) for g in groups]
+        self._updates: dict[str, list[Update]] = {g.name: [] for g in groups}
+        self._groups = [
+            _Group(g, sizes.pages[g.name], sizes.slots, sizes.max_context, self._updates[g.name] if track else None)
+            for g in groups
+        ]
+        self._by_name = {g.spec.name: g for g in self._groups}
         self._free_slots = list(range(sizes.slots - 1, 0, -1))
         self._owned = [False] * sizes.slots
         self._covered = [0] * sizes.slots  # tokens covered in every group: growing below it costs nothing
@@ -88,12 +154,20 @@ class KVPool:
         return len(self._free_slots)
 
     def free_pages(self) -> dict[str, int]:
-        """Group -> pages that nobody owns."""
+        """Group -> pages that nobody refers to."""
         return {g.spec.name: len(g.free) for g in self._groups}
 
+    def idle_pages(self) -> dict[str, int]:
+        """Group -> pages that only the prefix tree holds."""
+        return {g.spec.name: g.idle for g in self._groups}
+
+    def available_pages(self) -> dict[str, int]:
+        """Group -> free and idle pages."""
+        return {g.spec.name: g.available for g in self._groups}
+
     def used_pages(self) -> dict[str, int]:
-        """Group -> pages owned by requests."""
-        return {g.spec.name: g.pages - 1 - len(g.free) for g in self._groups}
+        """Group -> pages of running requests."""
+        return {g.spec.name: g.pages - 1 - g.available for g in self._groups}
 
     def total_pages(self) -> dict[str, int]:
         """Group -> pages that requests can own (the null page not counted)."""
@@ -119,10 +193,64 @@ class KVPool:
         self._owned[slot] = True
         return slot
 
+    def adopt(self, slot: int, pages: Mapping[str, Sequence[int]], tokens: int) -> None:
+        """Makes these pages the first `tokens` tokens of a slot just admitted: group -> its last pages up to there.
+
+        Whole pages; in groups without a horizon from the first on. The slot refers to them beside whoever does.
+        """
+        self._check(slot)
+        for group in self._groups:
+            count, columns = len(pages[group.spec.name]), tokens // group.spec.page_tokens
+            least = columns - first_page(group.spec, tokens)
+            if group.end[slot] or tokens % group.spec.page_tokens or not least <= count <= columns:
+                raise EngineError(f"slot {slot} cannot begin with {count} pages of `{group.spec.name}` at {tokens}")
+        for group in self._groups:
+            shared, end = pages[group.spec.name], tokens // group.spec.page_tokens
+            for column, page in enumerate(shared, end - len(shared)):
+                group.share(slot, column, page)
+            group.first[slot], group.end[slot] = end - len(shared), end
+        self._covered[slot] = tokens
+
+    def exchange(self, slot: int, group: str, column: int, pages: Sequence[int]) -> None:
+        """Puts these pages, which hold the same, in place of the slot's own from `column` on."""
+        self._check(slot)
+        of = self._by_name[group]
+        if not of.first[slot] <= column <= column + len(pages) <= of.end[slot]:
+            raise EngineError(f"slot {slot} has no {len(pages)} pages of `{group}` at column {column}")
+        for at, page in enumerate(pages, column):
+            own = int(of.table[slot, at])
+            of.share(slot, at, page)
+            of.unref(own)
+
+    def pages_of(self, slot: int, group: str, start: int, end: int) -> tuple[int, ...]:
+        """The slot's pages of tokens [start, end): whole pages, which it has."""
+        of = self._by_name[group]
+        first, last = start // of.spec.page_tokens, end // of.spec.page_tokens
+        if not of.first[slot] <= first <= last <= of.end[slot]:
+            raise EngineError(f"slot {slot} has no pages of `{group}` for tokens [{start}, {end})")
+        return tuple(of.table[slot, first:last].tolist())
+
+    def hold(self, group: str, pages: Iterable[int]) -> None:
+        """One reference more to each page, for the prefix tree. Somebody must refer to them already."""
+        for page in pages:
+            self._by_name[group].hold(page)
+
+    def let_go(self, group: str, pages: Iterable[int]) -> None:
+        """Takes back what `hold` gave."""
+        for page in pages:
+            self._by_name[group].let_go(page)
+
     def pages_needed(self, slot: int, tokens: int) -> dict[str, int]:
         """Group -> pages that `grow(slot, tokens)` would take: exact, 0 where nothing is missing."""
         self._check(slot)
         return {g.spec.name: g.missing(slot, tokens) for g in self._groups}
+
+    def lacking(self, slot: int, tokens: int) -> dict[str, int]:
+        """Group -> pages that must become free before `grow(slot, tokens)` can succeed; only groups that lack some."""
+        if tokens <= self._covered[slot]:
+            return {}
+        short = {g.spec.name: g.missing(slot, tokens) - len(g.free) for g in self._groups}
+        return {name: count for name, count in short.items() if count > 0}
 
     def claim(self, slot: int | None, tokens: int) -> dict[str, int]:
         """Group -> pages a request (None: not yet admitted) lacks to reach `tokens` tokens, evicting as it goes."""
@@ -133,11 +261,11 @@ class KVPool:
         return claims
 
     def fit(self, slot: int, tokens: int) -> int:
-        """The most tokens, up to `tokens`, that `grow` could cover now with the free pages of every group."""
+        """The most tokens, up to `tokens`, that `grow` could cover with the free and idle pages of every group."""
         self._check(slot)
         if tokens <= self._covered[slot]:
             return tokens
-        reach = min((g.end[slot] + len(g.free)) * g.spec.page_tokens for g in self._groups)
+        reach = min((g.end[slot] + g.available) * g.spec.page_tokens for g in self._groups)
         return min(tokens, reach)
 
     def grow(self, slot: int, tokens: int) -> bool:
@@ -156,23 +284,20 @@ class KVPool:
         return True
 
     def evict(self, slot: int, computed: int) -> int:
-        """Frees the pages of which token `computed`, the next one, and later ones read nothing.
+        """Gives back the pages of which token `computed`, the next one, and later ones read nothing.
 
-        Returns the number of pages freed. Call it only when tokens before `computed` will not be rewritten.
+        Returns how many. Call it only when tokens before `computed` will not be rewritten.
         """
         self._check(slot)
-        freed = 0
+        dropped = 0
         for group in self._groups:
-            horizon = group.spec.horizon
-            if horizon is None:
-                continue
-            before = (computed + 1 - horizon) // group.spec.page_tokens
+            before = first_page(group.spec, computed)
             if before > group.first[slot]:
-                freed += group.drop(slot, before)
-        return freed
+                dropped += group.drop(slot, before)
+        return dropped
 
     def release(self, slot: int) -> None:
-        """Gives back the slot and every page it owns. Raises EngineError on a slot that is not owned."""
+        """Gives back the slot and every page it has. Raises EngineError on a slot that is not owned."""
         self._check(slot)
         for group in self._groups:
             group.clear(slot)
@@ -180,31 +305,44 @@ class KVPool:
         self._owned[slot] = False
         self._free_slots.append(slot)
 
+    def drain_updates(self) -> dict[str, list[Update]]:
+        """Group -> what was written into its page table since the last call, in order; zeroes are not logged."""
+        drained = {name: list(log) for name, log in self._updates.items()}
+        for log in self._updates.values():
+            log.clear()
+        return drained
+
     def _check(self, slot: int) -> None:
         if not 0 < slot < len(self._owned) or not self._owned[slot]:
             raise EngineError(f"slot {slot} is not owned by a request")
 
-    def audit(self) -> None:
-        """Proves that every page and slot has exactly one owner. Raises EngineError that names the first fault."""
-        owned_slots = {s for s, owned in enumerate(self._owned) if owned}
-        _expect_partition("slots", self._free_slots, sorted(owned_slots), len(self._owned))
+    def audit(self, held: Mapping[str, Iterable[int]] | None = None) -> None:
+        """Proves that every page and slot is free or referred to as counted. Raises EngineError naming the fault.
+
+        `held`: what the prefix tree holds, a page once for each `hold`.
+        """
+        slots = sorted([*self._free_slots, *(s for s, owned in enumerate(self._owned) if owned)])
+        if slots != list(range(1, len(self._owned))):
+            raise EngineError(f"slots: free and owned ones are {slots}, of {len(self._owned) - 1}")
         for group in self._groups:
-            name, owned = f"pages of group `{group.spec.name}`", []
-            for slot in range(len(self._owned)):
-                first, end, row = group.first[slot], group.end[slot], group.table[slot]
-                if slot not in owned_slots and end:
-                    raise EngineError(f"{name}: free slot {slot} still has columns")
-                if not 0 <= first <= end <= row.size or row[:first].any() or row[end:].any():
-                    raise EngineError(f"{name}: slot {slot} has entries outside its columns [{first}, {end})")
-                owned.extend(row[first:end].tolist())
-            _expect_partition(name, group.free, owned, group.pages)
+            self._audit_group(group, Counter((held or {}).get(group.spec.name, ())))
 
-
-def _expect_partition(what: str, free: list[int], owned: list[int], count: int) -> None:
-    """`free` and `owned` together are 1 ... count - 1, each once."""
-    seen = sorted(free + owned)
-    if seen == list(range(1, count)):
-        return
-    twice = sorted({n for n in seen if seen.count(n) > 1})
-    lost = sorted(set(range(1, count)) - set(seen))
-    raise EngineError(f"{what}: owned twice {twice}, leaked {lost}, of {count - 1}")
+    def _audit_group(self, group: _Group, held: Counter[int]) -> None:
+        name, refs = f"pages of group `{group.spec.name}`", Counter(held)
+        for slot, owned in enumerate(self._owned):
+            first, end, row = group.first[slot], group.end[slot], group.table[slot]
+            if not owned and end:
+                raise EngineError(f"{name}: free slot {slot} still has columns")
+            if not 0 <= first <= end <= row.size or row[:first].any() or row[end:].any():
+                raise EngineError(f"{name}: slot {slot} has entries outside its columns [{first}, {end})")
+            refs.update(row[first:end].tolist())
+        for page in range(group.pages):
+            if group.refs[page] != refs[page] or group.held[page] != held[page]:
+                raise EngineError(
+                    f"{name}: {group.refs[page]} references to page {page} are counted, {group.held[page]} of the "
+                    f"tree's; there are {refs[page]} and {held[page]}"
+                )
+        if sorted(group.free) != [page for page in range(1, group.pages) if not refs[page]]:
+            raise EngineError(f"{name}: the free list is not the pages without references, leaked or free twice")
+        if group.idle != sum(count > 0 and refs[page] == count for page, count in held.items()):
+            raise EngineError(f"{name}: {group.idle} are counted as idle")
