@@ -89,12 +89,20 @@ InputKind = Literal[
     "logit_rows",  # [S] rows of T whose logits are wanted
     # of programs that sample, for each row of logits [S]:
     "token_seats",  # slot where its token is left for the next step; 0: nobody's
-    "temperature", "top_k", "top_p", "min_p",  # as SamplingParams
-    "noise_keys", "noise_counters",  # the stream of its request, and how many tokens were drawn from it
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",  # as SamplingParams
+    "noise_keys",
+    "noise_counters",  # the stream of its request, and how many tokens were drawn from it
     "penalty_seats",  # slot of its counts, 0: no penalties
-    "repetition", "frequency", "presence",  # penalties
-    "edit_starts", "edit_stops",  # which edits are the row's
-    "edit_tokens", "edit_values",  # [M] what is added to which token's logit
+    "repetition",
+    "frequency",
+    "presence",  # penalties
+    "edit_starts",
+    "edit_stops",  # which edits are the row's
+    "edit_tokens",
+    "edit_values",  # [M] what is added to which token's logit
 ]
 
 

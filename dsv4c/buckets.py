@@ -16,6 +16,7 @@ from dsv4c.config import ModelConfig
 DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PREFILL = (64, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 FEW_ROWS = 16  # of logits: prompts that end in one step, while nobody or few decode
+PROMPT_ROWS = 64  # more than one a request, for log-probabilities of prompts
 EDITS_PER_ROW = 512  # logit biases and masked stop tokens of a request; OpenAI allows 300 biases
 
 
@@ -23,23 +24,20 @@ EDITS_PER_ROW = 512  # logit biases and masked stop tokens of a request; OpenAI 
 class Bucket:
     """Exact sizes of one program: tokens, and rows of logits."""
 
-    phase: Literal["mixed", "decode", "prefill"]
+    phase: Literal["decode", "prefill"]
     tokens: int
     rows: int
 
     @property
     def name(self) -> str:
-        """Its key in the manifest: `step`, `decode.64`, `prefill.8192.16`."""
-        sizes = {"mixed": "", "decode": f".{self.tokens}", "prefill": f".{self.tokens}.{self.rows}"}
-        return ("step" if self.phase == "mixed" else self.phase) + sizes[self.phase]
+        """Its key in the manifest: `decode.64`, `prefill.8192.16`."""
+        return f"decode.{self.tokens}" if self.phase == "decode" else f"prefill.{self.tokens}.{self.rows}"
 
     def symbols(self, config: ModelConfig, shared: Mapping[str, int]) -> dict[str, int]:
         """Sizes of this program; `shared` holds those of state and page tables."""
-        out = {**shared, "T": self.tokens, "S": self.rows}
+        out = {**shared, "T": self.tokens, "S": self.rows, "M": EDITS_PER_ROW * self.rows}
         for ratio in config.ratios:  # a chunk completes a window more than its length holds
             out[f"E_{ratio}"] = min(self.tokens, self.tokens // ratio + self.rows)
-        if self.phase != "mixed":
-            out["M"] = EDITS_PER_ROW * self.rows
         return out
 
 
@@ -49,6 +47,6 @@ def gpu_buckets(max_tokens: int, max_requests: int) -> tuple[Bucket, ...]:
     prefill = (*(n for n in PREFILL if n < max_tokens), max_tokens)
     out = [Bucket("decode", n, n) for n in decode]
     for tokens in prefill:
-        widths = {min(tokens, FEW_ROWS, max_requests), min(tokens, max_requests)}
+        widths = {min(tokens, FEW_ROWS, max_requests), min(tokens, max_requests + PROMPT_ROWS)}
         out += [Bucket("prefill", tokens, rows) for rows in sorted(widths)]
     return tuple(out)

@@ -16,7 +16,7 @@ from dsv4c.errors import ConfigError, Dsv4cError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from dsv4c.config import ModelConfig
 
@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-queue", type=_positive, default=512, help="requests that may wait (default 512)")
     run.add_argument("--kv-memory", type=float, metavar="GB", help="for KV pools (default: half of what is free)")
     run.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    run.add_argument("--executor", choices=("graph", "eager"), default="graph", help="GPU: capture CUDA graphs, or not")
+    run.add_argument(
+        "--break", dest="breaks", action="append", default=[], metavar="SCOPE", help="GPU: keep out of graphs, `L07.*`"
+    )
     run.set_defaults(run=_run)
 
     tune = commands.add_parser("tune", help="measure schedules on this machine's GPU and record the rows")
@@ -178,15 +182,19 @@ def _run(args: argparse.Namespace) -> int:
         max_queue=args.max_queue,
         kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
         threads=args.threads,
+        executor=args.executor,
+        breaks=tuple(args.breaks),
     )
     sock = bind(args.host, args.port) if args.prompt is None else None
     with _progress() as progress:
-        task = progress.add_task("load", total=None, detail="")
+        tasks: dict[str, TaskID] = {}
 
-        def loaded(done: int, total: int, name: str) -> None:
-            progress.update(task, completed=done, total=total, detail=name)
+        def watch(phase: str, done: int, total: int, name: str) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=None, detail="")
+            progress.update(tasks[phase], completed=done, total=total, detail=name)
 
-        launched = launch(args.artifact, options, loaded)
+        launched = launch(args.artifact, options, watch)
     if sock is not None:
         serve(launched, sock)
         return 0

@@ -138,14 +138,14 @@ def plan_artifact(program: Program, target: Target, options: Options) -> Plan:
     config, layout = program.config, program.layout
     inputs = artifact_inputs(config, layout)
     if target.arch == "cpu":
-        sizes = {"step": ("mixed", largest_symbols(config, layout, options))}
-    else:
-        inputs = (*inputs, *sampling_inputs())
-        shared = state_symbols(config, layout, options)
-        buckets = gpu_buckets(options.max_tokens, options.max_requests)
-        sizes = {b.name: (b.phase, b.symbols(config, shared)) for b in buckets}
-    plans = [plan(program, "step", name, phase, target.arch, symbols, inputs) for name, (phase, symbols) in sizes.items()]
-    return Plan.joined(plans)
+        symbols = largest_symbols(config, layout, options)
+        return plan(program, "step", "step", "mixed", target.arch, symbols, inputs)
+    inputs = (*inputs, *sampling_inputs())
+    shared = state_symbols(config, layout, options)
+    return Plan.joined(
+        plan(program, "step", bucket.name, bucket.phase, target.arch, bucket.symbols(config, shared), inputs)
+        for bucket in gpu_buckets(options.max_tokens, options.max_requests)
+    )
 
 
 def numerics(program: Program, options: Options) -> tuple[str, ...]:

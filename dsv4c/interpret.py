@@ -11,6 +11,8 @@ from torch import Tensor, fx
 
 from dsv4c.checkpoint.names import parameter_sources
 from dsv4c.checkpoint.source import WeightSource
+from dsv4c.facts import COUNTS, LAST_TOKENS
+from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
 from dsv4c.program import Program, Value
 from dsv4c.runtime.weights import load_weight
 from dsv4c.weights import weight
@@ -65,6 +67,26 @@ def program_state(program: Program, plain: Mapping[str, Tensor]) -> dict[str, Te
         for name, tensor in plain.items()
         if name in types
     }
+
+
+def greedy_sampling(program: Program, rows: int, slots: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Step inputs and state of a program that samples: `rows` greedy rows without edits or penalties, for nobody."""
+    graph = program.graphs["step"]
+    values = {n.meta["value"].name: n.meta for n in graph.nodes if n.op == "placeholder"}
+    inputs = {}
+    for name in (*ROW_INPUTS, *EDIT_INPUTS):
+        if name in values:
+            size = rows if name in ROW_INPUTS else 0
+            inputs[name] = torch.zeros(size, dtype=getattr(torch, values[name]["type"].dtype))
+    for name in ("top_p", "repetition"):
+        if name in inputs:
+            inputs[name].fill_(1.0)
+    state = {
+        name: torch.zeros(slots, *meta["type"].shape[1:], dtype=getattr(torch, meta["type"].dtype))
+        for name, meta in values.items()
+        if name in (COUNTS, LAST_TOKENS)
+    }
+    return inputs, state
 
 
 def _given(

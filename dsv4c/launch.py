@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,17 +22,20 @@ from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.checkpoint.source import WeightSource
 from dsv4c.config import ModelConfig
 from dsv4c.errors import ArtifactError, ConfigError, EngineError
+from dsv4c.runtime.device import DeviceRunner
 from dsv4c.runtime.engine import Engine
-from dsv4c.runtime.loader import check_host, load
+from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.limits import bounds_of, limits_for
+from dsv4c.runtime.loader import check_host, load, load_device
 from dsv4c.runtime.loop import EngineLoop
-from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.params import SamplingParams
-from dsv4c.runtime.poolsizes import PoolSizes
+from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
-from dsv4c.runtime.serve import serve as serve_app
-from dsv4c.runtime.server import create_app
+from dsv4c.runtime.weights import load_weights
 
+Progress = Callable[[str, int, int, str], None]
+"""(phase, done, in all, name of the last); phases are `load`, `warm up`, `capture`."""
 KV_SHARE = 0.5  # of the memory that is free when loading starts; weights, arena and the system need the rest
 
 
@@ -47,6 +51,10 @@ class LaunchOptions:
     max_queue: int = 512
     kv_memory_bytes: int | None = None
     threads: int | None = None
+    executor: Literal["graph", "eager"] = "graph"
+    """How a GPU artifact's segments run: captured, or call by call."""
+    breaks: tuple[str, ...] = ()
+    """Scopes that stay out of the graphs, e.g. `L07.*`."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +67,11 @@ class Launched:
     model_name: str
 
 
-def launch(
-    directory: Path, options: LaunchOptions, progress: Callable[[int, int, str], None] | None = None
-) -> Launched:
+def launch(directory: Path, options: LaunchOptions, progress: Progress | None = None) -> Launched:
     """Loads an artifact and its weights. Raises InputErrors that name what is missing or does not match."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     manifest = load_manifest(directory)
-    if "step" not in manifest.programs:
-        raise ArtifactError("the artifact has no program `step`", hint="compile it again with this version")
     check_host(manifest)
     codec = _codec(directory, options)
     if codec.vocab_size > manifest.vocab_size:
@@ -75,24 +79,67 @@ def launch(
             f"the tokenizer has {codec.vocab_size} tokens, the model {manifest.vocab_size}",
             hint="give the model's own with `--tokenizer`",
         )
+    engine = launch_engine(directory, manifest, options, codec.eos_token_ids, progress)
+    return Launched(engine, codec, manifest, options.model_name or directory.resolve().name)
+
+
+def launch_engine(
+    directory: Path,
+    manifest: Manifest,
+    options: LaunchOptions,
+    eos_token_ids: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> Engine:
+    """The engine alone: weights loaded, pools allocated, graphs captured. Raises InputErrors as `launch` does."""
     source = _source(directory, manifest, options)
-    symbols = manifest.programs["step"].symbols
-    requests = min(options.max_requests or symbols["R"], symbols["R"])
-    if options.max_requests is not None and options.max_requests > symbols["R"]:
+    bounds = bounds_of(manifest)
+    requests = min(options.max_requests or bounds.requests, bounds.requests)
+    if options.max_requests is not None and options.max_requests > bounds.requests:
         raise ConfigError(
-            f"`--max-requests` is {options.max_requests}, the artifact was compiled for {symbols['R']}",
+            f"`--max-requests` is {options.max_requests}, the artifact was compiled for {bounds.requests}",
             hint="compile it with a larger `--max-requests`",
         )
     budget = options.kv_memory_bytes or int(KV_SHARE * available_memory(manifest.target))
     sizes = PoolSizes.for_bytes(
-        manifest.kv_groups, manifest.state_groups, budget, requests, manifest.max_context, symbols["T"]
+        manifest.kv_groups, manifest.state_groups, budget, requests, manifest.max_context, bounds.tokens
     )
-    executor = load(directory, source, sizes, progress, manifest=manifest)
     limits = Limits(
-        max_requests=requests, max_step_tokens=symbols["T"], max_waiting=options.max_queue, max_logit_rows=symbols["S"]
+        max_requests=requests, max_step_tokens=bounds.tokens, max_waiting=options.max_queue, max_logit_rows=bounds.rows
     )
-    engine = Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=codec.eos_token_ids)
-    return Launched(engine, codec, manifest, options.model_name or directory.resolve().name)
+    if manifest.target == "cpu":
+        executor = load(directory, source, sizes, _of(progress, "load"), manifest=manifest)
+        return Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=eos_token_ids)
+    return _device_engine(directory, manifest, source, sizes, limits, eos_token_ids, options, progress)
+
+
+def _device_engine(
+    directory: Path,
+    manifest: Manifest,
+    source: WeightSource,
+    sizes: PoolSizes,
+    limits: Limits,
+    eos_token_ids: Sequence[int],
+    options: LaunchOptions,
+    progress: Progress | None,
+) -> Engine:
+    """Loads, warms up and captures; everything that serving needs is there when it returns."""
+    device = torch.device("cuda:0")
+    weights = load_weights(manifest.weights, source, _of(progress, "load"), device)
+    executor = load_device(directory, manifest, weights, sizes, device, options.breaks)
+    executor.warm_up(_of(progress, "warm up"))
+    if options.executor == "graph":
+        executor.capture(_of(progress, "capture"))
+    pool = KVPool(manifest.kv_groups, sizes, track=True)
+    copied = snapshot_states(manifest.state_groups, manifest.kv_groups)
+    states = [state.name for group in copied for state in group.pools]
+    runner = DeviceRunner(executor, pool, vocab_size=manifest.vocab_size, states=states)
+    limits = limits_for(manifest, sizes, limits)
+    return Engine(runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids)
+
+
+def _of(progress: Progress | None, phase: str) -> Callable[[int, int, str], None] | None:
+    """The progress of one phase."""
+    return None if progress is None else lambda done, total, name: progress(phase, done, total, name)
 
 
 def answer(launched: Launched, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
@@ -115,6 +162,11 @@ def answer(launched: Launched, prompt: str, max_tokens: int, temperature: float,
 
 def serve(launched: Launched, sock: socket.socket) -> None:
     """Serves on a bound socket until a signal comes, then lets requests in flight finish."""
+    # a machine that only measures needs no web framework
+    from dsv4c.runtime.outputs import ServedEngine
+    from dsv4c.runtime.serve import serve as serve_app
+    from dsv4c.runtime.server import create_app
+
     loop = EngineLoop(launched.engine).start()
     fingerprint = f"{launched.manifest.target}-{launched.manifest.model_sha256[:12]}"
     app = create_app(ServedEngine(loop), launched.codec, launched.model_name, fingerprint=fingerprint)

@@ -302,7 +302,9 @@ def plan(
     planner = _Planner(program, program.graphs[graph_name], target, symbols, parameter_sources(program.config), tuned)
     planner.run()
     results = results_of(planner.graph)
-    outputs = {key: planner.names[results[key]] for key in ("logits", "tokens", "replaced") if key in results}
+    outputs: dict[str, str] = {
+        key: planner.names[results[key]] for key in ("logits", "tokens", "replaced") if key in results
+    }
     for value in outputs.values():
         planner.buffers[value].last = len(planner.calls)
     arena = planner.allocate()

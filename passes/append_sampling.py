@@ -2,7 +2,8 @@
 
     %1 = embed_streams(%token_ids, ...)    ->  %0 = dsv4.feed_tokens(%token_ids, %last_tokens, %request_rows)
                                                %1 = embed_streams(%0, ...)
-    return logits                          ->  edit_logits, sample_penalised, keep_tokens; return logits, tokens, replaced
+    return logits                          ->  edit_logits, sample_penalised, keep_tokens
+                                               return logits, tokens, replaced
 
 A token that the host does not know yet is given as -1 and read from its request's seat, where the step before left
 it. For targets where a step ends before the host has read the last one's tokens; requests are addressed by slot.

@@ -27,9 +27,7 @@ def sizes_of(shape: Shape, symbols: Mapping[str, int]) -> tuple[int, ...]:
 class Arena:
     """`program.arena_bytes` bytes on `device`, aligned, zeroed so that nothing undefined is ever read."""
 
-    def __init__(
-        self, program: Program, device: torch.device | None = None, memory: Tensor | None = None
-    ) -> None:
+    def __init__(self, program: Program, device: torch.device | None = None, memory: Tensor | None = None) -> None:
         """`memory`: what `Arena.memory` gave for the largest of several programs that run in turn."""
         self._buffers = {buffer.name: buffer for buffer in program.buffers}
         self._bytes = self.memory(program.arena_bytes, device) if memory is None else memory

@@ -76,13 +76,21 @@ class DeviceRunner:
         self._pinned = executor.stream is not None
         self._hosts = [torch.zeros(self.max_rows, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)]
         self._turn = 0
+        self._changes: dict[str, list[tuple[int, int, int]]] = {}
 
     @property
     def max_rows(self) -> int:
         """Rows of logits that a step can have."""
         return max(p.symbols["S"] for p in self.executor.programs.values())
 
-    def check(self, request: Request) -> None:
+    def _update_tables(self) -> None:
+        """What changed since the last step; kept if it cannot be sent, for other requests depend on it."""
+        for group, changes in self._pool.drain_updates().items():
+            self._changes.setdefault(group, []).extend(changes)
+        self.executor.tables.update(self._changes)
+        self._changes.clear()
+
+    def check(self, request: Request, /) -> None:
         """Raises RequestError (400) for what the device's buffers cannot hold."""
         self._seats.check(request)
 
@@ -108,7 +116,7 @@ class DeviceRunner:
         edits = self._seats.fill(views, spans, slots, sampled)
         with self.executor.on_stream():
             self.executor.staging.send(name, edits)
-            self.executor.tables.update(self._pool.drain_updates())
+            self._update_tables()
             for slot, counts in self._seats.fresh_counts():
                 self.executor.states["sampling.counts"][slot].copy_(torch.from_numpy(counts), non_blocking=True)
             outputs = self.executor.launch(name)

@@ -154,6 +154,7 @@ class Engine:
                 param="prompt",
                 code="invalid_value",
             )
+        self.runner.check(request)
         self.scheduler.check(request, ahead)
 
     def submit(self, request: Request) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,8 +13,9 @@ from dsv4c.artifact import Manifest, load_manifest
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.gpu import check_card
+from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.kernels import Kernels
-from dsv4c.runtime.poolsizes import snapshot_states
+from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.weights import Progress, WeightSource, load_weights
 
 _ISAS = ("default", "avx2", "avx512")  # each can run what the ones before it need
@@ -42,7 +43,7 @@ def load(
     *,
     manifest: Manifest | None = None,
 ) -> ArtifactExecutor:
-    """The executor of the artifact in `directory`, with weights from `source` and zeroed pools of `rows`.
+    """The executor of a CPU artifact in `directory`, with weights from `source` and zeroed pools of `rows`.
 
     `manifest` saves reading it again. Raises ArtifactError if the artifact is corrupt or made for another target
     or instruction set, CheckpointError if the weights do not fit.
@@ -56,11 +57,42 @@ def load(
             f"the artifact has programs {', '.join(sorted(manifest.programs)) or 'none'}, this runtime runs `step`",
             hint="compile it again with this version",
         )
-    device = torch.device("cpu" if manifest.target == "cpu" else "cuda:0")
     kernels = Kernels(manifest.kernels, directory, manifest.target)
-    states = {name: state.to(device) for name, state in allocate(manifest, rows).items()}
-    weights = load_weights(manifest.weights, source, progress, device)
-    return ArtifactExecutor(manifest.programs["step"], kernels, weights, states, device)
+    states = allocate(manifest, rows)
+    weights = load_weights(manifest.weights, source, progress)
+    return ArtifactExecutor(manifest.programs["step"], kernels, weights, states)
+
+
+def load_device(
+    directory: Path,
+    manifest: Manifest,
+    weights: Mapping[str, Tensor],
+    sizes: PoolSizes,
+    device: torch.device,
+    breaks: Sequence[str] = (),
+) -> GraphExecutor:
+    """The executor of a GPU artifact over weights that are on `device`, with zeroed pools; nothing captured yet.
+
+    `breaks`: scopes to keep out of the graphs. Raises ArtifactError as `load` does, ConfigError for a pattern that
+    matches nothing.
+    """
+    check_host(manifest)
+    kernels = Kernels(manifest.kernels, directory, manifest.target)
+    states = allocate(manifest, sizes, device)
+    rows = device_rows(manifest, sizes)
+    return GraphExecutor(manifest.programs, kernels, weights, states, device, rows=rows, breaks=breaks)
+
+
+def device_rows(manifest: Manifest, sizes: PoolSizes) -> dict[str, int]:
+    """Sizes of the symbols that state has on a device: a row a slot, page tables for the longest context."""
+    rows = {"R": sizes.slots, "Z": sizes.slots}
+    page_tokens = {group.name: group.page_tokens for group in manifest.kv_groups}
+    for program in manifest.programs.values():
+        for item in program.inputs:
+            if item.kind == "page_table":
+                columns = -(-sizes.max_context // page_tokens[str(item.group)])
+                rows[str(item.shape[1])] = max(item.min_columns, columns)
+    return rows
 
 
 def check_host(manifest: Manifest) -> None:
@@ -77,8 +109,8 @@ def check_host(manifest: Manifest) -> None:
         )
 
 
-def allocate(manifest: Manifest, rows: PoolRows) -> dict[str, Tensor]:
-    """Zeroed pools and states by value name."""
+def allocate(manifest: Manifest, rows: PoolRows, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Zeroed pools and states by value name, on `device`."""
     out = {}
     for group in manifest.kv_groups:
         pages = rows.pages.get(group.name, 0)
@@ -86,12 +118,12 @@ def allocate(manifest: Manifest, rows: PoolRows) -> dict[str, Tensor]:
             raise ConfigError(f"KV group `{group.name}` has {pages} pages, it needs the null page and one more")
         for pool in group.pools:
             shape = (pages * group.entries_per_page, *pool.entry_shape)
-            out[pool.name] = torch.zeros(shape, dtype=getattr(torch, pool.dtype))
+            out[pool.name] = torch.zeros(shape, dtype=getattr(torch, pool.dtype), device=device)
     if manifest.state_groups and rows.slots < 2:
         raise ConfigError(f"there are {rows.slots} state slots, it takes the null slot and one more")
     copied = snapshot_states(manifest.state_groups, manifest.kv_groups)
     for states in manifest.state_groups:
         count = rows.slots + (rows.snapshots if states in copied else 0)
         for pool in states.pools:
-            out[pool.name] = torch.zeros((count, *pool.entry_shape), dtype=getattr(torch, pool.dtype))
+            out[pool.name] = torch.zeros((count, *pool.entry_shape), dtype=getattr(torch, pool.dtype), device=device)
     return out

@@ -17,7 +17,7 @@ from dsv4c.errors import ConfigError
 
 DTYPE_BYTES = {
     "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e8m0fnu": 1, "uint8": 1, "int8": 1,
-    "int32": 4, "int64": 8,
+    "int16": 2, "int32": 4, "int64": 8,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from dsv4c.artifact import Input
 from dsv4c.errors import EngineError
 from dsv4c.runtime.batch import BatchBuilder
 from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.request import Request
 from dsv4c.runtime.sampler import SamplerState, TokenLogprob, logprobs_of, sample
 from dsv4c.runtime.scheduler import Span
 
@@ -52,6 +53,9 @@ class StepRunner(Protocol):
     @property
     def lag(self) -> int:
         """Steps that the host may be ahead: 0 or 1."""
+
+    def check(self, request: Request, /) -> None:
+        """Raises RequestError (400) for what it can never sample. Safe from any thread."""
 
     def launch(self, spans: Sequence[Span], /) -> Ticket:
         """Starts a step of at least one span; at most one a request."""
@@ -99,6 +103,9 @@ class HostRunner:
         self.vocab_size = vocab_size
         self.states = tuple(states)
         self._batch = BatchBuilder(inputs, pool, symbols)
+
+    def check(self, request: Request, /) -> None:
+        """Everything that SamplingParams allows can be sampled."""
 
     def launch(self, spans: Sequence[Span], /) -> Chosen:
         states = [s.request.sampler for s in spans if s.samples and s.request.sampler is not None]

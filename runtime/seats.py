@@ -18,8 +18,8 @@ from dsv4c.runtime.scheduler import Span
 
 Int64Array = npt.NDArray[np.int64]
 
-MAX_EDITS = 512
-"""Logit biases and stop tokens of a request; the artifact's buffers hold as many a row."""
+MAX_ASKED = 496
+"""Logit biases and masked stop tokens of a request. An artifact's buffers hold 512 a row, for the model's own too."""
 _IN_PROMPT = 1 << 14  # as in the sampling kernels: added to the count of a token that the prompt holds
 _DTYPES: Mapping[str, type] = {
     "temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32, "noise_keys": np.int64,
@@ -33,7 +33,7 @@ class Seats:
     def __init__(self, slots: int, vocab_size: int) -> None:
         self._vocab = vocab_size
         self._owners: list[tuple[Request, int] | None] = [None] * slots
-        self._arrays = {name: np.zeros(slots, dtype) for name, dtype in _DTYPES.items()}
+        self._arrays: dict[str, npt.NDArray[Any]] = {name: np.zeros(slots, dtype) for name, dtype in _DTYPES.items()}
         self._arrays["top_p"].fill(1.0)
         self._arrays["repetition"].fill(1.0)
         self._edits = np.zeros(slots, dtype=bool)
@@ -41,10 +41,12 @@ class Seats:
 
     def check(self, request: Request) -> None:
         """Raises RequestError (400) if the request edits more logits than a row has room for."""
-        edits = len(request.params.logit_bias) + (len(request.stop_ids) if request.params.min_tokens else 0)
-        if edits > MAX_EDITS:
+        edits = len(request.params.logit_bias) + (
+            len(request.params.stop_token_ids) if request.params.min_tokens else 0
+        )
+        if edits > MAX_ASKED:
             raise RequestError(
-                f"`logit_bias` and masked stop tokens are {edits} together, at most {MAX_EDITS} are served",
+                f"`logit_bias` and masked stop tokens are {edits} together, at most {MAX_ASKED} are served",
                 param="logit_bias",
                 code="invalid_value",
             )

@@ -238,9 +238,7 @@ def _seats(rows: int, feeds: bool) -> Workload:
     def make_seats(generator: torch.Generator) -> Args:
         device = generator.device
         where = torch.randperm(SEATS - 1, generator=generator, device=device)[:rows] + 1
-        last, ids = (
-            torch.randint(-1, 1000, (n,), generator=generator, device=device) for n in (SEATS, rows)
-        )
+        last, ids = (torch.randint(-1, 1000, (n,), generator=generator, device=device) for n in (SEATS, rows))
         ids = torch.where(torch.rand(rows, generator=generator, device=device) < 0.5, -1, ids)
         return [ids, last, where] if feeds else [last, where, ids]
 

@@ -1,0 +1,192 @@
+"""The engine on a GPU, end to end: decode steps, prefill, start, idle gaps; `flash` layers with dummy weights.
+
+usage: python benchmarks/gpu_engine.py ARTIFACT [--decode 1 16 64 128 256] [--contexts 1024 8192 131072]
+                                       [--prefill 8192 65536] [--gpu-memory 0.92] [--trace FILE] [--rows FILE]
+
+A step is the real one: scheduler, staged inputs, one graph from token ids to sampled tokens, tokens read one step late.
+Device time is from events around each replay, wall time from the host's clock over many steps. Long contexts are not
+prefilled: a real prefill of 8,192 tokens is tiled over the pools, and requests are told that they are that long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsv4c import artifact
+from dsv4c.config import ModelConfig
+from dsv4c.launch import LaunchOptions, launch_engine
+from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.request import Request
+
+STEPS = 40
+
+
+class Clock:
+    """Events around every launch of the executor: device time of steps, and the gaps between them."""
+
+    def __init__(self, executor: Any) -> None:
+        self._launch = executor.launch
+        self._stream = executor.stream
+        self.events: list[tuple[Any, Any]] = []
+        self.names: list[str] = []
+        executor.launch = self.launch
+
+    def launch(self, name: str) -> Any:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(self._stream)
+        out = self._launch(name)
+        end.record(self._stream)
+        self.events.append((begin, end))
+        self.names.append(name)
+        return out
+
+    def take(self) -> tuple[list[float], list[float], list[str]]:
+        """Milliseconds of every launch since the last call, those between them, and the programs' names."""
+        torch.cuda.synchronize()
+        events, names = self.events, self.names
+        self.events, self.names = [], []
+        gaps = [a[1].elapsed_time(b[0]) for a, b in zip(events, events[1:], strict=False)]
+        return [begin.elapsed_time(end) for begin, end in events], gaps, names
+
+
+def prompt(engine: Engine, tokens: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, engine.vocab_size, tokens).tolist()
+
+
+def drain(engine: Engine) -> None:
+    for request in [*engine.scheduler.running, *engine.scheduler.waiting]:
+        engine.cancel(request.id)
+    while engine.has_work:
+        engine.step()
+
+
+def prefill(engine: Engine, clock: Clock, tokens: int) -> dict[str, Any]:
+    """One prompt, in chunks; the second of two runs."""
+    out: dict[str, Any] = {}
+    for run in range(2):
+        clock.take()
+        began = time.perf_counter()
+        engine.submit(Request(f"prefill {tokens} {run}", prompt(engine, tokens, run), SamplingParams(max_tokens=1)))
+        while engine.has_work:
+            engine.step()
+        wall = time.perf_counter() - began
+        device, gaps, names = clock.take()
+        out = {
+            "phase": "prefill", "tokens": tokens, "device_ms": round(sum(device), 3), "wall_ms": round(wall * 1e3, 3),
+            "tokens_per_s": round(tokens / sum(device) * 1e3), "steps": len(names), "gap_ms": round(sum(gaps), 3),
+        }  # fmt: skip
+    return out
+
+
+def tile_pools(engine: Engine, manifest: artifact.Manifest) -> None:
+    """Copies the pages that a prefill of 8,192 tokens wrote over all the others."""
+    executor = engine.runner.executor
+    for group in manifest.kv_groups:
+        for pool in group.pools:
+            rows = executor.states[pool.name]
+            known = min(rows.shape[0], (8192 // group.page_tokens) * group.entries_per_page)
+            first = rows[group.entries_per_page : group.entries_per_page + known].clone()
+            for start in range(group.entries_per_page, rows.shape[0], known):
+                piece = rows[start : start + known]
+                piece.copy_(first[: piece.shape[0]])
+    torch.cuda.synchronize()
+
+
+def decode(engine: Engine, clock: Clock, batch: int, context: int) -> dict[str, Any] | None:
+    """Steps of `batch` requests that are about `context` tokens long."""
+    for i in range(batch):
+        length = min(context - 64 + i % 32, engine.max_context - STEPS - 24)
+        params = SamplingParams(max_tokens=STEPS + 16, temperature=0.0, ignore_eos=True)
+        engine.submit(Request(f"decode {batch} {context} {i}", prompt(engine, length, i), params))
+    scheduler = engine.scheduler
+    while scheduler.waiting:  # seat them as if their prompts had been computed but for the last token
+        request = scheduler.waiting[0]
+        if not scheduler._has_room(request):
+            drain(engine)
+            return None
+        scheduler._admit()
+        engine.pool.grow(request.slot, request.num_tokens)
+        engine.pool.evict(request.slot, request.num_tokens - 1)
+        request.num_computed = request.num_tokens - 1
+    for _ in range(6):
+        engine.step()
+    clock.take()
+    before = engine.stats()
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        engine.step()
+    wall = (time.perf_counter() - began) / STEPS
+    after = engine.stats()
+    device, gaps, names = clock.take()
+    drain(engine)
+    clock.take()
+    host = (after.host_s - before.host_s) / STEPS
+    return {
+        "phase": "decode", "batch": batch, "context": context, "program": names[-1],
+        "device_ms": round(statistics.median(device), 4), "wall_ms": round(wall * 1e3, 4),
+        "gap_ms": round(statistics.median(gaps), 4), "host_ms": round(host * 1e3, 4),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 16, 64, 128, 256])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 8192, 131072])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[8192, 65536])
+    parser.add_argument("--kv-memory", type=float, help="GB")
+    parser.add_argument("--trace", type=Path, help="where a profiler's trace of decode steps goes")
+    parser.add_argument("--rows", type=Path, help="JSONL file to append to")
+    args = parser.parse_args()
+    manifest = artifact.load_manifest(args.artifact)
+    layers = ModelConfig.from_dict(manifest.model).num_hidden_layers
+    options = LaunchOptions(dummy_seed=0, kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9))
+    spent: dict[str, float] = {}
+    began = time.perf_counter()
+
+    def watch(phase: str, done: int, total: int, name: str) -> None:
+        spent[phase] = time.perf_counter() - began - sum(v for k, v in spent.items() if k != phase)
+
+    engine = launch_engine(args.artifact, manifest, options, eos_token_ids=(), progress=watch)
+    hardware, today = torch.cuda.get_device_name(), datetime.date.today().isoformat()
+    head = {"hardware": hardware, "date": today, "layers": layers}
+    free, total = torch.cuda.mem_get_info()
+    print(f"{hardware}, {layers} layers; " + ", ".join(f"{k} {v:.1f} s" for k, v in spent.items()), flush=True)
+    print(f"memory used {(total - free) / 1e9:.1f} GB, programs {len(manifest.programs)}", flush=True)
+    rows: list[dict[str, Any]] = [{"phase": "start", **{f"{k}_s": round(v, 2) for k, v in spent.items()}}]
+    clock = Clock(engine.runner.executor)
+    with torch.no_grad():
+        for tokens in args.prefill:
+            rows.append(prefill(engine, clock, tokens))
+            print(rows[-1], flush=True)
+        if 8192 not in args.prefill:
+            prefill(engine, clock, 8192)
+        tile_pools(engine, manifest)
+        for context in args.contexts:
+            for batch in args.decode:
+                row = decode(engine, clock, batch, context)
+                print(row or f"decode {batch} x {context}: does not fit", flush=True)
+                rows += [row] if row else []
+        if args.trace:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                decode(engine, clock, max(args.decode), min(args.contexts))
+            profiler.export_chrome_trace(str(args.trace))
+    if args.rows:
+        with args.rows.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**head, **row}) + "\n" for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
