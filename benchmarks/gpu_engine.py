@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import sys
@@ -56,7 +57,7 @@ class Clock:
         torch.cuda.synchronize()
         events, names = self.events, self.names
         self.events, self.names = [], []
-        gaps = [a[1].elapsed_time(b[0]) for a, b in zip(events, events[1:], strict=False)]
+        gaps = [a[1].elapsed_time(b[0]) for a, b in itertools.pairwise(events)]
         return [begin.elapsed_time(end) for begin, end in events], gaps, names
 
 
