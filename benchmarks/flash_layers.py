@@ -65,7 +65,7 @@ def dummy_weight(weight: artifact.Weight, generator: torch.Generator) -> Tensor:
     if weight.dtype == "float8_e4m3fn":
         return (values * 32).to(torch.float8_e4m3fn)
     if "norm" in weight.name:
-        return 1 + 0.1 * values.float()
+        return (1 + 0.1 * values.float()).to(getattr(torch, weight.dtype))
     if len(shape) > 1:
         values *= shape[-1] ** -0.5
     return values.to(getattr(torch, weight.dtype))

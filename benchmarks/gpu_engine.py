@@ -29,6 +29,7 @@ from dsv4c.launch import LaunchOptions, launch_engine
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import Request
+from dsv4c.trial import time_graph
 
 STEPS = 40
 
@@ -65,6 +66,12 @@ def prompt(engine: Engine, tokens: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, engine.vocab_size, tokens).tolist()
 
 
+def step(engine: Engine) -> None:
+    for event in engine.step():
+        if event.end is not None and event.end.error is not None:
+            raise event.end.error
+
+
 def drain(engine: Engine) -> None:
     for request in [*engine.scheduler.running, *engine.scheduler.waiting]:
         engine.cancel(request.id)
@@ -80,7 +87,7 @@ def prefill(engine: Engine, clock: Clock, tokens: int) -> dict[str, Any]:
         began = time.perf_counter()
         engine.submit(Request(f"prefill {tokens} {run}", prompt(engine, tokens, run), SamplingParams(max_tokens=1)))
         while engine.has_work:
-            engine.step()
+            step(engine)
         wall = time.perf_counter() - began
         device, gaps, names = clock.take()
         out = {
@@ -117,19 +124,29 @@ def decode(engine: Engine, clock: Clock, batch: int, context: int) -> dict[str, 
             drain(engine)
             return None
         scheduler._admit()
-        engine.pool.grow(request.slot, request.num_tokens)
-        engine.pool.evict(request.slot, request.num_tokens - 1)
+        for tokens in (*range(8192, request.num_tokens, 8192), request.num_tokens):
+            if not engine.pool.grow(request.slot, tokens):
+                drain(engine)
+                return None
+            engine.pool.evict(request.slot, tokens - 1)
         request.num_computed = request.num_tokens - 1
     for _ in range(6):
-        engine.step()
+        step(engine)
     clock.take()
     before = engine.stats()
     began = time.perf_counter()
     for _ in range(STEPS):
-        engine.step()
+        step(engine)
     wall = (time.perf_counter() - began) / STEPS
     after = engine.stats()
     device, gaps, names = clock.take()
+    calls = engine.runner.executor.calls(names[-1])  # on the last step's inputs, which are still there
+    parts = {
+        part: time_graph(lambda scopes=scopes: [run() for call, run in calls if (call.scope in scopes) == inside]) / 1e3
+        for part, scopes, inside in (
+            ("layers", ("head", "sampling"), False), ("head", ("head",), True), ("sampling", ("sampling",), True),
+        )
+    }  # fmt: skip
     drain(engine)
     clock.take()
     host = (after.host_s - before.host_s) / STEPS
@@ -137,6 +154,7 @@ def decode(engine: Engine, clock: Clock, batch: int, context: int) -> dict[str, 
         "phase": "decode", "batch": batch, "context": context, "program": names[-1],
         "device_ms": round(statistics.median(device), 4), "wall_ms": round(wall * 1e3, 4),
         "gap_ms": round(statistics.median(gaps), 4), "host_ms": round(host * 1e3, 4),
+        **{f"{part}_ms": round(ms, 4) for part, ms in parts.items()},
     }  # fmt: skip
 
 

@@ -64,8 +64,9 @@ class Staging:
         pinned = device.type == "cuda"
         self._hosts = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(turns)]
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._bytes = [host.numpy() for host in self._hosts]
         self._views = [
-            {name: self._numpy(layout, host.numpy()) for name, layout in self._layouts.items()} for host in self._hosts
+            {name: self._numpy(layout, host) for name, layout in self._layouts.items()} for host in self._bytes
         ]
         self._turn = 0
 
@@ -94,7 +95,7 @@ class Staging:
         """Views of the next buffer, by input: a step of nobody. Edits are left as they are."""
         self._turn = (self._turn + 1) % len(self._hosts)
         views, layout = self._views[self._turn][name], self._layouts[name]
-        self._hosts[self._turn][: layout.plain_bytes].zero_()
+        self._bytes[self._turn][: layout.plain_bytes] = 0
         for key, (item, _, _) in layout.places.items():
             if item.kind in _PADDING:
                 views[key].fill(_PADDING[item.kind])
