@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 a fault of ours, 2 the user's input. Heavy imports happen 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from dsv4c.config import ModelConfig
+    from dsv4c.runtime.memory import MemoryPlan, Room
+    from dsv4c.runtime.poolsizes import PoolSizes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +56,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dsv4c", description="Compile DeepSeek-V4 to an artifact, and serve it.")
     parser.add_argument("--version", action="version", version=f"dsv4c {__version__}")
@@ -83,13 +91,32 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--model-name", help="the name clients use (default: the artifact's folder)")
     run.add_argument("--max-requests", type=_positive, help="requests served at once")
     run.add_argument("--max-queue", type=_positive, default=512, help="requests that may wait (default 512)")
-    run.add_argument("--kv-memory", type=float, metavar="GB", help="for KV pools (default: half of what is free)")
+    run.add_argument("--max-context", metavar="TOKENS", help="longest request, such as 8192 or 128K")
+    run.add_argument("--kv-memory", type=float, metavar="GB", help="for KV pools (default: what there is room for)")
+    run.add_argument(
+        "--gpu-memory-utilization", type=float, metavar="SHARE", help="of the card's memory to fill (default 0.92)"
+    )
     run.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
     run.add_argument("--executor", choices=("graph", "eager"), default="graph", help="GPU: capture CUDA graphs, or not")
     run.add_argument(
         "--break", dest="breaks", action="append", default=[], metavar="SCOPE", help="GPU: keep out of graphs, `L07.*`"
     )
     run.set_defaults(run=_run)
+
+    plan = commands.add_parser(
+        "plan", help="how many requests fit in memory, and what binds, before anything is loaded"
+    )
+    plan.add_argument("artifact", metavar="DIR", type=Path, help="the artifact's folder")
+    plan.add_argument(
+        "--gpu-memory", "--memory", dest="memory", metavar="SIZE",
+        help="such as 141GB or 131GiB (default: this machine's card, or its memory for target cpu)",
+    )  # fmt: skip
+    plan.add_argument("--context", metavar="TOKENS", help="of every request, such as 128K (default: the artifact's)")
+    plan.add_argument("--requests", type=_positive, help="whether so many fit at once (default: as many as do)")
+    plan.add_argument("--snapshots", type=_not_negative, default=0, help="of the prefix cache (default 0)")
+    plan.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="of it to fill (default 0.92)")
+    plan.add_argument("--json", action="store_true", help="the plan as JSON")
+    plan.set_defaults(run=_plan)
 
     tune = commands.add_parser("tune", help="measure schedules on this machine's GPU and record the rows")
     tune.add_argument("--target", required=True, help="what to tune for: sm_90a")
@@ -168,10 +195,12 @@ def _preset_or_folder(name: str) -> ModelConfig:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from dsv4c.describe_memory import memory_summary
     from dsv4c.launch import LaunchOptions, answer, launch, serve
     from dsv4c.runtime.serve import bind
+    from dsv4c.units import parse_tokens
 
-    if args.kv_memory is not None and args.kv_memory <= 0:
+    if args.kv_memory is not None and not 0 < args.kv_memory < math.inf:
         raise ConfigError(f"`--kv-memory` must be positive, not {args.kv_memory}")
     options = LaunchOptions(
         weights=args.weights,
@@ -179,8 +208,10 @@ def _run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         model_name=args.model_name,
         max_requests=args.max_requests,
+        max_context=None if args.max_context is None else parse_tokens(args.max_context),
         max_queue=args.max_queue,
         kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
+        gpu_memory_utilization=args.gpu_memory_utilization,
         threads=args.threads,
         executor=args.executor,
         breaks=tuple(args.breaks),
@@ -194,13 +225,38 @@ def _run(args: argparse.Namespace) -> int:
                 tasks[phase] = progress.add_task(phase, total=None, detail="")
             progress.update(tasks[phase], completed=done, total=total, detail=name)
 
-        launched = launch(args.artifact, options, watch)
+        def planned(plan: MemoryPlan, room: Room, sizes: PoolSizes) -> None:
+            progress.console.print(memory_summary(plan, room, sizes))
+
+        launched = launch(args.artifact, options, watch, planned)
     if sock is not None:
         serve(launched, sock)
         return 0
     for text in answer(launched, args.prompt, args.max_new_tokens, args.temperature, args.seed):
         print(text, end="", flush=True)
     print()
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from dsv4c.artifact import load_manifest
+    from dsv4c.describe_memory import answer_of, memory_json, memory_tables
+    from dsv4c.room import given_room, measured_room, plan_of
+    from dsv4c.units import parse_bytes, parse_tokens
+
+    total = None if args.memory is None else parse_bytes(args.memory)
+    manifest = load_manifest(args.artifact)
+    plan, share = plan_of(args.artifact, manifest), args.gpu_memory_utilization
+    room = measured_room(manifest.target, share) if total is None else given_room(manifest.target, total, share)
+    context = plan.max_context if args.context is None else parse_tokens(args.context)
+    fit = plan.fit(room, context, args.snapshots)
+    requests = args.requests or max(1, fit.requests)
+    longest = plan.longest(room, requests, args.snapshots)
+    sizes = plan.sizes(requests, context, args.snapshots)
+    if args.json:
+        print(json.dumps(memory_json(plan, room, sizes, fit, longest), indent=1))
+        return 0
+    _console().print(memory_tables(plan, room, sizes), answer_of(plan, room, fit, args.requests, longest))
     return 0
 
 

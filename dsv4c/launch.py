@@ -6,7 +6,6 @@ The one place where the spine hands its checkpoint reader and chat codec to the 
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.checkpoint.source import WeightSource
 from dsv4c.config import ModelConfig
 from dsv4c.errors import ArtifactError, ConfigError, EngineError
+from dsv4c.room import measured_room, plan_of
 from dsv4c.runtime.device import DeviceRunner
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.kvpool import KVPool
-from dsv4c.runtime.limits import bounds_of, limits_for
+from dsv4c.runtime.limits import limits_for
 from dsv4c.runtime.loader import check_host, load, load_device
 from dsv4c.runtime.loop import EngineLoop
+from dsv4c.runtime.memory import MemoryPlan, Room
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.request import Request
@@ -36,7 +37,8 @@ from dsv4c.runtime.weights import load_weights
 
 Progress = Callable[[str, int, int, str], None]
 """(phase, done, in all, name of the last); phases are `load`, `warm up`, `capture`."""
-KV_SHARE = 0.5  # of the memory that is free when loading starts; weights, arena and the system need the rest
+PlanWatch = Callable[[MemoryPlan, Room, PoolSizes], None]
+"""Told what serving will take, before anything is loaded."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,11 @@ class LaunchOptions:
     tokenizer: Path | None = None
     model_name: str | None = None
     max_requests: int | None = None
+    max_context: int | None = None
     max_queue: int = 512
     kv_memory_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
+    """Of the card's memory, the share to fill; what others hold counts. None: the plan's own."""
     threads: int | None = None
     executor: Literal["graph", "eager"] = "graph"
     """How a GPU artifact's segments run: captured, or call by call."""
@@ -67,8 +72,10 @@ class Launched:
     model_name: str
 
 
-def launch(directory: Path, options: LaunchOptions, progress: Progress | None = None) -> Launched:
-    """Loads an artifact and its weights. Raises InputErrors that name what is missing or does not match."""
+def launch(
+    directory: Path, options: LaunchOptions, progress: Progress | None = None, planned: PlanWatch | None = None
+) -> Launched:
+    """Loads an artifact and its weights. Raises InputErrors that name what is missing, does not match or not fit."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     manifest = load_manifest(directory)
@@ -79,7 +86,7 @@ def launch(directory: Path, options: LaunchOptions, progress: Progress | None = 
             f"the tokenizer has {codec.vocab_size} tokens, the model {manifest.vocab_size}",
             hint="give the model's own with `--tokenizer`",
         )
-    engine = launch_engine(directory, manifest, options, codec.eos_token_ids, progress)
+    engine = launch_engine(directory, manifest, options, codec.eos_token_ids, progress, planned)
     return Launched(engine, codec, manifest, options.model_name or directory.resolve().name)
 
 
@@ -89,23 +96,16 @@ def launch_engine(
     options: LaunchOptions,
     eos_token_ids: Sequence[int] = (),
     progress: Progress | None = None,
+    planned: PlanWatch | None = None,
 ) -> Engine:
     """The engine alone: weights loaded, pools allocated, graphs captured. Raises InputErrors as `launch` does."""
+    plan, room = plan_of(directory, manifest), measured_room(manifest.target, options.gpu_memory_utilization)
+    requests, context = options.max_requests or plan.bounds.requests, options.max_context or plan.max_context
+    sizes = plan.reserve(room, requests, context, options.kv_memory_bytes)
+    if planned:
+        planned(plan, room, sizes)
     source = _source(directory, manifest, options)
-    bounds = bounds_of(manifest)
-    requests = min(options.max_requests or bounds.requests, bounds.requests)
-    if options.max_requests is not None and options.max_requests > bounds.requests:
-        raise ConfigError(
-            f"`--max-requests` is {options.max_requests}, the artifact was compiled for {bounds.requests}",
-            hint="compile it with a larger `--max-requests`",
-        )
-    budget = options.kv_memory_bytes or int(KV_SHARE * available_memory(manifest.target))
-    sizes = PoolSizes.for_bytes(
-        manifest.kv_groups, manifest.state_groups, budget, requests, manifest.max_context, bounds.tokens
-    )
-    limits = Limits(
-        max_requests=requests, max_step_tokens=bounds.tokens, max_waiting=options.max_queue, max_logit_rows=bounds.rows
-    )
+    limits = Limits(requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows)
     if manifest.target == "cpu":
         executor = load(directory, source, sizes, _of(progress, "load"), manifest=manifest)
         return Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=eos_token_ids)
@@ -208,15 +208,3 @@ def _check_model(manifest: Manifest, config: ModelConfig) -> None:
                 f"{json.dumps(found)}",
                 hint="compile the artifact from this checkpoint",
             )
-
-
-def available_memory(target: str) -> int:
-    """Bytes that can be taken: free on the card, or of host memory without swapping."""
-    if target != "cpu":
-        return int(torch.cuda.mem_get_info()[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
