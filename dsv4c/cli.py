@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-requests", type=_positive, help="requests served at once")
     run.add_argument("--max-queue", type=_positive, default=512, help="requests that may wait (default 512)")
     run.add_argument("--kv-memory", type=float, metavar="GB", help="for KV pools (default: half of what is free)")
+    run.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its first token")
     run.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
     run.add_argument("--executor", choices=("graph", "eager"), default="graph", help="GPU: capture CUDA graphs, or not")
     run.add_argument(
@@ -181,6 +182,7 @@ def _run(args: argparse.Namespace) -> int:
         max_requests=args.max_requests,
         max_queue=args.max_queue,
         kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
+        prefix_cache=not args.no_prefix_cache,
         threads=args.threads,
         executor=args.executor,
         breaks=tuple(args.breaks),

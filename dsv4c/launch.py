@@ -37,6 +37,7 @@ from dsv4c.runtime.weights import load_weights
 Progress = Callable[[str, int, int, str], None]
 """(phase, done, in all, name of the last); phases are `load`, `warm up`, `capture`."""
 KV_SHARE = 0.5  # of the memory that is free when loading starts; weights, arena and the system need the rest
+SNAPSHOTS = 2  # for each request that runs: the one it moves along, and one where its prompt or a shared prefix ended
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class LaunchOptions:
     max_requests: int | None = None
     max_queue: int = 512
     kv_memory_bytes: int | None = None
+    prefix_cache: bool = True
     threads: int | None = None
     executor: Literal["graph", "eager"] = "graph"
     """How a GPU artifact's segments run: captured, or call by call."""
@@ -101,10 +103,20 @@ def launch_engine(
         )
     budget = options.kv_memory_bytes or int(KV_SHARE * available_memory(manifest.target))
     sizes = PoolSizes.for_bytes(
-        manifest.kv_groups, manifest.state_groups, budget, requests, manifest.max_context, bounds.tokens
+        manifest.kv_groups,
+        manifest.state_groups,
+        budget,
+        requests,
+        manifest.max_context,
+        bounds.tokens,
+        snapshots=SNAPSHOTS * requests if options.prefix_cache else 0,
     )
     limits = Limits(
-        max_requests=requests, max_step_tokens=bounds.tokens, max_waiting=options.max_queue, max_logit_rows=bounds.rows
+        max_requests=requests,
+        max_step_tokens=bounds.tokens,
+        max_waiting=options.max_queue,
+        max_logit_rows=bounds.rows,
+        prefix_cache=options.prefix_cache,
     )
     if manifest.target == "cpu":
         executor = load(directory, source, sizes, _of(progress, "load"), manifest=manifest)
