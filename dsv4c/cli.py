@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--gpu-memory-utilization", type=float, metavar="SHARE", help="of the card's memory to fill (default 0.92)"
     )
+    run.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its first token")
     run.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
     run.add_argument("--executor", choices=("graph", "eager"), default="graph", help="GPU: capture CUDA graphs, or not")
     run.add_argument(
@@ -212,6 +213,7 @@ def _run(args: argparse.Namespace) -> int:
         max_queue=args.max_queue,
         kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
         gpu_memory_utilization=args.gpu_memory_utilization,
+        prefix_cache=not args.no_prefix_cache,
         threads=args.threads,
         executor=args.executor,
         breaks=tuple(args.breaks),

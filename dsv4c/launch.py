@@ -39,6 +39,7 @@ Progress = Callable[[str, int, int, str], None]
 """(phase, done, in all, name of the last); phases are `load`, `warm up`, `capture`."""
 PlanWatch = Callable[[MemoryPlan, Room, PoolSizes], None]
 """Told what serving will take, before anything is loaded."""
+SNAPSHOTS = 2  # for each request that runs: the one it moves along, and one where its prompt or a shared prefix ended
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class LaunchOptions:
     kv_memory_bytes: int | None = None
     gpu_memory_utilization: float | None = None
     """Of the card's memory, the share to fill; what others hold counts. None: the plan's own."""
+    prefix_cache: bool = True
     threads: int | None = None
     executor: Literal["graph", "eager"] = "graph"
     """How a GPU artifact's segments run: captured, or call by call."""
@@ -101,11 +103,14 @@ def launch_engine(
     """The engine alone: weights loaded, pools allocated, graphs captured. Raises InputErrors as `launch` does."""
     plan, room = plan_of(directory, manifest), measured_room(manifest.target, options.gpu_memory_utilization)
     requests, context = options.max_requests or plan.bounds.requests, options.max_context or plan.max_context
-    sizes = plan.reserve(room, requests, context, options.kv_memory_bytes)
+    snapshots = SNAPSHOTS * requests if options.prefix_cache else 0
+    sizes = plan.reserve(room, requests, context, options.kv_memory_bytes, snapshots)
     if planned:
         planned(plan, room, sizes)
     source = _source(directory, manifest, options)
-    limits = Limits(requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows)
+    limits = Limits(
+        requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows, prefix_cache=options.prefix_cache
+    )
     if manifest.target == "cpu":
         executor = load(directory, source, sizes, _of(progress, "load"), manifest=manifest)
         return Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=eos_token_ids)

@@ -97,6 +97,7 @@ class Answer(Response):
         self._metrics = metrics
         self._start_s = time.perf_counter()
         self._first_s: dict[int, float] = {}
+        self._cached = [0] * len(job.parts)
         self._echoes: dict[int, list[ScoredToken]] = {}
         self._begun = False
         self._status = 200
@@ -138,6 +139,7 @@ class Answer(Response):
         """Feeds one output of the engine to its choice."""
         job, part, token = self._job, self._job.parts[index], output.token_id
         choice = part.choice
+        self._cached[index] += output.cached_tokens
         if output.prompt_scores is not None and job.echo:
             self._echoes[index] = score_prompt(job.codec, part.prompt, output.prompt_scores)
         if token is not None and job.score_only:
@@ -178,7 +180,11 @@ class Answer(Response):
     def _usage(self) -> Usage:
         choices = [part.choice for part in self._job.parts]
         reasoning = sum(choice.num_reasoning_tokens for choice in choices) if self._job.thinking else None
-        return Usage(self._job.num_prompt_tokens, sum(choice.num_tokens for choice in choices), reasoning)
+        cached: dict[int, int] = {}  # of a prompt with several choices, what the one that found least has found
+        for part, tokens in zip(self._job.parts, self._cached, strict=True):
+            cached[id(part.prompt)] = min(tokens, cached.get(id(part.prompt), tokens))
+        num_tokens = sum(choice.num_tokens for choice in choices)
+        return Usage(self._job.num_prompt_tokens, num_tokens, reasoning, sum(cached.values()))
 
     def _time_first(self, index: int) -> None:
         if index not in self._first_s:

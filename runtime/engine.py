@@ -15,7 +15,8 @@ stop is ever delivered. A token belongs to the request object of its span, at th
 preempted request is admitted again only when none of its tokens is in flight, tokens of two lives never mix.
 
 Failures: what `launch` raises fails the requests of that step, what `collect` raises those of every step in flight,
-each with the same clear error; the others go on. RunnerBroken fails all there are, and sets `failure`.
+each with the same clear error; the others go on, and the prefix cache forgets what it holds. RunnerBroken fails all
+there are, and sets `failure`.
 Not thread-safe: `EngineLoop` (loop.py) drives an Engine in a thread of its own.
 """
 
@@ -32,7 +33,7 @@ from dsv4c.errors import Dsv4cError, EngineError, RequestError, RunnerBroken
 from dsv4c.runtime.batch import step_inputs
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
-from dsv4c.runtime.poolsizes import PoolSizes
+from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.request import Event, FinishReason, Request
 from dsv4c.runtime.runner import Chosen, Executor, HostRunner, StepRunner, Ticket
 from dsv4c.runtime.sampler import SamplerState, TokenLogprob
@@ -47,12 +48,18 @@ class EngineStats:
     waiting: int = 0
     pages_used: Mapping[str, int] = field(default_factory=dict)
     pages_total: Mapping[str, int] = field(default_factory=dict)
+    pages_cached: Mapping[str, int] = field(default_factory=dict)
+    """Pages that no request uses now, kept by the prefix cache until somebody needs the room."""
     preemptions: int = 0
     steps: int = 0
     step_tokens: int = 0
     """Tokens computed, recomputed ones included."""
     prompt_tokens: int = 0
     """Tokens of the prompts of requests that were accepted."""
+    prefix_queried_tokens: int = 0
+    """Tokens of prompts that were looked up in the prefix cache, once a request."""
+    prefix_hit_tokens: int = 0
+    """Of these, tokens that were found and not computed."""
     generated_tokens: int = 0
     failed_steps: int = 0
     """Steps that raised, whether or not any request was left to tell."""
@@ -122,7 +129,7 @@ class Engine:
         limits = limits_for(manifest, sizes, limits)
         inputs, symbols = step_inputs(manifest)
         pool = KVPool(manifest.kv_groups, sizes)
-        states = [p.name for group in manifest.state_groups for p in group.pools]
+        states = [p.name for group in snapshot_states(manifest.state_groups, pool.groups) for p in group.pools]
         runner = HostRunner(executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states)
         return cls(runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids)
 
@@ -201,6 +208,8 @@ class Engine:
         self._step_tokens += sum(s.length for s in spans)
         began = time.perf_counter()
         try:
+            for pairs in self.scheduler.copies():
+                self.runner.copy_states(pairs)
             ticket = self.runner.launch(spans)
         except Exception as error:  # noqa: BLE001  the border to kernels: what they raise ends this step's requests
             return self._fail_steps([spans], error)
@@ -239,6 +248,7 @@ class Engine:
     def _fail_steps(self, steps: Iterable[Sequence[Span]], error: Exception) -> list[Event]:
         """Ends the requests of these steps, or all of them and the engine if the runner is broken."""
         self._failed_steps += 1
+        self.scheduler.distrust()
         if isinstance(error, RunnerBroken):
             self.failure = error
             self._flights.clear()
@@ -257,6 +267,7 @@ class Engine:
             raise EngineError(f"{request} got token {span.end}, which is not its next")
         if token is None:
             error = EngineError(f"the logits after {request.num_tokens} tokens hold NaN or infinity")
+            self.scheduler.distrust()
             return self._end(request, "failed", error=error)
         first = request.num_generated == 0
         request.append(token)
@@ -268,6 +279,7 @@ class Engine:
             (token,),
             () if logprob is None else (logprob,),
             tuple(request.prompt_logprobs) if first else (),
+            request.num_cached if first else 0,
         )
         if token in request.stop_ids:
             return self._end(request, "stop", given, stop_token=token)
@@ -298,15 +310,19 @@ class Engine:
 
     def stats(self, ahead: int = 0) -> EngineStats:
         """A snapshot for metrics; safe from any thread. `ahead` more requests wait outside."""
+        prefix = self.scheduler.prefix
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting) + ahead,
             pages_used=self.pool.used_pages(),
             pages_total=self.pool.total_pages(),
+            pages_cached=self.pool.idle_pages(),
             preemptions=self.scheduler.num_preemptions,
             steps=self._steps,
             step_tokens=self._step_tokens,
             prompt_tokens=self._prompt_tokens,
+            prefix_queried_tokens=0 if prefix is None else prefix.num_queried,
+            prefix_hit_tokens=0 if prefix is None else prefix.num_hit,
             generated_tokens=self._generated,
             failed_steps=self._failed_steps,
             step_s=self._step_s,

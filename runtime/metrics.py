@@ -24,8 +24,14 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("dsv4c_requests_running", "Sequences in the current batch", value=stats.running)
         yield GaugeMetricFamily("dsv4c_requests_waiting", "Sequences waiting to be admitted", value=stats.waiting)
         yield CounterMetricFamily("dsv4c_preemptions", "Sequences put back for lack of pages", value=stats.preemptions)
+        for name, text, tokens in (
+            ("queries", "Tokens of prompts looked up in the prefix cache", stats.prefix_queried_tokens),
+            ("hits", "Tokens of prompts found in the prefix cache", stats.prefix_hit_tokens),
+        ):
+            yield CounterMetricFamily(f"dsv4c_prefix_cache_{name}", text, value=tokens)
         for name, text, pages in (
             ("dsv4c_kv_pages_used", "KV pages in use", stats.pages_used),
+            ("dsv4c_kv_pages_cached", "KV pages that only the prefix cache holds", stats.pages_cached),
             ("dsv4c_kv_pages", "KV pages there are", stats.pages_total),
         ):
             gauge = GaugeMetricFamily(name, text, labels=["group"])

@@ -292,7 +292,7 @@ class ChatBody(_Body):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one HTTP request; a prompt counts once, whatever `n`."""
+    """Tokens of one HTTP request; a prompt counts once, whatever `n`. `cached_tokens`: prompt tokens not computed."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -14,7 +14,7 @@ known (-1). Schedules and sampling count it as there, events and ends do not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -27,6 +27,9 @@ from dsv4c.runtime.sampler import SamplerState, TokenLogprob
 
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 Status = Literal["new", "waiting", "running", "ended"]
+
+NEVER = 2**62
+"""A number of tokens that no request reaches."""
 
 
 class TextStop(Protocol):
@@ -57,18 +60,23 @@ class Event:
 
     `tokens`: newly generated ids, a stop token included. `logprobs`: one for each, if asked for.
     `prompt_logprobs`: one for each token of the prompt, if asked for, all with the first event that has a token;
-    that of the prompt's first token is None, as nothing predicts it.
+    that of the prompt's first token is None, as nothing predicts it. `cached_tokens`: of the prompt, those that were
+    not computed; with the first event that has a token, else 0.
     """
 
     request_id: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    cached_tokens: int = 0
     end: End | None = None
 
 
 class Request:
-    """A prompt with its parameters, and everything the engine knows of it. `choice` is its number among `n`."""
+    """A prompt with its parameters, and everything the engine knows of it. `choice` is its number among `n`.
+
+    `salt`: only requests with the same salt share what they have computed.
+    """
 
     def __init__(
         self,
@@ -78,17 +86,25 @@ class Request:
         *,
         text_stop: TextStop | None = None,
         choice: int = 0,
+        salt: Hashable = None,
     ) -> None:
         self.id = request_id
         self.params = params or SamplingParams()
         self.text_stop = text_stop
         self.choice = choice
+        self.salt = salt
         self._tokens: npt.NDArray[np.int64] = np.array(prompt, dtype=np.int64).reshape(-1)
         self.num_tokens = self.num_prompt = self._tokens.size
         self.num_inflight = 0
         """Tokens in flight; they follow the known ones. Preemption keeps them: they were chosen rightly."""
         self.num_computed = 0
         """Tokens whose state lies in the pools once all that was launched has run."""
+        self.num_cached = 0
+        """Tokens of the prompt that were not computed, as it was admitted first."""
+        self.block_end = NEVER
+        """Tokens to compute until the prefix cache can take another block."""
+        self.block_keys: list[bytes] = []
+        """Its first blocks of tokens, as the prefix cache has looked them up."""
         self.max_tokens_total = 0
         """Prompt and generated tokens at most; set on submission."""
         self.stop_ids: frozenset[int] = frozenset()

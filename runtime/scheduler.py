@@ -3,13 +3,15 @@
     1. Every decoding request gets its one token, oldest first.
     2. What is left of the step's token budget goes to prompts being prefilled, oldest first, in chunks.
     3. What is then left admits waiting requests, first come first served; nobody overtakes. One is admitted when
-       the pages it needs for all its tokens, on top of those its seniors still need for theirs, are free.
+       the pages it needs for all its tokens, on top of those its seniors still need for theirs, are free, or idle in
+       the prefix cache, which also says where it resumes (reuse.py).
     4. Where pages run out, the newest running request is preempted: it loses its pages and its slot, returns to the
        front of the queue, and recomputes prompt and generated tokens later. Nobody is admitted in such a step.
 
 The oldest running request can always preempt the others, and a request that would not fit alone is refused on
 submission, so every step makes progress. Age is the order of submission; admission and preemption keep it.
-Pages move here and only here: `schedule` grows, `commit` evicts, `remove` and preemption release.
+Pages move here and only here: `schedule` grows, `commit` evicts, `remove` and preemption release. What one plan has
+copied (`copies`) must be under way before its step is launched.
 
 A step may be planned while the one before is in flight. A request whose token in flight is its last gets nothing more;
 a preempted one is admitted when its token in flight is known, for the slot that sampled it is no longer its own. If
@@ -19,12 +21,14 @@ neither leaves anything to do, the plan is empty although there is work: the ste
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dsv4c.errors import ConfigError, EngineError, RequestError
 from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.prefix import Pair
 from dsv4c.runtime.request import Request
+from dsv4c.runtime.reuse import Match, PrefixCache
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Limits:
     """A longer queue refuses new requests with 503."""
     max_logit_rows: int | None = None
     """Rows of logits in a step; None: as many as tokens. Bounds the chunks of prompts whose logprobs are wanted."""
+    prefix_cache: bool = True
+    """Whether requests share the prefixes they have computed; needs `PoolSizes.snapshots`."""
 
     def __post_init__(self) -> None:
         for name in ("max_requests", "max_step_tokens", "max_waiting"):
@@ -90,6 +96,7 @@ class Scheduler:
             )
         self.pool = pool
         self.limits = limits
+        self.prefix = PrefixCache(pool) if limits.prefix_cache and pool.sizes.snapshots else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -171,16 +178,34 @@ class Scheduler:
         preempted = self.num_preemptions
         self._tokens_left = self.limits.max_step_tokens
         self._prompt_rows_left = self.limits.logit_rows - self.limits.max_requests
+        for request in self.running:
+            if self.prefix is not None and request.num_computed >= request.block_end:
+                self.prefix.advance(request)
         # a stable sort: decoding before prefilling, oldest first in both
         for request in sorted(self.running, key=lambda r: r.pending > 1):
             if request.status == "running" and self._tokens_left and not request.awaits_last:
                 self._extend(request, spans)
         while self.waiting and self._tokens_left and self.num_preemptions == preempted:
             first = self.waiting[0]
-            if len(self.running) == self.limits.max_requests or first.num_inflight or not self._has_room(first):
+            if len(self.running) == self.limits.max_requests or first.num_inflight or not self.pool.free_slots:
                 break
-            self._extend(self._admit(), spans)
+            match = Match() if self.prefix is None else self.prefix.match(first)
+            if not self._has_room(first, match):
+                break
+            self._extend(self._admit(match), spans)
         return list(spans.values())
+
+    def copies(self) -> Iterator[Sequence[Pair]]:
+        """What `copy_states` must do before the next step is launched, call by call, each when the next is asked for.
+
+        A call that fails is due again.
+        """
+        return iter(()) if self.prefix is None else self.prefix.copies()
+
+    def distrust(self) -> None:
+        """Forgets what requests have left for others: it may be wrong."""
+        if self.prefix is not None:
+            self.prefix.clear()
 
     def commit(self, spans: Sequence[Span]) -> None:
         """Records that the spans were launched, and frees the window pages that no later step can read.
@@ -199,6 +224,8 @@ class Scheduler:
         end = self._end_within_budget(request, start)
         if end == start:
             return  # this step's logit rows are spent; the first to ask for some always gets them
+        if self.prefix is not None and end > start + 1:
+            end = self.prefix.chunk_end(request, start, end)
         while (fit := self.pool.fit(request.slot, end)) <= start:
             if self.running == [request]:
                 raise EngineError(f"{request} does not fit the empty pools: it should have been refused")
@@ -209,6 +236,8 @@ class Scheduler:
                 self._prompt_rows_left += len(dropped.prompt_rows)
             if victim is request:
                 return
+        if self.prefix is not None:
+            self.prefix.make_room(request, fit)
         self.pool.grow(request.slot, fit)
         rows = request.prompt_logprob_rows(start, fit)
         spans[request.id] = Span(request, start, fit, fit == request.num_total, rows)
@@ -222,23 +251,26 @@ class Scheduler:
             end = rows.start + self._prompt_rows_left
         return end
 
-    def _has_room(self, request: Request) -> bool:
+    def _has_room(self, request: Request, match: Match) -> bool:
         """Whether all its tokens and the next fit beside what the running ones still need for theirs."""
-        free = self.pool.free_pages()
-        if self.pool.free_slots == 0:
-            return False
+        left = self.pool.available_pages()
         for slot, tokens in [(r.slot, r.num_total) for r in self.running] + [(None, request.num_total)]:
             for group, pages in self.pool.claim(slot, tokens).items():
-                free[group] -= pages
-        return min(free.values(), default=0) >= 0
+                left[group] -= pages
+        if self.prefix is not None:
+            for group, pages in self.prefix.shared(match).items():
+                left[group] += pages
+        return min(left.values(), default=0) >= 0
 
-    def _admit(self) -> Request:
+    def _admit(self, match: Match) -> Request:
         request = self.waiting.popleft()
         slot = self.pool.admit()
         if slot is None:
             raise EngineError("no free slot for an admitted request")
         request.slot, request.status = slot, "running"
         self.running.append(request)
+        if self.prefix is not None:
+            self.prefix.admit(request, match)
         return request
 
     def preempt_newest(self) -> Request:
@@ -252,12 +284,17 @@ class Scheduler:
         return request
 
     def _release(self, request: Request) -> None:
+        if self.prefix is not None:
+            self.prefix.leave(request)
         self.pool.release(request.slot)
         request.slot = request.num_computed = 0
 
     def audit(self) -> None:
         """Proves that pages, slots and queues agree. Raises EngineError that names the first fault."""
-        self.pool.audit()
+        if self.prefix is None:
+            self.pool.audit()
+        else:
+            self.prefix.audit(self.running)
         slots = [r.slot for r in self.running]
         taken = self.pool.sizes.max_requests - self.pool.free_slots
         if len(set(slots)) != len(slots) or 0 in slots or len(slots) != taken:
