@@ -240,7 +240,7 @@ class Engine:
 
     def _record(self, spans: Sequence[Span], chosen: Chosen) -> list[Event]:
         """Hands a step's results to its requests; those of requests that have ended meanwhile are dropped."""
-        for span in spans:
+        for span in spans if chosen.prompt else ():
             span.request.gather_prompt(span.prompt_rows, chosen.prompt.get(span.request.id, ()))
         sampling = zip((s for s in spans if s.samples), chosen.tokens, chosen.logprobs, strict=True)
         return [self._accept(*item) for item in sampling if item[0].request.status != "ended"]

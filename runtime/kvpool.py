@@ -141,6 +141,7 @@ class KVPool:
         self._by_name = {g.spec.name: g for g in self._groups}
         self._free_slots = list(range(sizes.slots - 1, 0, -1))
         self._owned = [False] * sizes.slots
+        self._evict_at = [0] * sizes.slots  # computed tokens at which the next window page goes, at the earliest
         self._covered = [0] * sizes.slots  # tokens covered in every group: growing below it costs nothing
         self.tables: dict[str, Int64Array] = {g.spec.name: g.table for g in self._groups}
         """Group -> [slots, columns] int64 page table. Read by the batch builder; written only here."""
@@ -268,6 +269,10 @@ class KVPool:
         reach = min((g.end[slot] + g.available) * g.spec.page_tokens for g in self._groups)
         return min(tokens, reach)
 
+    def covers(self, slot: int, tokens: int) -> bool:
+        """Whether the slot has the pages of its first `tokens` tokens already, in every group."""
+        return tokens <= self._covered[slot]
+
     def grow(self, slot: int, tokens: int) -> bool:
         """Makes the pages of `slot` cover its first `tokens` tokens in every group; False changes nothing."""
         self._check(slot)
@@ -289,11 +294,16 @@ class KVPool:
         Returns how many. Call it only when tokens before `computed` will not be rewritten.
         """
         self._check(slot)
-        dropped = 0
+        if computed < self._evict_at[slot]:
+            return 0
+        dropped, due = 0, 2**62
         for group in self._groups:
             before = first_page(group.spec, computed)
             if before > group.first[slot]:
                 dropped += group.drop(slot, before)
+            if group.spec.horizon is not None:
+                due = min(due, (before + 1) * group.spec.page_tokens + group.spec.horizon - 1)
+        self._evict_at[slot] = due
         return dropped
 
     def release(self, slot: int) -> None:
@@ -301,7 +311,7 @@ class KVPool:
         self._check(slot)
         for group in self._groups:
             group.clear(slot)
-        self._covered[slot] = 0
+        self._covered[slot] = self._evict_at[slot] = 0
         self._owned[slot] = False
         self._free_slots.append(slot)
 

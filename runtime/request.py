@@ -94,7 +94,8 @@ class Request:
         self.choice = choice
         self.salt = salt
         self._tokens: npt.NDArray[np.int64] = np.array(prompt, dtype=np.int64).reshape(-1)
-        self.num_tokens = self.num_prompt = self._tokens.size
+        self.num_tokens = self.num_prompt = self.num_total = self._tokens.size
+        """Known tokens, those of the prompt, and known ones with those in flight."""
         self.num_inflight = 0
         """Tokens in flight; they follow the known ones. Preemption keeps them: they were chosen rightly."""
         self.num_computed = 0
@@ -125,11 +126,6 @@ class Request:
         return self.num_tokens - self.num_prompt
 
     @property
-    def num_total(self) -> int:
-        """Known tokens and those in flight."""
-        return self.num_tokens + self.num_inflight
-
-    @property
     def num_sampled(self) -> int:
         """Generated tokens and those in flight: the number of the next one, for its noise and for `min_tokens`."""
         return self.num_total - self.num_prompt
@@ -158,13 +154,17 @@ class Request:
     def expect(self) -> None:
         """Records that a step was launched which chooses the next token."""
         self._write(self.num_total, -1)
+        self.num_total += 1
         self.num_inflight += 1
 
     def append(self, token: int) -> None:
         """Adds a generated token: the first in flight, now known."""
         self._write(self.num_tokens, token)
         self.num_tokens += 1
-        self.num_inflight = max(0, self.num_inflight - 1)
+        if self.num_inflight:
+            self.num_inflight -= 1
+        else:
+            self.num_total += 1
 
     def _write(self, position: int, token: int) -> None:
         if position == self._tokens.size:

@@ -66,6 +66,9 @@ class Limits:
         return self.max_step_tokens if self.max_logit_rows is None else self.max_logit_rows
 
 
+_NO_ROWS = range(0)
+
+
 @dataclass(slots=True)
 class Span:
     """Tokens [start, end) of a request, computed in one step. `samples`: they reach its last token, known or in flight.
@@ -178,11 +181,12 @@ class Scheduler:
         preempted = self.num_preemptions
         self._tokens_left = self.limits.max_step_tokens
         self._prompt_rows_left = self.limits.logit_rows - self.limits.max_requests
-        for request in self.running:
-            if self.prefix is not None and request.num_computed >= request.block_end:
-                self.prefix.advance(request)
-        # a stable sort: decoding before prefilling, oldest first in both
-        for request in sorted(self.running, key=lambda r: r.pending > 1):
+        if self.prefix is not None:
+            for request in self.running:
+                if request.num_computed >= request.block_end:
+                    self.prefix.advance(request)
+        # decoding before prefilling, oldest first in both
+        for request in self._decode(spans) + [r for r in self.running if r.pending > 1]:
             if request.status == "running" and self._tokens_left and not request.awaits_last:
                 self._extend(request, spans)
         while self.waiting and self._tokens_left and self.num_preemptions == preempted:
@@ -217,6 +221,25 @@ class Scheduler:
             if span.samples:
                 span.request.expect()
             self.pool.evict(span.request.slot, span.end)
+
+    def _decode(self, spans: dict[str, Span]) -> list[Request]:
+        """Gives every decoding request that lacks no page its token. Returns those that lack one.
+
+        What `_extend` does, in few words: with hundreds of requests most of the host's time is spent here.
+        """
+        covers, lacking = self.pool.covers, []
+        for request in self.running:
+            start, end = request.num_computed, request.num_total
+            if end - start != 1 or end >= request.max_tokens_total:
+                continue
+            if not covers(request.slot, end):
+                lacking.append(request)
+            elif request.params.prompt_logprobs is None or request.num_prompt < end:
+                spans[request.id] = Span(request, start, end, True, _NO_ROWS)
+            else:
+                lacking.append(request)
+        self._tokens_left -= len(spans)
+        return lacking
 
     def _extend(self, request: Request, spans: dict[str, Span]) -> None:
         """Gives the request a span: as much as budget, logit rows and pages allow."""

@@ -374,7 +374,7 @@ def manifest_of(programs: dict[str, Program], groups: tuple[KVGroup, ...]) -> Ma
 
 
 def program_of(**symbols: int) -> Program:
-    return Program("step", symbols, INPUTS, (), (), {"logits": "logits"}, 0)
+    return Program("mixed", symbols, INPUTS, (), (), {"logits": "logits"}, 0)
 
 
 def test_an_engine_for_a_manifest_keeps_to_its_programs() -> None:
@@ -399,7 +399,7 @@ def test_an_engine_for_a_manifest_keeps_to_its_programs() -> None:
 
 def test_programs_that_disagree_are_refused() -> None:
     groups = kv_groups()
-    other = Program("decode", {}, (INPUTS[6].__class__("token_ids", "positions", ("T",)),), (), (), {}, 0)
+    other = Program("mixed", {}, (INPUTS[6].__class__("token_ids", "positions", ("T",)),), (), (), {}, 0)
     with pytest.raises(ArtifactError, match="disagree about input `token_ids`"):
         sizes = PoolSizes.for_requests(groups, 1, 64)
         Engine.for_manifest(StandIn(groups, sizes), manifest_of({"a": program_of(), "b": other}, groups), sizes)
