@@ -34,6 +34,36 @@ Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class _Step:
+    """The spans of a step as arrays, one entry a span: tokens, rows of logits, first token in the batch, slot."""
+
+    spans: tuple[Span, ...]
+    starts: Int64Array
+    lengths: Int64Array
+    firsts: Int64Array
+    slots: Int64Array
+    rows: Int64Array
+    samples: npt.NDArray[np.bool_]
+    scored: bool
+    """Whether any row asks for log-probabilities."""
+    single: bool
+    """Whether every span is one token, which samples: a decode step."""
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> _Step:
+        facts = [
+            (s.start, s.end, s.request.slot, s.samples, len(s.prompt_rows), s.request.params.logprobs is not None)
+            for s in spans
+        ]
+        starts, ends, slots, samples, prompt, scored = np.array(facts, dtype=np.int64).T
+        lengths = ends - starts
+        return cls(
+            tuple(spans), starts, lengths, np.cumsum(lengths) - lengths, slots, samples + prompt, samples.astype(bool),
+            bool(prompt.any() or (scored & samples).any()), bool((lengths == 1).all() and not prompt.any()),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class _Scores:
     """Log-probabilities on their way to the host: of the token [N], of the best [N, K], and which these are."""
 
@@ -96,39 +126,35 @@ class DeviceRunner:
 
     def launch(self, spans: Sequence[Span], /) -> Launched:
         """See StepRunner. Raises EngineError if no bucket holds the step."""
-        spans = tuple(spans)
-        lengths = np.fromiter((s.end - s.start for s in spans), np.int64, len(spans))
-        rows = np.fromiter((s.samples + len(s.prompt_rows) for s in spans), np.int64, len(spans))
-        name = self._program(spans, int(lengths.sum()), int(rows.sum()), bool((lengths == 1).all()))
+        step = _Step.of(spans)
+        name = self._program(step)
         try:
-            return self._launch(name, spans, lengths, rows)
+            return self._launch(name, step)
         except torch.OutOfMemoryError as error:
             raise EngineError(f"the device is out of memory: {_first_line(error)}") from error
         except torch.AcceleratorError as error:
             raise RunnerBroken(f"the device failed: {_first_line(error)}", hint="restart the server") from error
 
-    def _launch(self, name: str, spans: tuple[Span, ...], lengths: Int64Array, rows: Int64Array) -> Launched:
+    def _launch(self, name: str, step: _Step) -> Launched:
         views = self.executor.staging.begin(name)
-        slots = np.fromiter((s.request.slot for s in spans), np.int64, len(spans))
-        firsts = np.cumsum(lengths) - lengths
-        self._fill_tokens(views, spans, slots, firsts, lengths)
-        sampled = self._fill_rows(views, spans, slots, firsts, rows)
-        edits = self._seats.fill(views, spans, slots, sampled)
+        self._fill_tokens(views, step)
+        sampled = self._fill_rows(views, step)
+        edits = self._seats.fill(views, step.spans, sampled)
+        count = int(step.rows.sum())
         with self.executor.on_stream():
             self.executor.staging.send(name, edits)
             self._update_tables()
             for slot, counts in self._seats.fresh_counts():
                 self.executor.states["sampling.counts"][slot].copy_(torch.from_numpy(counts), non_blocking=True)
             outputs = self.executor.launch(name)
-            count = int(rows.sum())
             self._turn = (self._turn + 1) % len(self._hosts)
             tokens = self._hosts[self._turn][:count]
             tokens.copy_(outputs["tokens"][:count], non_blocking=True)
-            scores = self._scores(spans, rows, views, outputs)
+            scores = self._scores(step, views, outputs) if step.scored else None
             done = torch.cuda.Event() if self._pinned else None
             if done is not None:
                 done.record()
-        return Launched(spans, tokens, sampled, scores, done)
+        return Launched(step.spans, tokens, sampled, scores, done)
 
     def collect(self, ticket: Launched, /) -> Chosen:
         """See StepRunner."""
@@ -151,82 +177,71 @@ class DeviceRunner:
             with self.executor.on_stream():
                 self.executor.copy_states(pairs, self._states)
 
-    def _program(self, spans: Sequence[Span], tokens: int, rows: int, singles: bool) -> str:
-        known = self._decode if singles else self._prefill
-        for name in known if not singles else (*known, *self._prefill):
+    def _program(self, step: _Step) -> str:
+        tokens, rows = int(step.lengths.sum()), int(step.rows.sum())
+        known = (*self._decode, *self._prefill) if step.single else self._prefill
+        for name in known:
             symbols = self.executor.programs[name].symbols
-            if symbols["T"] >= tokens and symbols["S"] >= max(rows, len(spans)):
+            if symbols["T"] >= tokens and symbols["S"] >= max(rows, len(step.spans)):
                 return name
         raise EngineError(
-            f"no program of the artifact holds {tokens} tokens of {len(spans)} requests and {rows} rows of logits",
+            f"no program of the artifact holds {tokens} tokens of {len(step.spans)} requests and {rows} rows of logits",
             hint="compile with larger `--max-tokens` or `--max-requests`",
         )
 
-    def _fill_tokens(
-        self, views: Mapping[str, npt.NDArray[Any]], spans: Sequence[Span], slots: Int64Array, firsts: Int64Array,
-        lengths: Int64Array,
-    ) -> None:  # fmt: skip
-        starts = np.fromiter((s.start for s in spans), np.int64, len(spans))
-        count = int(lengths.sum())
-        if count == len(spans):
-            tokens = np.fromiter((s.request.token(s.start) for s in spans), np.int64, count)
+    def _fill_tokens(self, views: Mapping[str, npt.NDArray[Any]], step: _Step) -> None:
+        starts, slots, count = step.starts, step.slots, int(step.lengths.sum())
+        if step.single:
+            # a request in flight is at its last token, which the device knows
+            tokens: Any = [-1 if s.request.num_inflight else s.request.token(s.start) for s in step.spans]
             positions, owners = starts, slots
         else:
-            tokens = np.concatenate([s.request.tokens(s.start, s.end) for s in spans])
-            positions = np.arange(count) + np.repeat(starts - firsts, lengths)
-            owners = np.repeat(slots, lengths)
+            tokens = np.concatenate([s.request.tokens(s.start, s.end) for s in step.spans])
+            positions = np.arange(count) + np.repeat(starts - step.firsts, step.lengths)
+            owners = np.repeat(slots, step.lengths)
         views["token_ids"][:count] = tokens
         views["positions"][:count] = positions
         views["request_rows"][:count] = owners
         if "seq_starts" in views:
             views["seq_starts"][slots] = starts
-            views["seq_ends"][slots] = starts + lengths
+            views["seq_ends"][slots] = starts + step.lengths
         for name, ratio in self._ratios.items():
             ends = np.flatnonzero((positions + 1) % ratio == 0)
             views[name][: ends.size] = ends
 
     @staticmethod
-    def _fill_rows(
-        views: Mapping[str, npt.NDArray[Any]], spans: Sequence[Span], slots: Int64Array, firsts: Int64Array,
-        rows: Int64Array,
-    ) -> Int64Array:  # fmt: skip
+    def _fill_rows(views: Mapping[str, npt.NDArray[Any]], step: _Step) -> Int64Array:
         """Rows of logits: of a span its prompt rows, then the one it samples. Returns the rows that are sampled."""
-        samples = np.fromiter((s.samples for s in spans), bool, len(spans))
-        lasts = np.cumsum(rows) - 1
-        sampled: Int64Array = lasts[samples]
-        ends = np.fromiter((s.end - s.start for s in spans), np.int64, len(spans))
-        views["logit_rows"][sampled] = (firsts + ends - 1)[samples]
-        for i, span in enumerate(spans):
+        lasts = np.cumsum(step.rows) - 1
+        sampled: Int64Array = lasts[step.samples]
+        views["logit_rows"][sampled] = (step.firsts + step.lengths - 1)[step.samples]
+        views["token_seats"][sampled] = step.slots[step.samples]
+        for i, span in enumerate(step.spans) if step.scored else ():
             if span.prompt_rows:
-                begin = int(lasts[i] + 1 - rows[i])
-                wanted = np.arange(span.prompt_rows.start, span.prompt_rows.stop) - span.start + firsts[i]
+                begin = int(lasts[i] + 1 - step.rows[i])
+                wanted = np.arange(span.prompt_rows.start, span.prompt_rows.stop) - span.start + step.firsts[i]
                 views["logit_rows"][begin : begin + wanted.size] = wanted
-        views["token_seats"][sampled] = slots[samples]
         return sampled
 
     def _scores(
-        self, spans: Sequence[Span], rows: Int64Array, views: Mapping[str, npt.NDArray[Any]],
-        outputs: Mapping[str, Tensor],
-    ) -> _Scores | None:  # fmt: skip
+        self, step: _Step, views: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, Tensor]
+    ) -> _Scores:  # fmt: skip
         """Log-probabilities of the rows that ask for them, started on the device."""
-        lasts = np.cumsum(rows) - 1
+        lasts = np.cumsum(step.rows) - 1
         owners: list[tuple[int, int]] = []
         at: list[int] = []
         targets: list[int] = []
-        for i, span in enumerate(spans):
+        for i, span in enumerate(step.spans):
             params = span.request.params
             for j, position in enumerate(span.prompt_rows):
                 owners.append((i, params.prompt_logprobs or 0))
-                at.append(int(lasts[i] + 1 - rows[i]) + j)
+                at.append(int(lasts[i] + 1 - step.rows[i]) + j)
                 targets.append(span.request.token(position + 1))
             if span.samples and params.logprobs is not None:
                 owners.append((i, params.logprobs))
                 at.append(int(lasts[i]))
                 targets.append(-1)
-        if not at:
-            return None
-        device = self.executor.device
-        where = torch.tensor([at, targets], pin_memory=self._pinned).to(device, non_blocking=True)
+        where = self._to_device([at, targets])
         raw = outputs["logits"].index_select(0, where[0])
         self._restore(raw, at, views, outputs["replaced"])
         sampled = outputs["tokens"].index_select(0, where[0]).clamp(min=0)
@@ -246,8 +261,11 @@ class DeviceRunner:
             for m in range(int(views["edit_starts"][row]), int(views["edit_stops"][row]))
         ]
         if places:
-            rows, edits, tokens = torch.tensor(places, pin_memory=self._pinned).t().to(raw.device, non_blocking=True)
+            rows, edits, tokens = self._to_device(places).t()
             raw[rows, tokens] = replaced[edits]
+
+    def _to_device(self, values: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, pin_memory=self._pinned).to(self.executor.device, non_blocking=True)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)

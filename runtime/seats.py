@@ -51,21 +51,21 @@ class Seats:
                 code="invalid_value",
             )
 
-    def fill(
-        self, views: Mapping[str, npt.NDArray[Any]], spans: Sequence[Span], slots: Int64Array, sampled: Int64Array
-    ) -> int:
+    def fill(self, views: Mapping[str, npt.NDArray[Any]], spans: Sequence[Span], sampled: Int64Array) -> int:
         """Writes the inputs of the sampled rows (ascending, a row a sampling span). Returns the number of edits."""
         asking = [span for span in spans if span.samples]
-        for span in asking:
-            owner = self._owners[span.request.slot]
-            if owner is None or owner[0] is not span.request or owner[1] != span.request.num_preemptions:
-                self._seat(span.request)
         if not asking:
             return 0
-        seats = np.fromiter((s.request.slot for s in asking), np.int64, len(asking))
+        rows = []
+        for request in (span.request for span in asking):
+            owner = self._owners[request.slot]
+            if owner is None or owner[0] is not request or owner[1] != request.num_preemptions:
+                self._seat(request)
+            rows.append((request.slot, request.num_sampled))
+        seats, counters = np.array(rows, dtype=np.int64).T
         for name, array in self._arrays.items():
             views[name][sampled] = array[seats]
-        views["noise_counters"][sampled] = np.fromiter((s.request.num_sampled for s in asking), np.int64, len(asking))
+        views["noise_counters"][sampled] = counters
         return self._fill_edits(views, asking, sampled) if self._edits[seats].any() else 0
 
     def _fill_edits(self, views: Mapping[str, npt.NDArray[Any]], asking: Sequence[Span], sampled: Int64Array) -> int:
