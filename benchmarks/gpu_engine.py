@@ -31,6 +31,7 @@ from dsv4c.launch import LaunchOptions, launch_engine
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import Request
+from dsv4c.runtime.reuse import Match
 from dsv4c.trial import time_graph
 
 STEPS = 40
@@ -113,25 +114,32 @@ def tile_pools(engine: Engine, manifest: artifact.Manifest) -> None:
     torch.cuda.synchronize()
 
 
-def decode(engine: Engine, clock: Clock, batch: int, context: int) -> dict[str, Any] | None:
-    """Steps of `batch` requests that are about `context` tokens long."""
+def seat(engine: Engine, batch: int, context: int) -> bool:
+    """Seats `batch` requests as if their prompts had been computed but for the last token; False: they do not fit."""
     for i in range(batch):
         length = min(context - 64 + i % 32, engine.max_context - STEPS - 24)
         params = SamplingParams(max_tokens=STEPS + 16, temperature=0.0, ignore_eos=True)
-        engine.submit(Request(f"decode {batch} {context} {i}", prompt(engine, length, i), params))
+        engine.submit(Request(f"{time.perf_counter_ns()}", prompt(engine, length, i), params))
     scheduler = engine.scheduler
-    while scheduler.waiting:  # seat them as if their prompts had been computed but for the last token
+    while scheduler.waiting:
         request = scheduler.waiting[0]
-        if not scheduler._has_room(request):
+        if not scheduler._has_room(request, Match()):
             drain(engine)
-            return None
-        scheduler._admit()
+            return False
+        scheduler._admit(Match())
         for tokens in (*range(8192, request.num_tokens, 8192), request.num_tokens):
             if not engine.pool.grow(request.slot, tokens):
                 drain(engine)
-                return None
+                return False
             engine.pool.evict(request.slot, tokens - 1)
         request.num_computed = request.num_tokens - 1
+    return True
+
+
+def decode(engine: Engine, clock: Clock, batch: int, context: int) -> dict[str, Any] | None:
+    """Steps of `batch` requests that are about `context` tokens long."""
+    if not seat(engine, batch, context):
+        return None
     for _ in range(6):
         step(engine)
     clock.take()
@@ -159,6 +167,37 @@ def decode(engine: Engine, clock: Clock, batch: int, context: int) -> dict[str, 
     }  # fmt: skip
 
 
+def idle(engine: Engine, clock: Clock, batch: int, context: int, trace: Path) -> dict[str, Any]:
+    """The share of time in which a profiler's trace of decode steps shows nothing on the device."""
+    seat(engine, batch, context)
+    for _ in range(6):
+        step(engine)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(STEPS):
+            step(engine)
+        torch.cuda.synchronize()
+    drain(engine)
+    clock.take()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    on_device = ("kernel", "gpu_memcpy", "gpu_memset")
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in on_device)
+    busy, end = 0.0, spans[0][0]
+    between = []
+    for start, stop in spans:
+        if start > end:
+            between.append(start - end)
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    whole = end - spans[0][0]
+    return {
+        "phase": "idle", "batch": batch, "context": context, "idle_share": round(1 - busy / whole, 4),
+        "longest_gap_us": round(max(between), 1), "kernels_a_step": round(len(spans) / STEPS, 1),
+        "step_us": round(whole / STEPS, 1),
+    }  # fmt: skip
+
+
 def _all(runs: Sequence[Callable[[], object]]) -> None:
     for run in runs:
         run()
@@ -176,7 +215,9 @@ def main() -> int:
     args = parser.parse_args()
     manifest = artifact.load_manifest(args.artifact)
     layers = ModelConfig.from_dict(manifest.model).num_hidden_layers
-    options = LaunchOptions(dummy_seed=0, kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9))
+    options = LaunchOptions(
+        dummy_seed=0, prefix_cache=False, kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9)
+    )
     spent: dict[str, float] = {}
     began = time.perf_counter()
 
@@ -204,9 +245,9 @@ def main() -> int:
                 print(row or f"decode {batch} x {context}: does not fit", flush=True)
                 rows += [row] if row else []
         if args.trace:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                decode(engine, clock, max(args.decode), min(args.contexts))
-            profiler.export_chrome_trace(str(args.trace))
+            for batch in args.decode:
+                rows.append(idle(engine, clock, batch, min(args.contexts), args.trace))
+                print(rows[-1], flush=True)
     if args.rows:
         with args.rows.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**head, **row}) + "\n" for row in rows)
