@@ -221,16 +221,31 @@ def main() -> int:
     spent: dict[str, float] = {}
     began = time.perf_counter()
 
+    used: dict[str, int] = {}
+
     def watch(phase: str, done: int, total: int, name: str) -> None:
+        if done == total:
+            torch.cuda.synchronize()
+            free, whole = torch.cuda.mem_get_info()
+            used[phase] = whole - free
         spent[phase] = time.perf_counter() - began - sum(v for k, v in spent.items() if k != phase)
 
     engine = launch_engine(args.artifact, manifest, options, eos_token_ids=(), progress=watch)
     hardware, today = torch.cuda.get_device_name(), datetime.date.today().isoformat()
     head = {"hardware": hardware, "date": today, "layers": layers}
-    free, total = torch.cuda.mem_get_info()
     print(f"{hardware}, {layers} layers; " + ", ".join(f"{k} {v:.1f} s" for k, v in spent.items()), flush=True)
-    print(f"memory used {(total - free) / 1e9:.1f} GB, programs {len(manifest.programs)}", flush=True)
-    rows: list[dict[str, Any]] = [{"phase": "start", **{f"{k}_s": round(v, 2) for k, v in spent.items()}}]
+    seconds = {f"{phase.replace(' ', '_')}_s": round(s, 2) for phase, s in spent.items()}
+    memory = {f"{phase.replace(' ', '_')}_bytes": size for phase, size in used.items()}
+    launches = sum(
+        len(manifest.kernels[c.kernel].launches)
+        for p in manifest.programs.values()
+        for s in p.segments
+        for c in s.calls
+    )
+    rows: list[dict[str, Any]] = [
+        {"phase": "start", "programs": len(manifest.programs), "launches": launches, **seconds, **memory}
+    ]
+    print(rows[0], flush=True)
     clock = Clock(engine.runner.executor)
     with torch.no_grad():
         for tokens in args.prefill:
