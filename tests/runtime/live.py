@@ -104,6 +104,11 @@ class Paced:
         self.gate = threading.Event()
         self.gate.set()
 
+    @property
+    def states(self) -> Mapping[str, torch.Tensor]:
+        states: Mapping[str, torch.Tensor] = self.inner.states
+        return states
+
     def step(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self.gate.wait()
         time.sleep(self.step_s)
@@ -176,7 +181,7 @@ def start_toy(
 def _sizes(max_requests: int, max_context: int, limits: Limits) -> PoolSizes:
     from tests.runtime.standin import kv_groups
 
-    return PoolSizes.for_requests(kv_groups(), max_requests, max_context, limits.max_step_tokens)
+    return PoolSizes.for_requests(kv_groups(), max_requests, max_context, limits.max_step_tokens, 2 * max_requests)
 
 
 def wait_for(condition: Callable[[], bool], polls: int = 3000) -> None:

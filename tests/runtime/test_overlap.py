@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
-from dsv4c.artifact import KVGroup, Pool
 from dsv4c.errors import EngineError, RequestError, RunnerBroken
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.params import SamplingParams
@@ -23,16 +22,10 @@ from dsv4c.runtime.request import Event, Request
 from dsv4c.runtime.runner import HostRunner
 from dsv4c.runtime.scheduler import Limits
 from tests.runtime.lagged import LaggedRunner
-from tests.runtime.standin import VOCAB, direct_greedy, make_engine
+from tests.runtime.standin import VOCAB, direct_greedy, kv_groups, make_engine
 
-PAGE = (Pool("p", (1,), "float32"),)
 HORIZON = 8
-SMALL = (
-    KVGroup("window", 1, 4, HORIZON, PAGE),
-    KVGroup("c4", 4, 16, None, PAGE),
-    KVGroup("c128", 128, 128, None, PAGE),
-    KVGroup("index", 4, 16, None, PAGE),
-)
+SMALL = kv_groups(window_page=4, block=16, horizon=HORIZON, wide=8)
 STEPS = 40  # a bound for tests that hang, far above what they need
 
 
@@ -327,7 +320,10 @@ class StopAt:
 
 
 class Lives(RuleBasedStateMachine):
-    """Small, oversubscribed pools. Every request gives a prefix of its reference, and ends once and for the reason."""
+    """Small, oversubscribed pools. Every request gives a prefix of its reference, and ends once and for the reason.
+
+    Without snapshots there is no prefix cache; with them, requests of equal lengths share their prompts.
+    """
 
     lag = 0
     steps = 0
@@ -336,9 +332,11 @@ class Lives(RuleBasedStateMachine):
         pages=st.tuples(st.integers(10, 24), st.integers(8, 16)),
         requests=st.integers(1, 5),
         step_tokens=st.integers(5, 40),
+        snapshots=st.integers(0, 4),
     )
-    def make(self, pages: tuple[int, int], requests: int, step_tokens: int) -> None:
-        sizes = PoolSizes({"window": pages[0], "c4": pages[1], "c128": 9, "index": pages[1]}, requests + 1, 112)
+    def make(self, pages: tuple[int, int], requests: int, step_tokens: int, snapshots: int) -> None:
+        counts = {"window": pages[0], **dict.fromkeys(("c4", "c128", "index"), pages[1])}
+        sizes = PoolSizes(counts, requests + 1, 112, snapshots)
         limits = Limits(requests, step_tokens, max_waiting=8)
         self.engine, self.standin = make_engine(sizes, limits, SMALL, horizon=HORIZON, lag=self.lag)
         self.events: dict[str, list[Event]] = {}
@@ -435,6 +433,9 @@ class Lives(RuleBasedStateMachine):
                 break
             self.step(1)
         assert not self.engine.has_work and not any(self.engine.pool.used_pages().values())
+        self.engine.scheduler.distrust()
+        self.engine.audit()
+        assert self.engine.pool.free_pages() == self.engine.pool.total_pages()
         assert all(self.events[name][-1].end is not None for name in self.expected)
 
 
@@ -450,7 +451,7 @@ def test_a_long_life_over_pools_that_are_too_small(seed: int) -> None:
     """Hundreds of steps under constant pressure: preemption by need, failures, and a reference for every token."""
     rng = random.Random(seed)
     machine = type("Pressed", (Lives,), {"lag": 1, "steps": 0})()
-    machine.make((16, 10), 5, 24)
+    machine.make((16, 10), 5, 24, 3)
     machine.engine.scheduler.limits = Limits(5, 24, max_waiting=6)
     for _ in range(400):
         if len(machine.engine.scheduler.waiting) < 3:

@@ -252,6 +252,39 @@ def test_the_cache_gives_way_to_requests(lag: int) -> None:
     assert ask(engine, text(100, "long")).cached >= 96
 
 
+def test_pages_that_others_use_already_count_once_for_admission() -> None:
+    """9 pages of 16 tokens, 4 of them a prefix: two requests of 5 pages fit at once, one with 4 of its own waits."""
+    pages = {"window": 100, "c4": 10, "c128": 100, "index": 100}
+    engine, _ = engine_of(sizes=PoolSizes(pages, 5, 144, 4), step_tokens=128)
+    system = text(64, "system")
+    for i in range(2):
+        ask(engine, system + text(10, i), 1)
+    prompts = {name: system + text(own, name) for name, own in (("a", 10), ("b", 10), ("c", 60))}
+    answers = {name: Answer() for name in prompts}
+    for name, prompt in prompts.items():
+        engine.submit(Request(name, prompt, greedy(3)))
+    running = []
+    while engine.has_work:
+        for event in engine.step():
+            take(answers, event)
+        running.append(([r.id for r in engine.scheduler.running], engine.pool.used_pages()["c4"]))
+    assert running[0] == (["a", "b"], 6) and (["c"], 8) in running
+    assert engine.stats().preemptions == 0
+    assert all(answers[name].tokens == expected(prompt, 3) for name, prompt in prompts.items())
+
+
+def test_blocks_with_a_token_in_flight_are_not_known_yet() -> None:
+    scheduler = engine_of()[0].scheduler
+    one = Request("a", text(15), greedy(9))
+    scheduler.submit(one)
+    for computed in (15, 16):
+        scheduler.commit(scheduler.schedule())
+        assert one.num_computed == computed and one.num_tokens == 15
+    scheduler.remove(one)
+    assert scheduler.prefix is not None and scheduler.prefix.tree.num_nodes == 0
+    scheduler.audit()
+
+
 def test_a_failed_step_and_a_row_of_nan_empty_the_cache() -> None:
     for fault in ("raise", "nan"):
         engine, standin = engine_of()

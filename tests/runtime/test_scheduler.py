@@ -171,7 +171,10 @@ def test_removing_twice_is_an_error() -> None:
 
 
 class Lifecycles(RuleBasedStateMachine):
-    """Every order of submit, step, finish, cancel and failure over small, oversubscribed pools."""
+    """Every order of submit, step, finish, cancel and failure over small, oversubscribed pools.
+
+    Prompts are equal but for their lengths: with snapshots, all of them share what they can.
+    """
 
     steps = 0
 
@@ -179,11 +182,12 @@ class Lifecycles(RuleBasedStateMachine):
         pages=st.tuples(st.integers(6, 14), st.integers(4, 6), st.integers(4, 6)),
         requests=st.integers(1, 8),
         step_tokens=st.integers(8, 40),
+        snapshots=st.integers(0, 4),
     )
-    def make(self, pages: tuple[int, int, int], requests: int, step_tokens: int) -> None:
+    def make(self, pages: tuple[int, int, int], requests: int, step_tokens: int, snapshots: int) -> None:
         groups = kv_groups(window_page=4, block=16, horizon=8)
         window, c4, c128 = pages
-        sizes = PoolSizes({"window": window, "c4": c4, "c128": c128, "index": c4}, requests + 1, 96)
+        sizes = PoolSizes({"window": window, "c4": c4, "c128": c128, "index": c4}, requests + 1, 96, snapshots)
         self.scheduler = Scheduler(
             KVPool(groups, sizes), Limits(max_requests=requests, max_step_tokens=step_tokens, max_waiting=10)
         )

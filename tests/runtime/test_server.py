@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -54,6 +56,35 @@ def test_completion(client: openai.OpenAI, live: Live) -> None:
     num_prompt = len(live.codec.encode(PROMPT))
     assert answer.usage.prompt_tokens == num_prompt
     assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (16, num_prompt + 16)
+
+
+def cached(usage: Any) -> int:
+    return int(usage.prompt_tokens_details.cached_tokens)
+
+
+def prefix_metrics(live: Live) -> list[int]:
+    """Tokens looked up, and found."""
+    lines = httpx.get(f"{live.url}/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return [int(float(values[f"dsv4c_prefix_cache_{name}_total"])) for name in ("queries", "hits")]
+
+
+def test_cached_tokens_in_usage_and_metrics(client: openai.OpenAI, live: Live) -> None:
+    ids = [random.Random(i).randrange(10, 60) for i in range(600)]
+    before = prefix_metrics(live)
+    assert [cached(complete(client, live, prompt=ids, max_tokens=2).usage) for _ in range(2)] == [0, 512]
+    assert [b - a for a, b in zip(before, prefix_metrics(live), strict=True)] == [1200, 512]
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    assert cached(list(complete(client, live, prompt=ids, **asked))[-1].usage) == 512
+    assert cached(complete(client, live, prompt=ids, n=2).usage) == 512, "a prompt counts once"
+    complete(client, live, prompt=[ids[:300], ids[300:]])
+    assert cached(complete(client, live, prompt=[ids, ids[:300], ids[300:]]).usage) == 512 + 256 + 256
+    stopped = complete(client, live, prompt=ids, logprobs=0, echo=True, max_tokens=1)
+    assert cached(stopped.usage) == 0, "whoever wants the prompt's log-probabilities computes all of it"
+    said: list[Any] = [{"role": "user", "content": " ".join(map(str, ids[:200]))}]
+    first, second = chat(client, live, messages=said).usage, chat(client, live, messages=said).usage
+    assert cached(first) == 0 and cached(second) == (second.prompt_tokens - 1) // 256 * 256 > 0
+    assert cached(list(chat(client, live, messages=said, **asked))[-1].usage) == cached(second)
 
 
 def test_prompts_as_text_and_ids_alone_and_together(client: openai.OpenAI, live: Live) -> None:
