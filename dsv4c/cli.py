@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsv4c.config import ModelConfig
     from dsv4c.runtime.memory import MemoryPlan, Room
     from dsv4c.runtime.poolsizes import PoolSizes
+    from dsv4c.runtime.weights import LoadReport
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,18 +220,25 @@ def _run(args: argparse.Namespace) -> int:
         breaks=tuple(args.breaks),
     )
     sock = bind(args.host, args.port) if args.prompt is None else None
-    with _progress() as progress:
+    with _progress("{task.fields[amount]}") as progress:
         tasks: dict[str, TaskID] = {}
 
         def watch(phase: str, done: int, total: int, name: str) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(phase, total=None, detail="")
-            progress.update(tasks[phase], completed=done, total=total, detail=name)
+                tasks[phase] = progress.add_task(phase, total=None, detail="", amount="")
+            amount = f"{done}/{total}"
+            if phase == "load":
+                speed = progress.tasks[tasks[phase]].speed or 0.0
+                amount = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB, {speed / 1e9:.1f} GB/s"
+            progress.update(tasks[phase], completed=done, total=total, detail=name, amount=amount)
 
         def planned(plan: MemoryPlan, room: Room, sizes: PoolSizes) -> None:
             progress.console.print(memory_summary(plan, room, sizes))
 
-        launched = launch(args.artifact, options, watch, planned)
+        def loaded(report: LoadReport) -> None:
+            progress.console.print(str(report), soft_wrap=True, highlight=False)
+
+        launched = launch(args.artifact, options, watch, planned, loaded)
     if sock is not None:
         serve(launched, sock)
         return 0
@@ -297,12 +305,14 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=180)
 
 
-def _progress() -> Progress:
+def _progress(amount: str | None = None) -> Progress:
+    """Bars on a terminal; `amount` says how much of each is done (default: how many of how many)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    done = MofNCompleteColumn() if amount is None else TextColumn(amount)
     return Progress(
-        TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<8}"), BarColumn(), done, TimeElapsedColumn(),
         TextColumn("{task.fields[detail]}"), console=Console(stderr=True),
         disable=not sys.stderr.isatty(), transient=True,
     )  # fmt: skip
