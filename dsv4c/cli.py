@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--max-context", type=_positive, help="longest request in tokens")
     compile_.add_argument("--max-tokens", type=_positive, help="tokens of one step (default 512, GPU 8192)")
     compile_.add_argument("--max-requests", type=_positive, help="requests of one step (default 64, GPU 256)")
+    compile_.add_argument("--num-layers", type=_positive, help="only the first layers of a preset, to measure with")
     compile_.add_argument("--fake-quant", action="store_true", help="fake-quantise KV entries as in training")
     compile_.add_argument("--cache", type=Path, help="folder for built kernels (default: beside the artifact)")
     compile_.set_defaults(run=_compile)
@@ -156,6 +157,15 @@ def _compile(args: argparse.Namespace) -> int:
         config = checkpoint.config
     else:
         config = _preset_or_folder(args.model)
+    whole = config.num_hidden_layers
+    truncated = args.num_layers is not None and args.num_layers != whole
+    if truncated:
+        if folder is not None:
+            raise ConfigError(
+                "`--num-layers` is for presets", hint="compile flash, pro or nano, and give it `--weights`"
+            )
+        config = config.truncated(args.num_layers)
+        print(f"a truncated model: the first {args.num_layers} of {whole} layers, for measurement", file=sys.stderr)
     max_tokens = args.max_tokens or (512 if target.arch == "cpu" else 8192)
     options = Options(
         max_context=args.max_context or min(config.max_position_embeddings, 131072),
@@ -182,6 +192,7 @@ def _compile(args: argparse.Namespace) -> int:
 
         compile_artifact(
             config, target, args.output, options, checkpoint=folder, cache=args.cache,
+            truncated_from=whole if truncated else None,
             watch=lambda step: progress.update(passes, advance=1, detail=step.name), progress=built,
         )  # fmt: skip
     print(f"wrote {args.output} in {table.seconds:.1f} s", file=sys.stderr)

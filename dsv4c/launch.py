@@ -224,12 +224,18 @@ def _source(directory: Path, manifest: Manifest, options: LaunchOptions) -> Weig
 
 
 def _check_model(manifest: Manifest, config: ModelConfig) -> None:
-    """Raises ArtifactError with the first key in which the checkpoint is another model than the artifact's."""
-    compiled = ModelConfig.from_dict(manifest.model).to_dict()
+    """Raises ArtifactError with the first key in which the checkpoint is another model than the artifact's.
+
+    An artifact of a model's first layers takes the whole model's checkpoint, of which it reads these layers.
+    """
+    compiled = ModelConfig.from_dict(manifest.model)
+    if manifest.truncated_from == config.num_hidden_layers:
+        config = config.truncated(compiled.num_hidden_layers)
+    expected = compiled.to_dict()
     for key, found in config.to_dict().items():
-        if compiled[key] != found:
+        if expected[key] != found:
             raise ArtifactError(
-                f"the artifact was compiled for `{key}` {json.dumps(compiled[key])}, the weights have "
+                f"the artifact was compiled for `{key}` {json.dumps(expected[key])}, the weights have "
                 f"{json.dumps(found)}",
                 hint="compile the artifact from this checkpoint",
             )
