@@ -12,7 +12,6 @@ spreads over all experts. Sampling is not part of a step here.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,17 +24,14 @@ from dsv4c import artifact
 from dsv4c.compile import Options, compile_artifact
 from dsv4c.config import FLASH, ModelConfig, StateLayout, Target
 from dsv4c.model.state import columns, make_step
+from dsv4c.runtime.dummy import make_weights
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.kernels import Kernels
 from dsv4c.trial import time_graph
 
 
-def config_of(layers: int) -> ModelConfig:
-    return dataclasses.replace(FLASH, num_hidden_layers=layers, compress_ratios=(*FLASH.compress_ratios[:layers], 0))
-
-
 def build(folder: Path, layers: int, decode: Sequence[int], prefill: Sequence[int], context: int) -> None:
-    config = config_of(layers)
+    config = FLASH.truncated(layers)
     for name, tokens, requests in [*((f"decode{b}", b, b) for b in decode), *((f"prefill{t}", t, 1) for t in prefill)]:
         options = Options(max_context=max(context, tokens) + 512, max_tokens=tokens, max_requests=requests)
         cache = Path("build/.tune-cache")
@@ -47,36 +43,11 @@ def _progress(done: int, total: int, name: str) -> None:
     print(f"\r{done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
-def dummy_weight(weight: artifact.Weight, generator: torch.Generator) -> Tensor:
-    """Random values in the dtype and magnitude of a trained weight; layouts only permute, so none is applied."""
-    shape, device = weight.shape, generator.device
-    if weight.transforms and weight.transforms[0][0] == "values":
-        values = torch.tensor(weight.transforms[0][1], device=device)
-        return values.to(getattr(torch, weight.dtype)).reshape(shape)
-    if weight.dtype == "int64":  # tid2eid: distinct experts for every token
-        scores = torch.rand(shape[0], FLASH.n_routed_experts, generator=generator, device=device)
-        return scores.topk(shape[1]).indices
-    if weight.name.endswith(".scale"):
-        small = torch.randint(117, 120, shape, generator=generator, device=device, dtype=torch.uint8)
-        return small if weight.dtype == "uint8" else torch.full(shape, 2.0**-11, device=device)
-    if weight.dtype == "uint8":
-        return torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
-    values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-    if weight.dtype == "float8_e4m3fn":
-        return (values * 32).to(torch.float8_e4m3fn)
-    if "norm" in weight.name:
-        return (1 + 0.1 * values.float()).to(getattr(torch, weight.dtype))
-    if len(shape) > 1:
-        values *= shape[-1] ** -0.5
-    return values.to(getattr(torch, weight.dtype))
-
-
 def executor_of(folder: Path, config: ModelConfig, requests: int, context: int) -> ArtifactExecutor:
     manifest = artifact.load_manifest(folder)
     device = torch.device("cuda:0")
-    generator = torch.Generator(device)
-    generator.manual_seed(0)
-    weights = {w.name: dummy_weight(w, generator) for w in manifest.weights}
+    weights, made = make_weights(manifest, 0, device=device)
+    print(made, file=sys.stderr)
     states: dict[str, Tensor] = {}
     layout = StateLayout()
     for group in manifest.kv_groups:
@@ -147,7 +118,7 @@ def main() -> int:
     if args.command == "build":
         build(args.folder, args.layers, args.decode, args.prefill, args.context)
         return 0
-    config = config_of(args.layers)
+    config = FLASH.truncated(args.layers)
     print(f"{torch.cuda.get_device_name()}, {args.layers} layers, context {args.context}", flush=True)
     for folder in sorted(args.folder.iterdir(), key=lambda f: (f.name[:3], len(f.name), f.name)):
         with torch.no_grad():

@@ -303,6 +303,8 @@ class Manifest:
     state_groups: tuple[StateGroup, ...]
     weights: tuple[Weight, ...]
     embedded_weights: bool
+    truncated_from: int | None = None
+    """Layers of the model of which this one is the first few, made for measurement; None for a whole model."""
 
 
 def decode(kind: Any, value: Any) -> Any:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsv4c.config import ModelConfig
     from dsv4c.runtime.memory import MemoryPlan, Room
     from dsv4c.runtime.poolsizes import PoolSizes
+    from dsv4c.runtime.weights import LoadReport
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--max-context", type=_positive, help="longest request in tokens")
     compile_.add_argument("--max-tokens", type=_positive, help="tokens of one step (default 512, GPU 8192)")
     compile_.add_argument("--max-requests", type=_positive, help="requests of one step (default 64, GPU 256)")
+    compile_.add_argument("--num-layers", type=_positive, help="only the first layers of a preset, to measure with")
     compile_.add_argument("--fake-quant", action="store_true", help="fake-quantise KV entries as in training")
     compile_.add_argument("--cache", type=Path, help="folder for built kernels (default: beside the artifact)")
     compile_.set_defaults(run=_compile)
@@ -155,6 +157,15 @@ def _compile(args: argparse.Namespace) -> int:
         config = checkpoint.config
     else:
         config = _preset_or_folder(args.model)
+    whole = config.num_hidden_layers
+    truncated = args.num_layers is not None and args.num_layers != whole
+    if truncated:
+        if folder is not None:
+            raise ConfigError(
+                "`--num-layers` is for presets", hint="compile flash, pro or nano, and give it `--weights`"
+            )
+        config = config.truncated(args.num_layers)
+        print(f"a truncated model: the first {args.num_layers} of {whole} layers, for measurement", file=sys.stderr)
     max_tokens = args.max_tokens or (512 if target.arch == "cpu" else 8192)
     options = Options(
         max_context=args.max_context or min(config.max_position_embeddings, 131072),
@@ -181,6 +192,7 @@ def _compile(args: argparse.Namespace) -> int:
 
         compile_artifact(
             config, target, args.output, options, checkpoint=folder, cache=args.cache,
+            truncated_from=whole if truncated else None,
             watch=lambda step: progress.update(passes, advance=1, detail=step.name), progress=built,
         )  # fmt: skip
     print(f"wrote {args.output} in {table.seconds:.1f} s", file=sys.stderr)
@@ -219,18 +231,25 @@ def _run(args: argparse.Namespace) -> int:
         breaks=tuple(args.breaks),
     )
     sock = bind(args.host, args.port) if args.prompt is None else None
-    with _progress() as progress:
+    with _progress("{task.fields[amount]}") as progress:
         tasks: dict[str, TaskID] = {}
 
         def watch(phase: str, done: int, total: int, name: str) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(phase, total=None, detail="")
-            progress.update(tasks[phase], completed=done, total=total, detail=name)
+                tasks[phase] = progress.add_task(phase, total=None, detail="", amount="")
+            amount = f"{done}/{total}"
+            if phase == "load":
+                speed = progress.tasks[tasks[phase]].speed or 0.0
+                amount = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB, {speed / 1e9:.1f} GB/s"
+            progress.update(tasks[phase], completed=done, total=total, detail=name, amount=amount)
 
         def planned(plan: MemoryPlan, room: Room, sizes: PoolSizes) -> None:
             progress.console.print(memory_summary(plan, room, sizes))
 
-        launched = launch(args.artifact, options, watch, planned)
+        def loaded(report: LoadReport) -> None:
+            progress.console.print(str(report), soft_wrap=True, highlight=False)
+
+        launched = launch(args.artifact, options, watch, planned, loaded)
     if sock is not None:
         serve(launched, sock)
         return 0
@@ -297,12 +316,14 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=180)
 
 
-def _progress() -> Progress:
+def _progress(amount: str | None = None) -> Progress:
+    """Bars on a terminal; `amount` says how much of each is done (default: how many of how many)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    done = MofNCompleteColumn() if amount is None else TextColumn(amount)
     return Progress(
-        TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<8}"), BarColumn(), done, TimeElapsedColumn(),
         TextColumn("{task.fields[detail]}"), console=Console(stderr=True),
         disable=not sys.stderr.isatty(), transient=True,
     )  # fmt: skip

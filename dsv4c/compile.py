@@ -165,12 +165,14 @@ def compile_artifact(
     options: Options,
     *,
     checkpoint: Path | None = None,
+    truncated_from: int | None = None,
     cache: Path | None = None,
     watch: Callable[[Step], None] | None = None,
     progress: Progress | None = None,
 ) -> artifact.Manifest:
     """Compiles `config` for `target` into the directory `output`, with the checkpoint's files if one is given.
 
+    `truncated_from`: layers of the model if `config` is only its first ones (`ModelConfig.truncated`).
     The directory appears whole or not at all: it is written beside `output` and moved into place. Raises ConfigError
     for options out of range, ArtifactError if `output` holds something else than an artifact.
     """
@@ -182,7 +184,9 @@ def compile_artifact(
         directory = Path(scratch) / "artifact"
         (directory / "kernels").mkdir(parents=True)
         kernels = emit(made.choices, directory, cache or output.parent / ".dsv4c-cache", progress, arch=target.arch)
-        manifest = _manifest(program, made, kernels, target, options, embedded=checkpoint is not None)
+        manifest = _manifest(
+            program, made, kernels, target, options, embedded=checkpoint is not None, truncated_from=truncated_from
+        )
         (directory / "ir").mkdir()
         (directory / "ir" / "step.txt").write_text(program.dump() + "\n", encoding="utf-8")
         if checkpoint is not None:
@@ -216,6 +220,7 @@ def _manifest(
     options: Options,
     *,
     embedded: bool,
+    truncated_from: int | None,
 ) -> artifact.Manifest:
     groups, states = kv_groups(program, made.states)
     model = program.config.to_dict()
@@ -237,6 +242,7 @@ def _manifest(
         state_groups=states,
         weights=tuple(made.weights[name] for name in sorted(made.weights)),
         embedded_weights=embedded,
+        truncated_from=truncated_from,
     )
 
 

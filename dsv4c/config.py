@@ -94,6 +94,17 @@ class ModelConfig:
     def gate_kind(self, layer: int) -> Literal["hash", "bias"]:
         return "hash" if layer < self.num_hash_layers else "bias"
 
+    def truncated(self, layers: int) -> ModelConfig:
+        """The model's first `layers` layers as a model, with its head and MTP layers: for measurement.
+
+        Raises ConfigError if it has not so many.
+        """
+        if not 1 <= layers <= self.num_hidden_layers:
+            raise ConfigError(f"`--num-layers` is {layers}, the model has {self.num_hidden_layers}")
+        ratios = (*self.compress_ratios[:layers], *self.compress_ratios[self.num_hidden_layers :])
+        hashed = min(self.num_hash_layers, layers)  # not the MTP layers, which move up
+        return dataclasses.replace(self, num_hidden_layers=layers, compress_ratios=ratios, num_hash_layers=hashed)
+
     @property
     def ratios(self) -> tuple[int, ...]:
         """The distinct compression ratios of the main layers, ascending, without 0."""

@@ -78,12 +78,18 @@ def _span(counts: Iterable[int]) -> str:
     return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
 
 
+def _layers(manifest: Manifest) -> str:
+    """`43`, or `the first 4 of 43`."""
+    count = manifest.model["num_hidden_layers"]
+    return str(count) if manifest.truncated_from is None else f"the first {count} of {manifest.truncated_from}"
+
+
 def manifest_tables(manifest: Manifest) -> RenderableType:
     """The manifest in words: what it is for, pipeline, kernels, memory plan, KV groups, numerics."""
     model = manifest.model
     head = _table("artifact", "", text=(0, 1))
     for label, value in (
-        ("model", f"{model['num_hidden_layers']} layers, hidden size {model['hidden_size']}, "
+        ("model", f"{_layers(manifest)} layers, hidden size {model['hidden_size']}, "
                   f"{model['n_routed_experts']} experts, vocabulary {manifest.vocab_size:,}"),
         ("model hash", manifest.model_sha256[:16]),
         ("target", f"{manifest.target} ({manifest.isa}), {manifest.compute_dtype}"),

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dsv4c.artifact import Weight
 from dsv4c.checkpoint.names import parameter_sources
 from dsv4c.checkpoint.source import WeightSource
 from dsv4c.facts import COUNTS, LAST_TOKENS
 from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
 from dsv4c.program import Program, Value
-from dsv4c.runtime.weights import load_weight
+from dsv4c.runtime.weights import load_weights
 from dsv4c.weights import weight
 
 
@@ -46,17 +47,20 @@ def run(
     raise KeyError(f"graph `{graph_name}` has no output")
 
 
-def program_weights(program: Program, source: WeightSource) -> dict[str, Tensor]:
-    """Every weight that the program's graphs read, as a runtime would load it for kernels without layouts."""
+def read_weights(program: Program) -> tuple[Weight, ...]:
+    """Every weight that the program's graphs read, for kernels without layouts."""
     sources = parameter_sources(program.config)
-    out = {}
+    made = {}
     for node in program.nodes():
         if node.op == "placeholder" and node.users and node.meta["value"].kind == "weight":
             name, kind = node.meta["value"].name, node.meta["type"]
-            if name not in out:
-                made = weight(program, sources, name, name, (), tuple(int(s) for s in kind.shape), kind.dtype)
-                out[name] = load_weight(made, source)
-    return out
+            made[name] = weight(program, sources, name, name, (), tuple(int(s) for s in kind.shape), kind.dtype)
+    return tuple(made.values())
+
+
+def program_weights(program: Program, source: WeightSource) -> dict[str, Tensor]:
+    """The weights of `read_weights` by name, as a runtime would load them."""
+    return load_weights(read_weights(program), source)[0]
 
 
 def program_state(program: Program, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,22 +23,25 @@ from dsv4c.config import ModelConfig
 from dsv4c.errors import ArtifactError, ConfigError, EngineError
 from dsv4c.room import measured_room, plan_of
 from dsv4c.runtime.device import DeviceRunner
+from dsv4c.runtime.dummy import DeviceDummies
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
-from dsv4c.runtime.loader import check_host, load, load_device
+from dsv4c.runtime.loader import check_host, load, load_device, weights_on
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.memory import MemoryPlan, Room
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
-from dsv4c.runtime.weights import load_weights
+from dsv4c.runtime.weights import LoadProgress, LoadReport
 
 Progress = Callable[[str, int, int, str], None]
-"""(phase, done, in all, name of the last); phases are `load`, `warm up`, `capture`."""
+"""(phase, done, in all, name of the last); phases are `load` (in bytes), `warm up`, `capture`."""
 PlanWatch = Callable[[MemoryPlan, Room, PoolSizes], None]
 """Told what serving will take, before anything is loaded."""
+LoadWatch = Callable[[LoadReport], None]
+"""Told what was loaded and how fast."""
 SNAPSHOTS = 2  # for each request that runs: the one it moves along, and one where its prompt or a shared prefix ended
 
 
@@ -75,7 +78,11 @@ class Launched:
 
 
 def launch(
-    directory: Path, options: LaunchOptions, progress: Progress | None = None, planned: PlanWatch | None = None
+    directory: Path,
+    options: LaunchOptions,
+    progress: Progress | None = None,
+    planned: PlanWatch | None = None,
+    loaded: LoadWatch | None = None,
 ) -> Launched:
     """Loads an artifact and its weights. Raises InputErrors that name what is missing, does not match or not fit."""
     if options.threads is not None:
@@ -88,7 +95,7 @@ def launch(
             f"the tokenizer has {codec.vocab_size} tokens, the model {manifest.vocab_size}",
             hint="give the model's own with `--tokenizer`",
         )
-    engine = launch_engine(directory, manifest, options, codec.eos_token_ids, progress, planned)
+    engine = launch_engine(directory, manifest, options, codec.eos_token_ids, progress, planned, loaded)
     return Launched(engine, codec, manifest, options.model_name or directory.resolve().name)
 
 
@@ -99,6 +106,7 @@ def launch_engine(
     eos_token_ids: Sequence[int] = (),
     progress: Progress | None = None,
     planned: PlanWatch | None = None,
+    loaded: LoadWatch | None = None,
 ) -> Engine:
     """The engine alone: weights loaded, pools allocated, graphs captured. Raises InputErrors as `launch` does."""
     plan, room = plan_of(directory, manifest), measured_room(manifest.target, options.gpu_memory_utilization)
@@ -112,24 +120,27 @@ def launch_engine(
         requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows, prefix_cache=options.prefix_cache
     )
     if manifest.target == "cpu":
-        executor = load(directory, source, sizes, _of(progress, "load"), manifest=manifest)
+        executor = load(directory, source, sizes, _bytes_of(progress), manifest=manifest, report=loaded)
         return Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=eos_token_ids)
-    return _device_engine(directory, manifest, source, sizes, limits, eos_token_ids, options, progress)
+    return _device_engine(directory, manifest, source, sizes, limits, eos_token_ids, options, progress, loaded)
 
 
 def _device_engine(
     directory: Path,
     manifest: Manifest,
-    source: WeightSource,
+    source: WeightSource | DeviceDummies,
     sizes: PoolSizes,
     limits: Limits,
     eos_token_ids: Sequence[int],
     options: LaunchOptions,
     progress: Progress | None,
+    loaded: LoadWatch | None,
 ) -> Engine:
     """Loads, warms up and captures; everything that serving needs is there when it returns."""
     device = torch.device("cuda:0")
-    weights = load_weights(manifest.weights, source, _of(progress, "load"), device)
+    weights, report = weights_on(device, manifest, source, _bytes_of(progress))
+    if loaded:
+        loaded(report)
     executor = load_device(directory, manifest, weights, sizes, device, options.breaks)
     executor.warm_up(_of(progress, "warm up"))
     if options.executor == "graph":
@@ -145,6 +156,13 @@ def _device_engine(
 def _of(progress: Progress | None, phase: str) -> Callable[[int, int, str], None] | None:
     """The progress of one phase."""
     return None if progress is None else lambda done, total, name: progress(phase, done, total, name)
+
+
+def _bytes_of(progress: Progress | None) -> Callable[[LoadProgress], None] | None:
+    """The progress of loading."""
+    if progress is None:
+        return None
+    return lambda now: progress("load", now.bytes, now.num_bytes, f"{now.weights:,}/{now.num_weights:,} {now.name}")
 
 
 def answer(launched: Launched, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
@@ -188,10 +206,12 @@ def _codec(directory: Path, options: LaunchOptions) -> ChatCodec:
     return ChatCodec.from_folder(folder)
 
 
-def _source(directory: Path, manifest: Manifest, options: LaunchOptions) -> WeightSource:
+def _source(directory: Path, manifest: Manifest, options: LaunchOptions) -> WeightSource | DeviceDummies:
     if options.dummy_seed is not None:
         if options.weights is not None:
             raise ConfigError("`--weights` and `--load-format dummy` exclude each other")
+        if manifest.target != "cpu":
+            return DeviceDummies(options.dummy_seed)
         return DummySource(ModelConfig.from_dict(manifest.model), options.dummy_seed)
     if options.weights is None and not manifest.embedded_weights:
         raise ArtifactError(
@@ -204,12 +224,18 @@ def _source(directory: Path, manifest: Manifest, options: LaunchOptions) -> Weig
 
 
 def _check_model(manifest: Manifest, config: ModelConfig) -> None:
-    """Raises ArtifactError with the first key in which the checkpoint is another model than the artifact's."""
-    compiled = ModelConfig.from_dict(manifest.model).to_dict()
+    """Raises ArtifactError with the first key in which the checkpoint is another model than the artifact's.
+
+    An artifact of a model's first layers takes the whole model's checkpoint, of which it reads these layers.
+    """
+    compiled = ModelConfig.from_dict(manifest.model)
+    if manifest.truncated_from == config.num_hidden_layers:
+        config = config.truncated(compiled.num_hidden_layers)
+    expected = compiled.to_dict()
     for key, found in config.to_dict().items():
-        if compiled[key] != found:
+        if expected[key] != found:
             raise ArtifactError(
-                f"the artifact was compiled for `{key}` {json.dumps(compiled[key])}, the weights have "
+                f"the artifact was compiled for `{key}` {json.dumps(expected[key])}, the weights have "
                 f"{json.dumps(found)}",
                 hint="compile the artifact from this checkpoint",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from dsv4c.artifact import Manifest, load_manifest
 from dsv4c.errors import ArtifactError, ConfigError
+from dsv4c.runtime.dummy import DeviceDummies, make_weights
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.gpu import check_card
 from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.kernels import Kernels
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
-from dsv4c.runtime.weights import Progress, WeightSource, load_weights
+from dsv4c.runtime.weights import LoadReport, Progress, WeightSource, load_weights
 
 _ISAS = ("default", "avx2", "avx512")  # each can run what the ones before it need
 
@@ -37,16 +38,17 @@ class PoolRows(Protocol):
 
 def load(
     directory: str | Path,
-    source: WeightSource,
+    source: WeightSource | DeviceDummies,
     rows: PoolRows,
     progress: Progress | None = None,
     *,
     manifest: Manifest | None = None,
+    report: Callable[[LoadReport], None] | None = None,
 ) -> ArtifactExecutor:
     """The executor of a CPU artifact in `directory`, with weights from `source` and zeroed pools of `rows`.
 
-    `manifest` saves reading it again. Raises ArtifactError if the artifact is corrupt or made for another target
-    or instruction set, CheckpointError if the weights do not fit.
+    `manifest` saves reading it again; `report` is told what was loaded and how fast. Raises ArtifactError if the
+    artifact is corrupt or made for another target or instruction set, CheckpointError if the weights do not fit.
     """
     directory = Path(directory)
     if manifest is None:
@@ -59,7 +61,9 @@ def load(
         )
     kernels = Kernels(manifest.kernels, directory, manifest.target)
     states = allocate(manifest, rows)
-    weights = load_weights(manifest.weights, source, progress)
+    weights, loaded = weights_on(torch.device("cpu"), manifest, source, progress)
+    if report:
+        report(loaded)
     return ArtifactExecutor(manifest.programs["step"], kernels, weights, states)
 
 
@@ -93,6 +97,15 @@ def device_rows(manifest: Manifest, sizes: PoolSizes) -> dict[str, int]:
                 columns = -(-sizes.max_context // page_tokens[str(item.group)])
                 rows[str(item.shape[1])] = max(item.min_columns, columns)
     return rows
+
+
+def weights_on(
+    device: torch.device, manifest: Manifest, source: WeightSource | DeviceDummies, progress: Progress | None = None
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The artifact's weights by name, streamed from a source or made on the device."""
+    if isinstance(source, DeviceDummies):
+        return make_weights(manifest, source.seed, progress, device)
+    return load_weights(manifest.weights, source, progress, device)
 
 
 def check_host(manifest: Manifest) -> None:

@@ -8,6 +8,8 @@ Quantisers round scales up to a power of two, so nothing saturates, and values t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,11 +44,11 @@ def _grid(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=dtype, device=device)
 
 
-def bad_scales(scale: Tensor) -> int:
-    """How many scales are not finite: e8m0 bytes of 255, or NaN or infinite float32."""
+def bad_scales(scale: Tensor) -> Tensor:
+    """How many scales are not finite (a count on their device): e8m0 bytes of 255, or NaN or infinite float32."""
     if scale.dtype == torch.float8_e8m0fnu:
-        return int((scale.view(torch.uint8) == _NAN_BYTE).sum())
-    return int((~torch.isfinite(scale)).sum())
+        return (scale.view(torch.uint8) == _NAN_BYTE).sum()
+    return (~torch.isfinite(scale)).sum()
 
 
 def dequantise_fp8_block(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,6 +78,16 @@ def dequantise_fp4(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.flo
     out = pairs.index_select(0, packed.view(torch.uint8).flatten().int()).view(rows, half * 2)
     out.unflatten(1, (-1, GROUP)).mul_(scale.to(dtype)[:, :, None])
     return out
+
+
+def widen(parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A stored tensor and, if its type is FP8 or packed FP4, its scale -> its values as `dtype`; int64 stays."""
+    weight = parts[0]
+    if weight.dtype == torch.float8_e4m3fn:
+        return dequantise_fp8_block(weight, parts[1], dtype)
+    if weight.dtype in (torch.int8, torch.uint8):
+        return dequantise_fp4(weight, parts[1], dtype)
+    return weight if weight.dtype == torch.int64 else weight.to(dtype)
 
 
 def _scale_exponent(amax: Tensor, top: float) -> Tensor:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dsv4c.checkpoint.dequantise import E2M1_VALUES, dequantise_fp4, dequantise_fp8_block
+from dsv4c.checkpoint.dequantise import E2M1_VALUES, widen
 from dsv4c.checkpoint.names import (
+    BLOCK,
     Kind,
     TensorSpec,
     inventory,
@@ -23,6 +26,8 @@ from dsv4c.checkpoint.names import (
     scale_shape,
     stored_tensors,
 )
+from dsv4c.checkpoint.shard import DTYPES
+from dsv4c.checkpoint.source import Stored
 from dsv4c.config import ModelConfig
 from dsv4c.errors import CheckpointError
 
@@ -45,6 +50,8 @@ class DummySource:
         self.has_mtp = num_mtp_layers(config) > 0
         self._specs = inventory(config)
         self._stored = {t.name: spec for spec in self._specs.values() for t in stored_tensors(spec)}
+        self._last: tuple[str, Tensor] | None = None  # the tensor of which some rows were read last
+        self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         """Names of all stored tensors, scales included, sorted."""
@@ -69,19 +76,54 @@ class DummySource:
         return _random_plain(spec, generator)
 
     def release(self) -> None:
-        """Nothing to give back: tensors are made when asked for."""
+        """Forgets the tensor that was read last; nothing else is kept."""
+        with self._lock:
+            self._last = None
 
     def dequantised(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A logical tensor as a new `dtype` tensor; tables of ids stay int64."""
+        return widen([self.raw(part.name) for part in self.parts(name)], dtype)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a logical tensor."""
+        return self._spec(name).shape
+
+    def stored(self, name: str) -> Stored:
+        """What is stored under this name."""
+        if name not in self._stored:
+            raise CheckpointError(f"`{name}` is no tensor of this model", hint="see `names()`")
+        tensor = next(t for t in stored_tensors(self._stored[name]) if t.name == name)
+        return Stored(name, DTYPES[tensor.dtype], tensor.shape)
+
+    def parts(self, name: str) -> tuple[Stored, ...]:
+        """The stored tensors that make a logical one: itself, then its scale."""
+        spec = self._spec(name)
+        covers = {spec.scale_name: BLOCK} if spec.kind == "fp8" else {}
+        return tuple(self.stored(t.name)._replace(covers=covers.get(t.name, 1)) for t in stored_tensors(spec))
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        """Fills `into` (uint8 [n]) with a stored tensor's bytes from `start` on; made once for reads in a row."""
+        with self._lock:
+            if self._last is None or self._last[0] != name:
+                self._last = name, self.raw(name).flatten().view(torch.uint8)
+            into.copy_(self._last[1][start : start + into.numel()])
+
+    def widen(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same rows of a logical tensor's parts -> these rows as `dtype`, where the parts are; ids stay int64."""
+        return widen(parts, dtype)
+
+    def suspect(self, name: str, parts: Sequence[Tensor]) -> Tensor | None:
+        """Nothing: scales are finite and tables hold distinct experts."""
+        return None
+
+    def check(self, name: str) -> None:
+        """Nothing is wrong with any tensor."""
+
+    def _spec(self, name: str) -> TensorSpec:
         spec = self._specs.get(name)
         if spec is None:
             raise CheckpointError(f"`{name}` is no tensor of this model", hint="see `names()`")
-        weight = self.raw(name)
-        if spec.kind == "fp4":
-            return dequantise_fp4(weight, self.raw(spec.scale_name), dtype)
-        if spec.kind == "fp8":
-            return dequantise_fp8_block(weight, self.raw(spec.scale_name), dtype)
-        return weight if spec.kind == "i64" else weight.to(dtype)
+        return spec
 
     def _generator(self, name: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()

@@ -11,14 +11,15 @@ come from the config (`names.inventory`); MTP tensors may be absent altogether.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dsv4c.checkpoint.dequantise import bad_scales, dequantise_fp4, dequantise_fp8_block
+from dsv4c.checkpoint.dequantise import bad_scales, widen
 from dsv4c.checkpoint.names import (
+    BLOCK,
     Kind,
     TensorSpec,
     allowed_dtypes,
@@ -29,8 +30,8 @@ from dsv4c.checkpoint.names import (
     stored_kind,
     stored_tensors,
 )
-from dsv4c.checkpoint.shard import Entry, Shard
-from dsv4c.checkpoint.source import load_model_state
+from dsv4c.checkpoint.shard import DTYPES, Entry, Shard
+from dsv4c.checkpoint.source import Stored, load_model_state
 from dsv4c.config import ModelConfig
 from dsv4c.errors import CheckpointError
 
@@ -82,22 +83,64 @@ class Checkpoint:
         Raises CheckpointError if it is no tensor of the model, is missing, misshapen or of a wrong type, if a scale
         is not finite, or if a table row repeats an expert or leaves the range.
         """
-        spec = self._specs.get(name)
-        if spec is None:
-            raise CheckpointError(f"`{name}` is no tensor of this model", hint=f"see config.json in `{self.path}`")
-        problem = self._stored_problem(spec) or self._data_problem(spec)
+        parts = [self.raw(part.name) for part in self.parts(name)]
+        self.check(name)
+        out = widen(parts, dtype)
+        out = out.clone() if out.data_ptr() == parts[0].data_ptr() else out
+        self._shard_of(name).release()
+        if len(parts) > 1:
+            self._shard_of(self._spec(name).scale_name).release()
+        return out
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a logical tensor. Raises CheckpointError if it is no tensor of the model."""
+        return self._spec(name).shape
+
+    def stored(self, name: str) -> Stored:
+        """What is stored under this name. Raises CheckpointError if nothing is."""
+        entry = self._shard_of(name).entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"`{name}` is missing in {self._where(name)}", hint=self._hint())
+        return Stored(name, DTYPES[entry.dtype], entry.shape)
+
+    def parts(self, name: str) -> tuple[Stored, ...]:
+        """The stored tensors that make a logical one: itself, then its scale.
+
+        Raises CheckpointError if one is missing, misshapen or of a wrong type.
+        """
+        spec = self._spec(name)
+        problem = self._stored_problem(spec)
         if problem:
             raise CheckpointError(problem, hint=self._hint())
-        shard = self._shard_of(name)
         kind = self._kind(spec)
         if kind not in ("fp8", "fp4"):
-            out = shard.view(name).to(torch.int64 if kind == "i64" else dtype, copy=True)
-        else:
-            dequantise = dequantise_fp8_block if kind == "fp8" else dequantise_fp4
-            out = dequantise(shard.view(name), self.raw(spec.scale_name), dtype)
-            self._shard_of(spec.scale_name).release()
-        shard.release()
-        return out
+            return (self.stored(name),)
+        covers = BLOCK if kind == "fp8" else 1
+        return self.stored(name), self.stored(spec.scale_name)._replace(covers=covers)
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        """Fills `into` (uint8 [n], on the host) with a stored tensor's bytes from `start` on; from any thread."""
+        self._shard_of(name).read(name, start, into)
+
+    def widen(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same rows of a logical tensor's parts -> these rows as `dtype`, where the parts are; ids stay int64."""
+        return widen(parts, dtype)
+
+    def suspect(self, name: str, parts: Sequence[Tensor]) -> Tensor | None:
+        """How many scales of these rows are not finite, or rows of a table that name no distinct experts."""
+        if len(parts) > 1:
+            return bad_scales(parts[1])
+        if self._spec(name).role != "table":
+            return None
+        rows = parts[0].sort(-1).values
+        bad = (rows[:, :1] < 0) | (rows[:, -1:] >= self.config.n_routed_experts)
+        return (bad | (rows[:, 1:] == rows[:, :-1])).sum()
+
+    def check(self, name: str) -> None:
+        """Raises CheckpointError if a scale is not finite, or a table row repeats an expert or leaves the range."""
+        problem = self._data_problem(self._spec(name))
+        if problem:
+            raise CheckpointError(problem, hint=self._hint())
 
     def validate(self) -> None:
         """Compares every tensor with what the config demands, and reads all scales and expert tables.
@@ -167,7 +210,7 @@ class Checkpoint:
         if kind in ("fp8", "fp4"):
             name = spec.scale_name
             scale = self.raw(name)
-            bad = bad_scales(scale)
+            bad = int(bad_scales(scale))
             self._shard_of(name).release()
             if bad:
                 return (
@@ -189,6 +232,12 @@ class Checkpoint:
             ids = self.raw(spec.name)[row].tolist()
             return f"{where}: row {row} is {ids}, expected {len(ids)} distinct experts"
         return None
+
+    def _spec(self, name: str) -> TensorSpec:
+        spec = self._specs.get(name)
+        if spec is None:
+            raise CheckpointError(f"`{name}` is no tensor of this model", hint=f"see config.json in `{self.path}`")
+        return spec
 
     def _kind(self, spec: TensorSpec) -> Kind | None:
         entry = self._entry(spec.name)

@@ -2,6 +2,7 @@
 
 A file is: 8 bytes of little-endian header length, the header (JSON: name -> dtype, shape, data_offsets), the data.
 Its pages can be given back after a tensor was copied elsewhere, so that reading a file never keeps it all resident.
+Loading reads bytes into buffers of its own instead: a file that was cut since gives an error there, not a fault.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from dsv4c.errors import CheckpointError
 
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -58,23 +61,44 @@ class Shard:
         self.path = path
         try:
             self._size = path.stat().st_size
-            with path.open("rb") as file:
-                self.entries = _read_header(path, file.read(8), file.read, self._size)
-                # A private mapping that nobody writes to: torch wants writable memory.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._file = path.open("rb")
+            weakref.finalize(self, self._file.close)
+            self.entries = _read_header(path, self._file.read(8), self._file.read, self._size)
+            # A private mapping that nobody writes to: torch wants writable memory.
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise CheckpointError(f"cannot read `{path}`: {error.strerror}", hint=_TRUNCATED) from error
 
     def view(self, name: str) -> Tensor:
         """The tensor as a view of the mapping (a copy if the file does not align it); do not write to it."""
         entry = self.entries[name]
-        dtype = _DTYPES[entry.dtype]
+        dtype = DTYPES[entry.dtype]
         if entry.start == entry.end:
             return torch.empty(entry.shape, dtype=dtype)
         data = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
         if entry.start % dtype.itemsize:
             data = data.clone()
         return data.view(dtype).view(entry.shape)
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        """Fills `into` (uint8 [n], on the host) with the tensor's bytes from `start` on, from any thread.
+
+        Raises CheckpointError if the file cannot be read or ends before them.
+        """
+        at, rest = self.entries[name].start + start, memoryview(into.numpy().data)
+        while rest:
+            try:
+                count = os.preadv(self._file.fileno(), [rest], at)
+            except OSError as error:
+                raise CheckpointError(f"cannot read `{name}` in `{self.path}`: {error.strerror}") from error
+            if count == 0:
+                size = os.fstat(self._file.fileno()).st_size
+                raise CheckpointError(
+                    f"`{name}` in `{self.path}`: data ends at byte {self.entries[name].end}, but the file has {size} "
+                    "bytes by now",
+                    hint=_TRUNCATED,
+                )
+            at, rest = at + count, rest[count:]
 
     def release(self) -> None:
         """Gives all resident pages of the file back; views stay valid and are read again when touched.
@@ -111,12 +135,12 @@ def _read_header(path: Path, prefix: bytes, read: Any, size: int) -> dict[str, E
 
 def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> Entry:
     dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise CheckpointError(
-            f"`{name}` in `{path}`: unknown dtype `{dtype}`, expected one of {', '.join(_DTYPES)}",
+            f"`{name}` in `{path}`: unknown dtype `{dtype}`, expected one of {', '.join(DTYPES)}",
             hint="the file was written for another format",
         )
-    expected = math.prod(shape) * _DTYPES[dtype].itemsize
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
     if start < 0 or end - start != expected:
         raise CheckpointError(
             f"`{name}` in `{path}`: header gives it {end - start} bytes, expected {expected} for {dtype} {list(shape)}",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,17 @@ from dsv4c.checkpoint.names import TensorSpec, inventory, parameter_sources
 from dsv4c.config import ModelConfig
 
 
+class Stored(NamedTuple):
+    """A stored tensor. One of its rows belongs to `covers` rows of the logical tensor that it is a part of."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    covers: int = 1
+
+
 class WeightSource(Protocol):
-    """Tensors by checkpoint name."""
+    """Tensors by checkpoint name: whole (`raw`, `dequantised`), or some rows at a time, on any device."""
 
     @property
     def config(self) -> ModelConfig:
@@ -39,6 +48,37 @@ class WeightSource(Protocol):
 
     def dequantised(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A logical tensor as a new `dtype` tensor, its scale applied; tables of ids stay int64."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a logical tensor."""
+        ...
+
+    def stored(self, name: str) -> Stored:
+        """What is stored under this name. Raises CheckpointError if nothing is."""
+        ...
+
+    def parts(self, name: str) -> tuple[Stored, ...]:
+        """The stored tensors that make a logical one: itself, then its scale.
+
+        Raises CheckpointError if one is missing, misshapen or of a wrong type.
+        """
+        ...
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        """Fills `into` (uint8 [n], on the host) with a stored tensor's bytes from `start` on; from any thread."""
+        ...
+
+    def widen(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same rows of a logical tensor's parts -> these rows as `dtype`, where the parts are; ids stay int64."""
+        ...
+
+    def suspect(self, name: str, parts: Sequence[Tensor]) -> Tensor | None:
+        """How much in these rows cannot be right, a count where the parts are; None if there is nothing to look at."""
+        ...
+
+    def check(self, name: str) -> None:
+        """Raises CheckpointError that says what `suspect` found in a logical tensor."""
         ...
 
 

@@ -100,6 +100,19 @@ def test_activations_stay_near_one_and_routing_spreads() -> None:
 
 def test_unknown_names() -> None:
     source = DummySource(SMALL)
-    for read in (source.raw, source.dequantised):
+    for read in (source.raw, source.dequantised, source.parts, source.stored, source.shape):
         with pytest.raises(CheckpointError, match="`nonsense` is no tensor of this model"):
             read("nonsense")
+
+
+def test_bytes_are_those_of_the_tensor_wherever_reading_begins() -> None:
+    source = DummySource(SMALL, 2)
+    for name in ("layers.1.ffn.experts.2.w1.weight", "layers.0.attn.wq_a.scale", "layers.0.ffn.gate.tid2eid"):
+        expected = source.raw(name).flatten().view(torch.uint8)
+        part = source.stored(name)
+        assert (part.dtype, part.shape) == (source.raw(name).dtype, tuple(source.raw(name).shape))
+        for start in (0, len(expected) // 3, len(expected) - 1):
+            into = torch.empty(min(100, len(expected) - start), dtype=torch.uint8)
+            source.read(name, start, into)
+            assert torch.equal(into, expected[start : start + len(into)])
+    source.release()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import struct
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from dsv4c.checkpoint.names import inventory, parameter_sources
 from dsv4c.checkpoint.reader import Checkpoint, load_model_state
+from dsv4c.checkpoint.source import Stored
 from dsv4c.errors import CheckpointError, ConfigError
 from tests.checkpoint.conftest import Edit, edit, file_of
 
@@ -357,3 +360,62 @@ def test_unknown_names(small: Path) -> None:
     with pytest.raises(CheckpointError, match="`nonsense` is missing"):
         checkpoint.raw("nonsense")
     assert set(inventory(checkpoint.config)) <= set(checkpoint.names())
+
+
+# Some rows at a time: what loading asks of a source.
+
+
+@pytest.mark.parametrize("name", [WQ_A, EXPERT, TABLE, NORM])
+def test_parts_read_and_widened_by_rows_are_the_dequantised_tensor(small: Path, name: str) -> None:
+    checkpoint = Checkpoint(small)
+    whole, parts = checkpoint.dequantised(name), checkpoint.parts(name)
+    assert checkpoint.shape(name) == tuple(whole.shape)
+    step, rows = max(part.covers for part in parts), []
+    for first in range(0, whole.shape[0], step):
+        end = min(first + step, whole.shape[0])
+        rows.append(checkpoint.widen([some_rows(checkpoint, part, first, end) for part in parts]))
+    assert torch.equal(torch.cat(rows), whole)
+
+
+def some_rows(checkpoint: Checkpoint, part: Stored, first: int, end: int) -> Tensor:
+    """Rows of a part that belong to rows [first, end) of its logical tensor, read as bytes."""
+    first, end = first // part.covers, -(-end // part.covers)
+    size = math.prod(part.shape[1:]) * part.dtype.itemsize
+    data = torch.empty((end - first) * size, dtype=torch.uint8)
+    checkpoint.read(part.name, first * size, data)
+    return data.view(part.dtype).view(end - first, *part.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "found"),
+    [
+        ("layers.0.attn.wq_a.scale", nan_byte, 1),
+        ("layers.0.attn.wq_a.scale", lambda t: torch.full(t.shape, float("inf")), 2),
+        (TABLE, set_row([4, 0]), 1),
+        (TABLE, set_row([0, -1]), 1),
+        (TABLE, set_row([3, 3]), 1),
+        (NORM, lambda t: t, None),
+        (WQ_A, lambda t: t, 0),
+    ],
+)
+def test_what_is_suspect_is_also_said(small: Path, name: str, make: object, found: int | None) -> None:
+    edit(small, name, replace(name, make))
+    checkpoint = Checkpoint(small)
+    logical = name.replace(".scale", ".weight")
+    suspect = checkpoint.suspect(logical, [checkpoint.raw(part.name) for part in checkpoint.parts(logical)])
+    assert (None if suspect is None else int(suspect)) == found
+    if found:
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            checkpoint.check(logical)
+    else:
+        checkpoint.check(logical)
+
+
+def test_a_file_that_shrinks_is_an_error_when_it_is_read(small: Path) -> None:
+    checkpoint = Checkpoint(small)
+    part = checkpoint.stored("head.weight")
+    data = torch.empty(math.prod(part.shape) * part.dtype.itemsize, dtype=torch.uint8)
+    file = small / file_of(small, "head.weight")
+    os.truncate(file, 1000)
+    with pytest.raises(CheckpointError, match=r"`head\.weight` in .*: data ends at byte \d+, but the file has 1000"):
+        checkpoint.read("head.weight", 0, data)

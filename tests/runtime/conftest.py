@@ -1,13 +1,17 @@
-"""Servers that several files of server tests share: the toy one for every test, the bundled nano model for most."""
+"""What several files share: servers (a toy one, and the bundled nano model), and nano's weights as for Hopper."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from dsv4c.artifact import Manifest, load_manifest
+from dsv4c.compile import Options, lower, plan_artifact
+from dsv4c.config import ModelConfig, Target
 from dsv4c.launch import LaunchOptions, launch
 from tests.runtime.live import Live, start, start_toy
 
@@ -28,3 +32,13 @@ def nano_server(nano_artifact: Path) -> Iterator[Live]:
     live = start(launched.engine, launched.codec, launched.model_name)
     yield live
     live.close()
+
+
+@pytest.fixture(scope="session")
+def hopper_manifest(nano_artifact: Path) -> Manifest:
+    """What loading needs of a manifest of nano for Hopper: its weights. Planned, without kernels."""
+    manifest = load_manifest(nano_artifact)
+    config, options = ModelConfig.from_dict(manifest.model), Options(max_tokens=1, max_requests=1)
+    plan = plan_artifact(lower(config, options, arch="sm_90a"), Target("sm_90a"), options)
+    weights = tuple(plan.weights[name] for name in sorted(plan.weights))
+    return dataclasses.replace(manifest, target="sm_90a", weights=weights)
