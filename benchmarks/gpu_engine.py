@@ -167,6 +167,29 @@ def decode(engine: Engine, clock: Clock, batch: int, context: int) -> dict[str, 
     }  # fmt: skip
 
 
+def routing(engine: Engine, manifest: artifact.Manifest, clock: Clock, batch: int) -> dict[str, Any]:
+    """How evenly a decode step's tokens spread over the experts: of each layer the busiest against the mean."""
+    seat(engine, batch, 1024)
+    for _ in range(8):
+        step(engine)
+    name = f"decode.{batch}"
+    executor, busiest, hit = engine.runner.executor, [], []
+    for call, run in executor.calls(name):
+        run()
+        if manifest.kernels[call.kernel].op.startswith("gate_linear"):
+            ids = next(
+                executor.values(name)[str(arg)]
+                for arg in call.args[len(call.args) - call.outputs :]
+                if not executor.values(name)[str(arg)].is_floating_point()
+            )
+            counts = torch.bincount(ids.flatten().long(), minlength=int(manifest.model["n_routed_experts"]))
+            busiest.append(round(float(counts.max() / counts.float().mean()), 1))
+            hit.append(int((counts > 0).sum()))
+    drain(engine)
+    clock.take()
+    return {"phase": "routing", "batch": batch, "busiest_over_mean": busiest, "experts_hit": hit}
+
+
 def idle(engine: Engine, clock: Clock, batch: int, context: int, trace: Path) -> dict[str, Any]:
     """The share of time in which a profiler's trace of decode steps shows nothing on the device."""
     seat(engine, batch, context)
@@ -259,6 +282,8 @@ def main() -> int:
                 row = decode(engine, clock, batch, context)
                 print(row or f"decode {batch} x {context}: does not fit", flush=True)
                 rows += [row] if row else []
+        rows.append(routing(engine, manifest, clock, max(args.decode)))
+        print(rows[-1], flush=True)
         if args.trace:
             for batch in args.decode:
                 rows.append(idle(engine, clock, batch, min(args.contexts), args.trace))
