@@ -9,6 +9,8 @@ import pytest
 
 from dsv4c.artifact import load_manifest
 from dsv4c.checkpoint.reader import Checkpoint
+from dsv4c.cli import main
+from dsv4c.launch import LaunchOptions, launch
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.loader import load
 from dsv4c.runtime.params import SamplingParams
@@ -116,3 +118,18 @@ def test_many_at_once_with_preemption(plain: Engine, engine: Engine, nano_prompt
     assert [tokens for tokens, _ in found] == expected
     assert sum(cached == 512 for _, cached in found) >= 6
     assert engine.stats().preemptions > 2
+
+
+def test_it_is_on_unless_turned_off(nano_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for on in (True, False):
+        options = LaunchOptions(kv_memory_bytes=200_000_000, max_requests=2, prefix_cache=on)
+        launched = launch(nano_artifact, options)
+        assert (launched.engine.scheduler.prefix is not None) == on
+        assert launched.engine.pool.sizes.snapshots == (4 if on else 0)
+    said = ["run", str(nano_artifact), "--prompt", "The package", "--max-new-tokens", "3", "--temperature", "0"]
+    memory = ["--kv-memory", "0.2", "--max-requests", "2"]
+    answers = []
+    for switch in ([], ["--no-prefix-cache"]):
+        assert main([*said, *memory, *switch]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
