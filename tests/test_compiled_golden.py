@@ -29,6 +29,7 @@ class Rows:
 
     pages: dict[str, int]
     slots: int
+    snapshots: int = 0
 
 
 def rows(config: ModelConfig, requests: int, tokens: int) -> Rows:

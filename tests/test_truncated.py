@@ -90,7 +90,7 @@ def test_dummy_weights_are_served_with_a_smaller_tokenizer(
     command = ["run", str(tmp_path / "wide"), "--load-format", "dummy", "--prompt", "The package"]
     assert cli.main(command) == 2
     assert "hint: give one with `--tokenizer FILE`" in capsys.readouterr().err
-    options = ["--tokenizer", str(nano_dir), "--max-new-tokens", "30", "--temperature", "1", "--kv-memory", "0.05"]
+    options = ["--tokenizer", str(nano_dir), "--max-new-tokens", "30", "--temperature", "1", "--max-requests", "4"]
     assert cli.main([*command, *options]) == 0
     out, err = capsys.readouterr()
     assert out.strip() and "loaded" in err and "GB/s" in err
