@@ -23,13 +23,14 @@ PORT = 8123
 REQUESTS = 100
 PROMPT = "The package provides a way to read and to write files of many kinds, and it is documented. " * 4
 TOKENS = 16
+NAME = "measured"
 
 
 def request() -> tuple[float, float]:
     """Seconds to the first token and to the last."""
     began = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=120)
-    body = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "stream": True, "ignore_eos": True}
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "stream": True, "ignore_eos": True}
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     if answer.status != 200:
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument("run", nargs="+")
     args = parser.parse_args()
     began = time.perf_counter()
-    command = [sys.executable, "-m", "dsv4c.cli", "run", *args.run, "--port", str(PORT)]
+    command = [sys.executable, "-m", "dsv4c.cli", "run", *args.run, "--port", str(PORT), "--model-name", NAME]
     server = subprocess.Popen(command)
     try:
         while not healthy():

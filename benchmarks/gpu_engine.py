@@ -172,6 +172,7 @@ def routing(engine: Engine, manifest: artifact.Manifest, clock: Clock, batch: in
     seat(engine, batch, 1024)
     for _ in range(8):
         step(engine)
+    torch.cuda.synchronize()  # calls below run on another stream than steps
     name = f"decode.{batch}"
     executor, busiest, hit = engine.runner.executor, [], []
     for call, run in executor.calls(name):
