@@ -136,6 +136,11 @@ def _compile_triton(request: Request, launch: TritonLaunch, cache_dir: Path) -> 
                     f"the kernel of `{request.what}` does not compile: {text[:300]}",
                     hint=f"{launch.kernel} with {dict(launch.constants)}",
                 ) from error
+        if launch.pdl and "griddepcontrol.wait" not in kernel.asm["ptx"]:
+            raise ScheduleError(
+                f"the kernel of `{request.what}` may start early but never waits for the kernel before it",
+                hint=f"`gdc_wait()` must come before the first load of {launch.kernel}, or give it no `pdl`",
+            )
         image = kernel.asm["cubin"]
         found = kernel.metadata._asdict()
         metadata = {n: found[n] for n in ("name", "shared", "num_warps", "num_ctas", "global_scratch_size")}

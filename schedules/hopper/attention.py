@@ -101,6 +101,7 @@ class _Call:
             constants={"C": dim, "HEADS": heads, "SHARES": shares, "ROUND": rounded, "PIECE": piece},
             grid=(f"a0_0 * {heads}", _cdiv(dim, piece), 1),
             num_warps=max(1, min(4, rounded * piece // 1024)),
+            pdl=True,
         )
 
 
@@ -151,7 +152,8 @@ def _build_groups(node: OpNode, config: Config) -> Build:
         args={**call.args(shares), "tokens": i32("a0_0")},
         constants={**call.constants(shares), "BLOCKS": blocks},
         grid=(f"min({SMS}, a0_0 * {blocks * shares})", 1, 1),
-        num_warps=4,  # and 12 of its specialised groups
+        num_warps=4,
+        pdl=True,  # and 12 of its specialised groups
     )
     return Build("gpu", launches=(launch, call.combine(shares)) if shares > 1 else (launch,))
 
@@ -181,7 +183,7 @@ def _build_plain(node: OpNode, config: Config) -> Build:
         },
         grid=("a0_0", _cdiv(heads, config["block_h"]), shares),
         num_warps=config["warps"],
-        num_stages=2,
+        num_stages=2, pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(launch, call.combine(shares)) if shares > 1 else (launch,))
 

@@ -95,7 +95,7 @@ def _launch(node: OpNode, kernel: str, config: Config, **constants: object) -> B
         grid=(f"cdiv(a{positions}_0, {config['tokens']}) + a{ends}_0", 1, 1),
         num_warps=config["warps"],
         num_ctas=config.get("ctas", 1),
-        maxnreg=config.get("registers"),
+        maxnreg=config.get("registers"), pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
 
@@ -191,6 +191,7 @@ def _slices_build(node: OpNode, config: Config) -> Build:
         constants={name: whole.constants[name] for name in ("C", "R", "EPS", "ENTRIES", "FORMAT", "GROUP")},
         grid=(f"a{ends}_0", 1, 1),
         num_warps=4,
+        pdl=True,
     )
     return Build("gpu", launches=(pool, finish))
 

@@ -143,12 +143,13 @@ def _build(node: OpNode, config: Config) -> Build:
             args={"x": ptr(0), **sort_args, "out": ptr(rows)},
             constants={**sort_constants, "K": topk, "D": dim, "ROWS": 4, "BLOCKS": 4},
             grid=(f"min({experts}, {pairs})", math.ceil(dim / _BLOCK / 4), 1),
+            pdl=True,
         )
         before: tuple[TritonLaunch, ...] = (sort,)
     else:
         sort = TritonLaunch(
             f"{_SORT}:sort_pairs", args=sort_args, constants=sort_constants,
-            grid=(f"min({experts}, a1_0 * {experts})", 1, 1), num_warps=16,
+            grid=(f"min({experts}, a1_0 * {experts})", 1, 1), num_warps=16, pdl=True,
         )  # fmt: skip
         gather = TritonLaunch(
             f"{_SORT}:gather_rows",

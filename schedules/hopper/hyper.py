@@ -122,7 +122,7 @@ def _split_build(node: OpNode, config: Config) -> Build:
         },
         grid=(f"cdiv(a0_0, {config['tile']})", splits, 1),
         num_warps=config["warps"],
-        num_stages=config["stages"],
+        num_stages=config["stages"], pdl=True,
     )  # fmt: skip
     batch = _sinkhorn_batch(splits)
     finish = TritonLaunch(
@@ -139,7 +139,7 @@ def _split_build(node: OpNode, config: Config) -> Build:
             "EPS": _attr(node, "eps"), "OUT_EPS": _attr(node, "out_eps"),
         },
         grid=("a0_0" if head else f"a0_0 + cdiv(a0_0, {batch})", 1, 1),
-        num_warps=config["finish_warps"],
+        num_warps=config["finish_warps"], pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(project, finish))
 
@@ -274,6 +274,7 @@ def _post_build(node: OpNode, config: Config) -> Build:
         constants={"D": dim, "BT": config["tile"], "BD": config["width"]},
         grid=(f"cdiv(a0_0, {config['tile']})", math.ceil(dim / int(config["width"])), 1),
         num_warps=config["warps"],
+        pdl=True,
     )
     return Build("gpu", launches=(launch,))
 

@@ -68,7 +68,7 @@ def _build_query(node: OpNode, config: Config) -> Build:
             "R": int(table.shape[1]), "FP4": node.attrs["format"] == "fp4", "BM": 64,
         },
         grid=(f"min(cdiv(a0_0 * {heads}, 64), {SMS * config['blocks']})", 1, 1),
-        num_warps=config["warps"],
+        num_warps=config["warps"], pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
 
@@ -127,7 +127,7 @@ def _tokens_launch(
     return TritonLaunch(
         "dsv4c.schedules.triton.index:score_tokens", args, constants,
         grid=(f"min({count}, 1) * {SMS * config['blocks']}", 1, 1),
-        num_warps=config["warps"], num_stages=config["stages"],
+        num_warps=config["warps"], num_stages=config["stages"], pdl=True,
     )  # fmt: skip
 
 
@@ -148,7 +148,8 @@ def _pages_launch(
     }  # fmt: skip
     return TritonLaunch(
         "dsv4c.schedules.triton.index_keys:score_pages", args, constants,
-        grid=(f"min({count}, 1) * {SMS * config['blocks']}", 1, 1), num_warps=4, maxnreg=config["registers"] or None,
+        grid=(f"min({count}, 1) * {SMS * config['blocks']}", 1, 1), num_warps=4, pdl=True,
+        maxnreg=config["registers"] or None,
     )  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def _keys_launch(
     return TritonLaunch(
         "dsv4c.schedules.triton.index_keys:score_keys", args, constants,
         grid=(f"cdiv(a3_1 * {PAGE}, {_block_keys(config)})", f"cdiv({count}, {config['tokens']})", 1),
-        num_warps=config["warps"],
+        num_warps=config["warps"], pdl=True,
     )  # fmt: skip
 
 
@@ -205,6 +206,7 @@ def _build_scores(node: OpNode, config: Config) -> Build:
         args={"scores": ptr(out), "positions": ptr(5), "entries": i32(f"a3_1 * {PAGE}", PAGE)},
         constants={"RATIO": node.attrs["ratio"], "BN": _block_keys(config), "BLOCK": 1024},
         grid=("a0_0", f"cdiv(a3_1 * {PAGE}, 16384)", 1),
+        pdl=True,
     )
     return Build("gpu", launches=(_score_launch(node, config, out, 0, "a0_0", None, 0), fill))
 
@@ -286,7 +288,7 @@ def _select_launch(
             "NUM_WARPS": config["select_warps"],
         },
         grid=(count, 1, 1),
-        num_warps=config["select_warps"], maxnreg=config["select_registers"] or None,
+        num_warps=config["select_warps"], maxnreg=config["select_registers"] or None, pdl=True,
     )  # fmt: skip
 
 
@@ -297,6 +299,7 @@ def _build_rows(node: OpNode, config: Config) -> Build:
         args={"scores": ptr(0), "positions": ptr(1), "maxima": ptr(2), "entries": i32(entries, PAGE)},
         constants={"RATIO": node.attrs["ratio"], "BLOCK": config["block"]},
         grid=("a0_0", f"cdiv({entries}, {config['block'] * config['steps']})", 1),
+        pdl=True,
     )
     return Build("gpu", launches=(maxima, _select_launch(node, config, 0, 2, 1, 3, entries, 0, "a0_0", 0)))
 

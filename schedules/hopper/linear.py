@@ -227,7 +227,7 @@ def _many_build(node: OpNode, config: Config) -> Build:
         f"{_MANY}:many_{'fp8' if m.fp8 else 'mixed'}", args, constants,
         (f"min({_many_programs(m, c)}, {tiles})", 1, 1),
         num_warps=4,
-        maxnreg=168 if c.groups == 2 else 128,  # an even share of the registers; warp groups trade theirs
+        maxnreg=168 if c.groups == 2 else 128, pdl=True,  # an even share of the registers; warp groups trade theirs
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
 

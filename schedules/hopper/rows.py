@@ -107,6 +107,7 @@ def _quantise_build(node: OpNode, config: Config) -> Build:
         constants={"D": dim, "STRIDE": _stride(x), "GROUP": _GROUP, "N": n},
         grid=(f"cdiv(a0_0 * {dim // _GROUP}, {n})", 1, 1),
         num_warps=config["warps"],
+        pdl=True,
     )
     return Build("gpu", launches=(launch,))
 
@@ -125,7 +126,7 @@ def _swiglu_build(node: OpNode, config: Config) -> Build:
             "QUANTISE": quantise,
         },
         grid=(f"cdiv(a0_0 * {inner // _GROUP}, {n})", 1, 1),
-        num_warps=config["warps"],
+        num_warps=config["warps"], pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
 
@@ -176,7 +177,7 @@ def _norm_build(node: OpNode, config: Config) -> Build:
             "D": dim, "STRIDE": _stride(x), "W": _pow2(dim), "N": n, "EPS": float(node.attrs["eps"]), "GROUP": group,
         },
         grid=(f"cdiv(a0_0, {n})", 1, 1),
-        num_warps=config["warps"],
+        num_warps=config["warps"], pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
 
@@ -234,7 +235,7 @@ def _heads_build(node: OpNode, config: Config) -> Build:
         shape.update(EPS=node.attrs["eps"])
     launch = TritonLaunch(
         f"{_MODULE}:{kernel}", args=args, constants=shape,
-        grid=(f"a0_0 * {heads * channels // run // n}", 1, 1), num_warps=config["warps"],
+        grid=(f"a0_0 * {heads * channels // run // n}", 1, 1), num_warps=config["warps"], pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
 
@@ -290,7 +291,7 @@ def _pack_build(node: OpNode, config: Config) -> Build:
         constants.update(Q=latent, QGROUP=_GROUP, W=_pow2(latent), NQ=rows, NK=n)
         grid = f"cdiv(a1_0, {rows}) + cdiv(a1_0, {n})"
     launch = TritonLaunch(
-        f"{_MODULE}:{node.op}", args=args, constants=constants, grid=(grid, 1, 1), num_warps=config["warps"]
+        f"{_MODULE}:{node.op}", args=args, constants=constants, grid=(grid, 1, 1), num_warps=config["warps"], pdl=True
     )
     return Build("gpu", launches=(launch,))
 
@@ -335,6 +336,7 @@ def _gather_build(node: OpNode, config: Config) -> Build:
         constants={"D": row, "COPIES": int(node.attrs.get("hc_mult", 1)), "W": width},
         grid=(f"a{index}_0", math.ceil(row / width), 1),
         num_warps=config["warps"],
+        pdl=True,
     )
     return Build("gpu", launches=(launch,))
 
@@ -356,7 +358,7 @@ def _slots_build(node: OpNode, config: Config) -> Build:
             "N": 128,
         },
         grid=(f"cdiv({count}, 128)", 1, 1),
-        num_warps=4,
+        num_warps=4, pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
 
@@ -373,7 +375,7 @@ def _table_build(node: OpNode, config: Config) -> Build:
         },
         constants={"R": 2 * half, "RATIO": int(node.attrs.get("ratio", 1)), "FROM_ENDS": ends, "N": n},
         grid=(f"cdiv({count}, {n})", 1, 1),
-        num_warps=4,
+        num_warps=4, pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
 

@@ -122,7 +122,9 @@ def _edit_build(node: OpNode, config: Config) -> Build:
     names = ("logits", "starts", "stops", "tokens", "values", "replaced")
     args = {name: ptr(i) for i, name in enumerate(names)}
     # 128 edits of a row at a time: most rows have none, few have more than the 300 of an OpenAI request
-    launch = TritonLaunch(f"{_KERNELS}:edit_rows", args, {"V": _vocab(node), "BLOCK": 128}, ("a0_0", 1, 1), num_warps=4)
+    launch = TritonLaunch(
+        f"{_KERNELS}:edit_rows", args, {"V": _vocab(node), "BLOCK": 128}, ("a0_0", 1, 1), num_warps=4, pdl=True
+    )
     return Build("gpu", launches=(launch,))
 
 
@@ -134,7 +136,12 @@ def _feed_build(node: OpNode, config: Config) -> Build:
     args: dict[str, LaunchArg] = {name: ptr(i) for i, name in enumerate(names)}
     args["count"] = i32(count)
     launch = TritonLaunch(
-        f"{_KERNELS}:{'feed' if feeds else 'keep'}", args, {"N": 128}, (f"cdiv({count}, 128)", 1, 1), num_warps=4
+        f"{_KERNELS}:{'feed' if feeds else 'keep'}",
+        args,
+        {"N": 128},
+        (f"cdiv({count}, 128)", 1, 1),
+        num_warps=4,
+        pdl=True,
     )
     return Build("gpu", launches=(launch,))
 

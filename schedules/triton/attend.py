@@ -10,6 +10,7 @@ Legend: T tokens, H heads, C head_dim, K keys of a tile, S shares.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -49,6 +50,8 @@ def attend(
 
     With one share `out` is the result, else [T, S, H, C] for `combine`.
     """
+    gdc_wait()
+    gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     share = tl.program_id(2)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -124,6 +127,8 @@ def combine(
 
     ROUND is SHARES as a power of two. A share without keys has weight 0 and is not read. The order of the sum is fixed.
     """
+    gdc_wait()
+    gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     share = tl.arange(0, ROUND)

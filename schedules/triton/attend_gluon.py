@@ -205,6 +205,8 @@ def attend(
     With one share `out` is the result; else it is bfloat16 [T, SHARES, H, C], with `lse` float32 [T, SHARES, H], for
     `combine`. 4 warps and 12 specialised ones.
     """
+    gl.inline_asm("griddepcontrol.wait;", "~{memory}")
+    gl.inline_asm("griddepcontrol.launch_dependents;", "~{memory}")
     items = tokens * (BLOCKS * SHARES)
     wide: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv4c.schedules.triton.rows import (
     fast_exp,
@@ -183,6 +184,8 @@ def compress_overlap(
     BT: tl.constexpr, SUB: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Entries of two windows of RATIO tokens; every row of a window is in registers, so nothing is read twice."""
+    gdc_wait()
+    gdc_launch_dependents()
     program = tl.program_id(0)
     token_programs = tl.cdiv(tokens, BT)
     if program < token_programs:
@@ -269,6 +272,8 @@ def compress_window(
     ROWS: tl.constexpr, BT: tl.constexpr, SUB: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Entries of one window of RATIO tokens, tiles of ROWS of them; a cluster may share an entry."""
+    gdc_wait()
+    gdc_launch_dependents()
     program = tl.program_id(0)
     token_programs = tl.cdiv(tokens, BT)
     if program < token_programs:
@@ -369,6 +374,8 @@ def pool_window(
     ROWS: tl.constexpr, BT: tl.constexpr, SUB: tl.constexpr, PART: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """`compress_window` but for the finish: programs of tokens, then of SLICE channels of an entry."""
+    gdc_wait()
+    gdc_launch_dependents()
     program = tl.program_id(0)
     token_programs = tl.cdiv(tokens, BT)
     if program < token_programs:
@@ -392,6 +399,8 @@ def finish_entries(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """The second launch after `pool_window`: an entry a program."""
+    gdc_wait()
+    gdc_launch_dependents()
     index = tl.program_id(0)
     slot = tl.load(slots + index)
     c = tl.arange(0, C)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv4c.schedules.triton.compress import finish
 from dsv4c.schedules.triton.rows import fast_exp, row_angles
@@ -27,6 +28,8 @@ def compress_online(
     An entry that needs the state of before this step also leaves the new one; a request without such an entry has
     its state updated by the program of its last token.
     """
+    gdc_wait()
+    gdc_launch_dependents()
     token_programs = tl.cdiv(tokens, BT)
     if tl.program_id(0) >= token_programs:
         program = tl.program_id(0) - token_programs

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv4c.schedules.triton.rows import e4m3_byte, inverse_power, power
 
@@ -53,6 +54,8 @@ def post(
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """hc_post of BT tokens and BD channels a program."""
+    gdc_wait()
+    gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     live = t < tokens
     d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -77,6 +80,8 @@ def project(
 
     Without POST `x` holds the streams, and y, post_in, comb_in and streams are not used.
     """
+    gdc_wait()
+    gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     split = tl.program_id(1)
     live = t < tokens
@@ -210,6 +215,8 @@ def finish(
 
     The first cdiv(T, BS) programs write post and comb of BS tokens each, beside the others (no HEAD has them).
     """
+    gdc_wait()
+    gdc_launch_dependents()
     pid = tl.program_id(0)
     if not HEAD:
         others = tl.cdiv(tokens, BS)

@@ -9,6 +9,7 @@ the page table holds.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PAGE: tl.constexpr = tl.constexpr(64)  # keys: what StateLayout gives the index group
 GROUP: tl.constexpr = tl.constexpr(16)  # entries whose maximum top-k asks for (triton/topk.py)
@@ -62,6 +63,8 @@ def index_query(
     FP4: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """E4M3 queries and their weights; a row is one head of one token."""
+    gdc_wait()
+    gdc_launch_dependents()
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     odd = i & j
     odd ^= odd >> 4
@@ -165,6 +168,8 @@ def score_tokens(
     Tokens that see at most LEAST entries are left out. Up to the end of its last tile a row is written, with -inf
     for what the token does not see.
     """
+    gdc_wait()
+    gdc_launch_dependents()
     TILE_PAGES: tl.constexpr = BN // PAGE
     entries = columns * PAGE
     slot = tl.arange(0, BT)
@@ -212,6 +217,8 @@ def score_tokens(
 @triton.jit
 def fill_hidden(scores, positions, entries, RATIO: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr):
     """-inf behind the last tile of BN entries that a token sees."""
+    gdc_wait()
+    gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, entries).to(tl.int32)
     for start in range(tl.cdiv(seen, BN) * BN + tl.program_id(1) * BLOCK, entries, tl.num_programs(1) * BLOCK):

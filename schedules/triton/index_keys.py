@@ -117,6 +117,8 @@ def score_keys(
     data: tiles [TS * 64, 128] of E4M3 [T * H, C]; weight: tiles [TS, 64] of float32 [T, H]; keys: tiles of one page of
     the pool's data bytes, pool: all its bytes. Tokens that see at most LEAST entries may be left out.
     """
+    gl.inline_asm("griddepcontrol.wait;", "~{memory}")
+    gl.inline_asm("griddepcontrol.launch_dependents;", "~{memory}")
     H: gl.constexpr = 64
     C: gl.constexpr = 128
     ROWS: gl.constexpr = 16 * NUM_WARPS
@@ -287,6 +289,8 @@ def score_pages(
     As `score_tokens` of triton/index.py, with a ring of STAGES times PS pages on their way. keys: tiles of one page of
     the pool's data bytes, in rows of 128 bytes; marks: tiles [1, 64] of its scales, as float32.
     """
+    gl.inline_asm("griddepcontrol.wait;", "~{memory}")
+    gl.inline_asm("griddepcontrol.launch_dependents;", "~{memory}")
     H: gl.constexpr = 64
     C: gl.constexpr = 128
     KEY_BYTES: gl.constexpr = 64 if FP4 else 128

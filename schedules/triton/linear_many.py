@@ -129,6 +129,8 @@ def many_fp8(
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """data [T, G * K] by weight [N, K] of ROWS = N / G rows a group; out [T, N] in tiles of 64 x BN."""
+    gl.inline_asm("griddepcontrol.wait;", "~{memory}")
+    gl.inline_asm("griddepcontrol.launch_dependents;", "~{memory}")
     GROUPS: gl.constexpr = BM // 64
     shape: gl.constexpr = (N, K, ROWS, BM, BN, BAND)
     x_ring = gl.allocate_shared_memory(data.dtype, [STAGES, BM, 128], data.layout)
@@ -225,6 +227,8 @@ def many_mixed(
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [T, K] by weight [N, K], bfloat16; out float32 [T, N]."""
+    gl.inline_asm("griddepcontrol.wait;", "~{memory}")
+    gl.inline_asm("griddepcontrol.launch_dependents;", "~{memory}")
     GROUPS: gl.constexpr = BM // (64 * SUB)
     shape: gl.constexpr = (N, K, BM, BN, BAND, SUB)
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BM, 64], x.layout)

@@ -65,6 +65,7 @@ def sort_pairs(
     EP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, MOST_TILES: tl.constexpr,
 ):  # fmt: skip
     """Program e places the pairs of expert e. EP: power of two from the experts up; MOST_TILES written at once."""
+    gdc_wait()
     gdc_launch_dependents()
     e = tl.program_id(0)
     counts = _counted(chosen, pairs, EP, BLOCK)
@@ -94,6 +95,7 @@ def sort_gather(
 ):  # fmt: skip
     """sort_pairs and gather_rows at once, for few pairs: program (p, s) takes the p-th expert that is hit, and BLOCKS
     128-channel blocks of its rows."""
+    gdc_wait()
     gdc_launch_dependents()
     bins = tl.arange(0, EP)
     counts = _counted(chosen, pairs, EP, BLOCK)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -106,6 +107,8 @@ def store_quantised(data, scale, group_row, x, live, GROUP: tl.constexpr):
 @triton.jit
 def quantise_rows(x, data, scale, tokens, D: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr):
     """N groups a program, numbered through all rows."""
+    gdc_wait()
+    gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     live = row < tokens.to(tl.int64) * (D // GROUP)
     start = row // (D // GROUP) * STRIDE + row % (D // GROUP) * GROUP
@@ -121,6 +124,8 @@ def swiglu(
     QUANTISE: tl.constexpr,
 ):  # fmt: skip
     """silu(min(gate, limit)) * clamp(up, limit) for N groups of GROUP channels a program; `scale` only to quantise."""
+    gdc_wait()
+    gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     live = row < tokens.to(tl.int64) * (INNER // GROUP)
     c = tl.arange(0, GROUP)
@@ -149,6 +154,8 @@ def rms_norm(
     D: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """N rows of D <= W channels a program; quantised in groups of GROUP, or as bfloat16 where GROUP is 0."""
+    gdc_wait()
+    gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     _rms_norm(x, weight, out, scale, row, row < tokens, D, STRIDE, W, EPS, GROUP)
 
@@ -182,6 +189,8 @@ def head_norm_rope(
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """N heads of one token a program: divided by their root mean square, then turned."""
+    gdc_wait()
+    gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64) // (H // N)
     head = tl.program_id(0) % (H // N) * N + tl.arange(0, N)
     c = tl.arange(0, C)
@@ -199,6 +208,8 @@ def rope_quantise(
     N: tl.constexpr,
 ):  # fmt: skip
     """N runs of W channels of one token a program (W: a head, or the heads of a group): turned back, quantised."""
+    gdc_wait()
+    gdc_launch_dependents()
     RUNS: tl.constexpr = H * C // W
     token = tl.program_id(0).to(tl.int64) // (RUNS // N)
     run = tl.program_id(0) % (RUNS // N) * N + tl.arange(0, N)
@@ -304,6 +315,8 @@ def norm_rope_pack(
     N: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """N window entries a program: RMSNorm, turn, pack. Rows meant for the null page are left out."""
+    gdc_wait()
+    gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     _norm_rope_pack(pool, slots, x, weight, table, row, row < tokens, C, R, STRIDE, GROUP, ENTRIES, EPS)
 
@@ -356,6 +369,8 @@ def qkv_norm_rope_pack(
     EPS: tl.constexpr,
 ):  # fmt: skip
     """The first programs take NQ rows of the query latent each, the others NK window entries each."""
+    gdc_wait()
+    gdc_launch_dependents()
     program = tl.program_id(0)
     latents = tl.cdiv(tokens, NQ)
     if program < latents:
@@ -369,6 +384,8 @@ def qkv_norm_rope_pack(
 @triton.jit
 def take_rows(x, index, out, D: tl.constexpr, COPIES: tl.constexpr, W: tl.constexpr):
     """COPIES copies of row `index` of x [., D], W channels of it a program."""
+    gdc_wait()
+    gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * W + tl.arange(0, W)
     v = tl.load(x + tl.load(index + row) * D + c, mask=c < D)
@@ -382,6 +399,8 @@ def slots(
     RATIO: tl.constexpr, ENTRIES: tl.constexpr, FROM_ENDS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Pool rows of tokens, or of the entries that the rows `ends` complete (a negative one: null row 0)."""
+    gdc_wait()
+    gdc_launch_dependents()
     i = tl.program_id(0) * N + tl.arange(0, N)
     live = i < count
     at = i.to(tl.int64)
@@ -400,6 +419,8 @@ def rope_table(
     R: tl.constexpr, RATIO: tl.constexpr, FROM_ENDS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Cosines, then sines, of tokens, or of the first tokens of the windows that the rows `ends` complete."""
+    gdc_wait()
+    gdc_launch_dependents()
     i = tl.program_id(0) * N + tl.arange(0, N)
     live = i < count
     at = i.to(tl.int64)

@@ -405,6 +405,8 @@ def edit_rows(logits, starts, stops, tokens, values, replaced, V: tl.constexpr, 
 @triton.jit
 def feed(token_ids, last_tokens, seats, out, count, N: tl.constexpr):
     """Token ids, or the last token of the seat where an id is negative; never below 0."""
+    gdc_wait()
+    gdc_launch_dependents()
     t = tl.program_id(0) * N + tl.arange(0, N)
     live = t < count
     token = tl.load(token_ids + t, live, 0)
@@ -416,6 +418,8 @@ def feed(token_ids, last_tokens, seats, out, count, N: tl.constexpr):
 @triton.jit
 def keep(last_tokens, seats, tokens, count, N: tl.constexpr):
     """Leaves the token of every row with its seat."""
+    gdc_wait()
+    gdc_launch_dependents()
     s = tl.program_id(0) * N + tl.arange(0, N)
     live = s < count
     seat = tl.load(seats + s, live, 0)

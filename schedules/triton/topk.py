@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 GROUP = tl.constexpr(16)  # entries: 64 bytes, two sectors of a cache line
 LEAST = gl.constexpr(-(2**31) + (1 << 23) - 1)  # `ordered` of -inf
@@ -198,6 +199,8 @@ def select_rows(
 
     Picks are ascending, then -1. Rows over 2^15 entries are fast if LONG, and right anyway.
     """
+    gl.inline_asm("griddepcontrol.wait;", "~{memory}")
+    gl.inline_asm("griddepcontrol.launch_dependents;", "~{memory}")
     ROWS: gl.constexpr = K if K > 512 else 512  # groups whose scores fit the registers
     EACH: gl.constexpr = ROWS // (32 * NUM_WARPS)
     tile: gl.constexpr = gl.BlockedLayout([EACH, GROUP], [32, 1], [NUM_WARPS, 1], [1, 0])  # a thread: whole groups
@@ -246,6 +249,8 @@ def select_rows(
 @triton.jit
 def group_maxima(scores, positions, maxima, entries, RATIO: tl.constexpr, BLOCK: tl.constexpr):
     """Maxima of the groups of 16 that a row sees, in rows that `select_rows` does not take straight from the scores."""
+    gdc_wait()
+    gdc_launch_dependents()
     row = tl.program_id(0)
     seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, entries).to(tl.int32)
     if seen > 8192:
