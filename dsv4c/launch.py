@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.checkpoint.source import WeightSource
 from dsv4c.config import ModelConfig
 from dsv4c.errors import ArtifactError, ConfigError, EngineError
+from dsv4c.rehearsal import rehearse
 from dsv4c.room import measured_room, plan_of
 from dsv4c.runtime.device import DeviceRunner
 from dsv4c.runtime.dummy import DeviceDummies
@@ -121,21 +122,24 @@ def launch_engine(
     )
     if manifest.target == "cpu":
         executor = load(directory, source, sizes, _bytes_of(progress), manifest=manifest, report=loaded)
-        return Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=eos_token_ids)
-    return _device_engine(directory, manifest, source, sizes, limits, eos_token_ids, options, progress, loaded)
+        engine = Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=eos_token_ids)
+    else:
+        runner, pool = _device_runner(directory, manifest, source, sizes, options, progress, loaded)
+        limits = limits_for(manifest, sizes, limits)
+        engine = Engine(runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids)
+    rehearse(engine)
+    return engine.renewed()
 
 
-def _device_engine(
+def _device_runner(
     directory: Path,
     manifest: Manifest,
     source: WeightSource | DeviceDummies,
     sizes: PoolSizes,
-    limits: Limits,
-    eos_token_ids: Sequence[int],
     options: LaunchOptions,
     progress: Progress | None,
     loaded: LoadWatch | None,
-) -> Engine:
+) -> tuple[DeviceRunner, KVPool]:
     """Loads, warms up and captures; everything that serving needs is there when it returns."""
     device = torch.device("cuda:0")
     weights, report = weights_on(device, manifest, source, _bytes_of(progress))
@@ -148,9 +152,7 @@ def _device_engine(
     pool = KVPool(manifest.kv_groups, sizes, track=True)
     copied = snapshot_states(manifest.state_groups, manifest.kv_groups)
     states = [state.name for group in copied for state in group.pools]
-    runner = DeviceRunner(executor, pool, vocab_size=manifest.vocab_size, states=states)
-    limits = limits_for(manifest, sizes, limits)
-    return Engine(runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids)
+    return DeviceRunner(executor, pool, vocab_size=manifest.vocab_size, states=states), pool
 
 
 def _of(progress: Progress | None, phase: str) -> Callable[[int, int, str], None] | None:
@@ -186,13 +188,23 @@ def answer(launched: Launched, prompt: str, max_tokens: int, temperature: float,
 def serve(launched: Launched, sock: socket.socket) -> None:
     """Serves on a bound socket until a signal comes, then lets requests in flight finish."""
     # a machine that only measures needs no web framework
+    from dsv4c.rehearsal import rehearse_app
     from dsv4c.runtime.outputs import ServedEngine
     from dsv4c.runtime.serve import serve as serve_app
     from dsv4c.runtime.server import create_app
 
-    loop = EngineLoop(launched.engine).start()
     fingerprint = f"{launched.manifest.target}-{launched.manifest.model_sha256[:12]}"
-    app = create_app(ServedEngine(loop), launched.codec, launched.model_name, fingerprint=fingerprint)
+
+    def app_of(loop: EngineLoop) -> Any:
+        return create_app(ServedEngine(loop), launched.codec, launched.model_name, fingerprint=fingerprint)
+
+    trial = EngineLoop(launched.engine).start()
+    try:
+        rehearse_app(app_of(trial), launched.model_name)
+    finally:
+        trial.close(drain=False)
+    loop = EngineLoop(launched.engine.renewed()).start()
+    app = app_of(loop)
     try:
         serve_app(app, sock=sock)
     finally:

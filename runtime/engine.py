@@ -133,6 +133,13 @@ class Engine:
         runner = HostRunner(executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states)
         return cls(runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids)
 
+    def renewed(self) -> Engine:
+        """A new engine over the same runner and pool that has counted nothing yet. This one must have no work left."""
+        if self.has_work:
+            raise EngineError("an engine with requests cannot be renewed")
+        limits, stops = self.scheduler.limits, self.eos_token_ids
+        return Engine(self.runner, pool=self.pool, vocab_size=self.vocab_size, limits=limits, eos_token_ids=stops)
+
     @property
     def max_context(self) -> int:
         """Most tokens of prompt and completion together."""
