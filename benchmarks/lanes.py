@@ -9,7 +9,6 @@ caches lose between calls, so it is the difference that counts. benchmarks/gpu_e
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from rich.console import Console
@@ -29,8 +28,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of the artifact; without it nothing is compiled")
     parser.add_argument("--cache", type=Path, help="compiled kernels (default: beside the artifact)")
     args = parser.parse_args()
-    ratios = (*FLASH.compress_ratios[: args.layers], 0)
-    config = dataclasses.replace(FLASH, num_hidden_layers=args.layers, compress_ratios=ratios)
+    config = FLASH.truncated(args.layers)
     options = Options(max_context=131072, max_tokens=8192, max_requests=256)
     target = Target("sm_90a")
     source = lower(config, options, arch=target.arch)
@@ -54,7 +52,8 @@ def main() -> None:
         table.add_row(bucket.name, *map(str, row))
     Console(width=120).print(table)
     if args.output is not None:
-        compile_artifact(config, target, args.output, options, cache=args.cache)
+        whole = FLASH.num_hidden_layers
+        compile_artifact(config, target, args.output, options, truncated_from=whole, cache=args.cache)
 
 
 if __name__ == "__main__":
