@@ -137,14 +137,28 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Wait:
+    """A call waits for all of call number `call` of its program, before its own launch number `launch`."""
+
+    call: int
+    launch: int = 0
+
+
+@dataclass(frozen=True)
 class Call:
-    """One kernel launch: `args` are value names or scalars, outputs last; `outputs` of them are written."""
+    """One kernel launch: `args` are value names or scalars, outputs last; `outputs` of them are written.
+
+    Calls of different lanes may run at the same time, but for their waits. The order of calls is valid without lanes.
+    """
 
     kernel: str
     args: tuple[str | int | float | bool | None, ...]
     outputs: int
     scope: str = ""
     """Where in the model it comes from, e.g. `L07.attn`."""
+    lane: int = 0
+    waits: tuple[Wait, ...] = ()
+    """For earlier calls of other lanes; everything else that it needs comes before it anyway."""
 
 
 @dataclass(frozen=True)

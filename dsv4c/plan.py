@@ -1,7 +1,7 @@
 """Program -> plan: a schedule for every call, planned buffers, segments, and the weights and state they read.
 
 Buffers live in one arena. Each has a fixed offset, chosen for the largest value of every symbol, so that buffers
-that are alive together never overlap; a step uses a prefix of each. Views (`columns`, `split_heads`) become strides.
+that are in use together never overlap; a step uses a prefix of each. Views (`columns`, `split_heads`) become strides.
 State that an op updates in place keeps its name: its old value must have no later reader, which is checked.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,9 +16,12 @@ from typing import Any, Literal
 from torch import fx
 
 from dsv4c import artifact
+from dsv4c.arena import Need, place
 from dsv4c.checkpoint.names import parameter_sources
 from dsv4c.errors import CompileError
+from dsv4c.lanes import settle, tasks_of
 from dsv4c.ops import DTYPE_BYTES, VIEWS, Op, TensorType
+from dsv4c.overlap import assign
 from dsv4c.program import Program, results_of, types_of
 from dsv4c.schedules._schedule import Choice, OpNode, Value
 from dsv4c.schedules._tuned import Tuned
@@ -28,6 +30,7 @@ from dsv4c.weights import constant, weight
 
 ALIGNMENT = 64  # one cache line; also the widest vector load of a CPU
 DEVICE_ALIGNMENT = 256  # of a GPU's own allocations; tensor maps need 16
+LANE_TOKENS = 64  # decode steps up to here are chains of calls too small for the card; in larger ones each fills it
 VECTOR = 16  # bytes that a GPU thread loads at once: every argument starts at a multiple
 
 
@@ -68,8 +71,8 @@ class _Buffer:
     name: str
     type: TensorType
     strides: tuple[int, ...]
-    first: int
-    last: int
+    uses: set[int]
+    """Calls that touch it, or a view of it."""
     of: str | None = None
     element_offset: int = 0
     offset: int | None = None
@@ -92,6 +95,7 @@ class _Planner:
     states: set[str] = field(default_factory=set)
     inputs: set[str] = field(default_factory=set)
     memo: dict[str, Choice] = field(default_factory=dict)
+    costs: list[Choice] = field(default_factory=list)
 
     def run(self) -> None:
         for node in self.graph.nodes:
@@ -134,6 +138,7 @@ class _Planner:
         self._name_results(node, op, results)
         args += [results[i] for i in written]
         self.calls.append(artifact.Call(choice.kernel, tuple(args), len(written), node.meta.get("scope", "")))
+        self.costs.append(choice)
 
     def _choose(self, node: OpNode) -> Choice:
         """The choice for a node, by schedules that know rows as `T` whatever the program calls them."""
@@ -171,7 +176,7 @@ class _Planner:
         place = len(self.calls)
         buffer = self.buffers.get(name)
         while buffer is not None:
-            buffer.last = max(buffer.last, place)
+            buffer.uses.add(place)
             buffer = self.buffers.get(buffer.of) if buffer.of else None
         if arg.op != "placeholder" or arg.meta["value"].kind not in ("weight", "constant"):
             return name
@@ -212,7 +217,7 @@ class _Planner:
             self.names[user] = results[int(str(user.args[1]))]
 
     def _new(self, name: str, shape: artifact.Shape, dtype: str, place: int) -> str:
-        self.buffers[name] = _Buffer(name, TensorType(shape, dtype), _dense(shape), place, place)
+        self.buffers[name] = _Buffer(name, TensorType(shape, dtype), _dense(shape), {place})
         return name
 
     def _view(self, node: fx.Node) -> None:
@@ -232,26 +237,15 @@ class _Planner:
             )
         root = base.of or base.name
         name = f"{root}.view{sum(b.of == root for b in self.buffers.values())}"
-        self.buffers[name] = _Buffer(name, kind, strides, base.first, base.last, root, offset)
+        self.buffers[name] = _Buffer(name, kind, strides, set(), root, offset)
         self.names[node] = name
 
-    def allocate(self) -> int:
-        """Offsets for all owning buffers, largest first, each at the lowest place free for its whole life."""
+    def allocate(self, before: Sequence[int]) -> int:
+        """Offsets for all owning buffers, and the bytes of the arena."""
         owners = [b for b in self.buffers.values() if b.of is None]
-        alive: dict[int, list[_Buffer]] = defaultdict(list)  # placed buffers by the calls during which they live
-        top = 0
-        for buffer in sorted(owners, key=lambda b: (-self._bytes(b), b.first, b.name)):
-            size = self._bytes(buffer)
-            others = {b.name: b for place in range(buffer.first, buffer.last + 1) for b in alive[place]}
-            start = 0
-            for other in sorted(others.values(), key=lambda b: b.offset or 0):
-                low = other.offset or 0
-                if start < low + self._bytes(other) and low < start + size:
-                    start = low + self._bytes(other)
-            buffer.offset = start
-            for place in range(buffer.first, buffer.last + 1):
-                alive[place].append(buffer)
-            top = max(top, start + size)
+        offsets, top = place([Need(b.name, self._bytes(b), frozenset(b.uses)) for b in owners], before)
+        for buffer in owners:
+            buffer.offset = offsets[buffer.name]
         return top
 
     def _bytes(self, buffer: _Buffer) -> int:
@@ -306,8 +300,14 @@ def plan(
         key: planner.names[results[key]] for key in ("logits", "tokens", "replaced") if key in results
     }
     for value in outputs.values():
-        planner.buffers[value].last = len(planner.calls)
-    arena = planner.allocate()
+        root = planner.buffers[value].of or value
+        planner.buffers[root].uses.add(len(planner.calls))
+    tasks = tasks_of(planner.calls, planner.costs, planner.buffers.values(), planner.states)
+    beside = target != "cpu" and phase == "decode" and symbols["T"] <= LANE_TOKENS
+    settled = assign(tasks) if beside else settle(tasks, [0] * len(tasks))
+    for i, (lane, waits) in enumerate(zip(settled.lanes, settled.waits, strict=True)):
+        planner.calls[i] = replace(planner.calls[i], lane=lane, waits=waits)
+    arena = planner.allocate(settled.before)
     buffers = tuple(
         artifact.Buffer(b.name, b.type.shape, b.type.dtype, b.strides, b.offset, b.of, b.element_offset)
         for b in planner.buffers.values()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dsv4c.artifact import Expr, Kernel, Launch, LaunchArg, TensorMap
 from dsv4c.errors import ArtifactError, EngineError
+from dsv4c.runtime.lanes import Part
 
 Args = Sequence[Tensor | None]
 Run = Callable[[int], None]
@@ -67,13 +68,29 @@ class GpuKernels:
 
     def bind(self, calls: Sequence[tuple[str, Args]]) -> Run:
         """A function that makes these calls in order. Raises EngineError for sizes that a kernel cannot serve."""
-        prepared = [launch for name, args in calls for launch in self._prepare(name, args)]
+        return self._chain([launch for name, args in calls for launch in self._prepare(name, args)])
+
+    def bind_parts(self, parts: Sequence[tuple[Part, Args]]) -> Run | None:
+        """The same for parts of calls; None if no launch is left."""
+        prepared: list[Any] = []
+        alone = False  # the next launch is not programmatic
+        for part, args in parts:
+            alone = alone or part.alone
+            made = self._prepare(part.call.kernel, args, part.first, part.stop, alone)
+            alone = alone and not made
+            prepared += made
+        return self._chain(prepared) if prepared else None
+
+    def _chain(self, prepared: list[Any]) -> Run:
         run: Run = self._launcher.get_function("chain")(prepared)
         return run
 
-    def _prepare(self, name: str, args: Args) -> list[Any]:
-        out = []
-        for launch in self._kernels[name].launches:
+    def _prepare(
+        self, name: str, args: Args, first: int = 0, stop: int | None = None, alone: bool = False
+    ) -> list[Any]:
+        """The launches [first, stop) of a call. `alone`: the first that is made is not programmatic."""
+        out: list[Any] = []
+        for launch in self._kernels[name].launches[first:stop]:
             sizes = _Sizes(name, args)
             grid = [sizes.value(size) for size in launch.grid]
             if 0 in grid:
@@ -81,7 +98,8 @@ class GpuKernels:
             kinds = "".join(_LETTERS[arg.kind] for arg in launch.args)
             values = [self._value(arg, args, sizes) for arg in launch.args]
             loaded = self._loaded[(launch.sha256, launch.symbol, launch.shared)]
-            out.append(loaded(launch.threads, grid, list(launch.cluster), launch.pdl, kinds, values))
+            pdl = launch.pdl and not (alone and not out)
+            out.append(loaded(launch.threads, grid, list(launch.cluster), pdl, kinds, values))
         return out
 
     def _value(self, arg: LaunchArg, args: Args, sizes: _Sizes) -> Any:

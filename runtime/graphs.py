@@ -4,7 +4,8 @@
     step: inputs staged by the caller --launch(name)--> one replay (or more, with eager calls between) --> outputs
 
 All programs share one arena, one graph memory pool and one stream. Capturing runs nothing; before it every program runs
-once on a step of nobody, so that libraries allocate what they need. Nothing is captured or compiled later.
+once on a step of nobody, so that libraries allocate what they need. Nothing is captured or compiled later. Calls of
+several lanes become parallel branches of their graph (runtime/lanes.py); uncaptured ones run on the one stream.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.runtime.buffers import Arena
 from dsv4c.runtime.executor import arguments
 from dsv4c.runtime.kernels import Kernels, Run
+from dsv4c.runtime.lanes import CudaStreams, Part, Streams, play, steps_of
 from dsv4c.runtime.staging import Staging
 from dsv4c.runtime.tables import PageTables
 
@@ -34,6 +37,11 @@ class Piece:
 
     calls: tuple[Call, ...]
     why: str = ""
+
+    @property
+    def branched(self) -> bool:
+        """Whether some calls may run beside others."""
+        return any(call.lane for call in self.calls)
 
 
 def pieces_of(program: Program, breaks: Sequence[str] = ()) -> tuple[Piece, ...]:
@@ -142,17 +150,31 @@ class GraphExecutor:
     def capture(self, progress: Progress | None = None) -> None:
         """Captures every piece that can be, largest program first, into one pool. `warm_up` comes before."""
         pool = torch.cuda.graph_pool_handle()
+        assert self.stream is not None
+        lanes = 1 + max(c.lane for bound in self._bound.values() for piece in bound.pieces for c in piece.calls)
+        streams = CudaStreams(self.stream, lanes)
         for done, name in enumerate(self._largest_first(), 1):
             bound = self._bound[name]
+            start = 0
             for i, (piece, runs) in enumerate(zip(bound.pieces, bound.runs, strict=True)):
+                make = self._branches(bound, piece, start, streams) if piece.branched else _all(runs)
+                start += len(piece.calls)
                 if piece.why:
                     continue
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-                    _all(runs)()
+                    make()
                 bound.replays[i] = graph.replay
             if progress:
                 progress(done, len(self.programs), name)
+
+    def _branches(self, bound: _Bound, piece: Piece, start: int, streams: Streams) -> Run:
+        """Makes the calls of a piece, the program's from number `start` on, each in its lane."""
+
+        def bind(parts: Sequence[Part]) -> list[Run]:
+            return self._kernels.bind_parts([(part, arguments(part.call, bound.values)) for part in parts])
+
+        return partial(play, steps_of(piece.calls, start), bind, streams)
 
     def launch(self, name: str) -> dict[str, Tensor]:
         """Runs one step on what was staged, on the current stream; the outputs, not yet computed."""

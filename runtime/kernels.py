@@ -8,6 +8,7 @@ else.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from dsv4c.artifact import Kernel
 from dsv4c.errors import ArtifactError
 from dsv4c.runtime.gpu import GpuKernels
+from dsv4c.runtime.lanes import Part
 
 Arg = Tensor | int | float | bool | None
 Run = Callable[[], object]
@@ -137,6 +139,19 @@ class Kernels:
             out.append(_bound(self._vendor[name], args))
         if native:
             out.append(self._sequence(native))
+        return out
+
+    def bind_parts(self, parts: Sequence[tuple[Part, Sequence[Arg]]]) -> list[Run]:
+        """The same for parts of the calls of one lane, on a GPU; nothing where all grids are empty."""
+        assert self._gpu is not None
+        out: list[Run] = []
+        for vendor, run in itertools.groupby(parts, lambda one: one[0].call.kernel in self._vendor):
+            if vendor:
+                out += [_bound(self._vendor[part.call.kernel], args) for part, args in run]
+                continue
+            held = [(part, [a if isinstance(a, Tensor) else None for a in args]) for part, args in run]
+            if (chain := self._gpu.bind_parts(held)) is not None:
+                out.append(_launching(chain, held))
         return out
 
     def _bind_gpu(self, calls: Sequence[tuple[str, Sequence[Arg]]], gpu: GpuKernels) -> list[Run]:

@@ -38,8 +38,11 @@ MACHINES = {
 
 def seconds(work: Work, target: str) -> float:
     """Roofline time of one call on `target`."""
+    return busy_seconds(work, target) + work.launches * MACHINES[target].launch_s[work.launch]
+
+
+def busy_seconds(work: Work, target: str) -> float:
+    """The part of it during which the call keeps the whole machine busy."""
     machine = MACHINES[target]
     rate = machine.flops_per_s[work.unit] * work.efficiency
-    return (
-        max(work.bytes_moved / machine.bytes_per_s, work.flops / rate) + work.launches * machine.launch_s[work.launch]
-    )
+    return max(work.bytes_moved / machine.bytes_per_s, work.flops / rate)

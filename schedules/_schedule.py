@@ -163,6 +163,10 @@ class Choice:
     tolerance: float
     capturable: bool
     config: Config = field(default_factory=dict)
+    busy: float = 0.0
+    """Of `seconds`: how long the call keeps the whole machine busy."""
+    measured: float | None = None
+    """Seconds of the tuned row that chose it."""
 
     @property
     def kernel(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from dsv4c.errors import ScheduleError
 from dsv4c.schedules import attention, compress, gate, hopper, hyper, inductor, linear, moe, norm, paging
-from dsv4c.schedules._roofline import seconds
+from dsv4c.schedules._roofline import busy_seconds, seconds
 from dsv4c.schedules._schedule import Choice, Config, OpNode, Schedule, apply_layout
 from dsv4c.schedules._tuned import Tuned
 
@@ -40,16 +40,18 @@ def choose(
     symbols: Mapping[str, int],
     reason: str,
     config: Config | None = None,
+    measured: float | None = None,
 ) -> Choice:
     """The choice of this schedule for this node, whatever the others cost; by default with its first config."""
     config = schedule.space(node, symbols)[0] if config is None else config
     layouts = schedule.layouts(node)
+    work = schedule.cost(node, symbols, config)
     inputs = tuple(v if v is None else apply_layout(v, layouts.get(i, ())) for i, v in enumerate(node.inputs))
     return Choice(
         node=node,
         schedule=schedule.name,
         reason=reason,
-        seconds=seconds(schedule.cost(node, symbols, config), target),
+        seconds=seconds(work, target),
         layouts=layouts,
         inputs=inputs,
         workspace=schedule.workspace(node, config),
@@ -57,6 +59,8 @@ def choose(
         tolerance=schedule.tolerance,
         capturable=schedule.capturable,
         config=config,
+        busy=busy_seconds(work, target),
+        measured=measured,
     )
 
 
@@ -91,7 +95,7 @@ def select(node: OpNode, target: str, symbols: Mapping[str, int], tuned: Tuned |
     if row is not None:
         schedule = next((s for s in accepting(node, target) if s.name == row.schedule), None)
         if schedule is not None:
-            return choose(schedule, node, target, symbols, row.reason(), row.config)
+            return choose(schedule, node, target, symbols, row.reason(), row.config, row.microseconds * 1e-6)
     order = ranked(node, target, symbols)
     best, schedule, config = order[0]
     rivals = [(cost, other) for cost, other, _ in order[1:] if other is not schedule]

@@ -304,6 +304,12 @@ def _gather(node: OpNode) -> tuple[int, int]:
     return (0, 1) if node.op == "take_rows" else (1, 0)
 
 
+def _gather_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    """Rows are read once and written once; the rest of the source is never touched."""
+    index = _input(node, _gather(node)[1])
+    return Work(2.0 * node.outputs[0].bytes(symbols) + index.bytes(symbols), launch="gpu")
+
+
 def _gather_accepts(node: OpNode) -> str | None:
     x = _input(node, _gather(node)[0])
     if x.strides is not None:
@@ -429,7 +435,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     ),
     *(
         Schedule(
-            f"{op}.triton_rows", op, _HOPPER, _gather_build, cost, _gather_accepts, _gather_layouts,
+            f"{op}.triton_rows", op, _HOPPER, _gather_build, _gather_cost, _gather_accepts, _gather_layouts,
             space=_gather_space, tolerance=0.0,
         )
         for op in ("embed", "embed_streams", "take_rows")
