@@ -164,7 +164,7 @@ def workload(shape: Shape, tokens: int, *, bench: bool = True) -> Workload:
 
 
 _TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
-_HEAD_TOKENS = (1, 8, 64, 256, 512)  # only sampled rows reach lm_head
+_HEAD_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)  # only sampled rows reach lm_head
 
 
 def _all(model: str, tokens: Sequence[int]) -> list[Workload]:
