@@ -159,6 +159,7 @@ def _kernel(key: str, choice: Choice, file: str | None, digest: str | None) -> K
         file=file,
         sha256=digest,
         attrs=dict(choice.build.defines) if vendor else {},
+        op_attrs=dict(choice.node.attrs),
     )
 
 
