@@ -21,8 +21,7 @@ from torch import Tensor
 from dsv4c.artifact import Call, Program
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.runtime.buffers import Arena
-from dsv4c.runtime.executor import arguments
-from dsv4c.runtime.kernels import Kernels, Run
+from dsv4c.runtime.kernels import Binder, Kernels, Run, arguments
 from dsv4c.runtime.lanes import CudaStreams, Part, Streams, play, steps_of
 from dsv4c.runtime.staging import Staging
 from dsv4c.runtime.tables import PageTables
@@ -83,7 +82,7 @@ class GraphExecutor:
     def __init__(
         self,
         programs: Mapping[str, Program],
-        kernels: Kernels,
+        kernels: Binder,
         weights: Mapping[str, Tensor],
         states: Mapping[str, Tensor],
         device: torch.device,
@@ -115,7 +114,7 @@ class GraphExecutor:
             self._bound[name] = self._bind(program, values, pieces_of(program, breaks))
 
     def _bind(self, program: Program, values: dict[str, Tensor], pieces: tuple[Piece, ...]) -> _Bound:
-        runs = [self._kernels.bind([(c.kernel, arguments(c, values)) for c in piece.calls]) for piece in pieces]
+        runs = [self._kernels.bind_calls(program, piece.calls, values) for piece in pieces]
         outputs = {meaning: values[value] for meaning, value in program.outputs.items()}
         return _Bound(values, outputs, pieces, runs, [_all(run) for run in runs])
 
@@ -188,7 +187,7 @@ class GraphExecutor:
         bound, out = self._bound[name], []
         for piece in bound.pieces:
             for call in piece.calls:
-                out.append((call, _all(self._kernels.bind([(call.kernel, arguments(call, bound.values))]))))
+                out.append((call, _all(self._kernels.bind_calls(self.programs[name], [call], bound.values))))
         return out
 
     def copy_states(self, pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> None:
