@@ -68,12 +68,12 @@ class Plan:
 
 
 def record(choices: dict[str, Choice], choice: Choice) -> None:
-    """Adds a choice. Raises CompileError where its kernel serves ops of other attributes: the manifest says them once."""
+    """Adds a choice. Raises CompileError where its kernel serves ops of other attributes."""
     known = choices.setdefault(choice.kernel, choice)
     if dict(known.node.attrs) != dict(choice.node.attrs):
         raise CompileError(
-            f"kernel `{choice.kernel}` serves {dict(known.node.attrs)} and {dict(choice.node.attrs)} of `{choice.node.op}`",
-            hint="its schedule must bake every attribute in, or the kernel's key name them",
+            f"kernel `{choice.kernel}` would serve {dict(known.node.attrs)} and {dict(choice.node.attrs)}",
+            hint="the manifest says a kernel's attributes once; its key must name them",
         )
 
 

@@ -96,22 +96,32 @@ class GraphExecutor:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._kernels = kernels
-        largest = max(programs.values(), key=lambda p: p.arena_bytes)
-        arena = Arena.memory(largest.arena_bytes, device)
+        self.rows = dict(rows)
+        self.arena = self._new_arena()
         self.staging = Staging(programs, device, rows)
         groups = {i.group: rows[str(i.shape[1])] for p in programs.values() for i in p.inputs if i.kind == "page_table"}
         self.tables = PageTables(rows["R"], {str(group): width for group, width in groups.items()}, device)
-        slots = torch.arange(rows["R"], device=device)
-        self._bound: dict[str, _Bound] = {}
-        for name, program in programs.items():
-            views = Arena(program, device, arena).views({**program.symbols, **rows})
-            resident = {
-                i.name: self.tables.tensors[str(i.group)] if i.kind == "page_table" else slots
-                for i in program.inputs
-                if i.kind in ("page_table", "state_slots")
-            }
-            values = {**views, **weights, **states, **resident, **self.staging.tensors(name)}
-            self._bound[name] = self._bind(program, values, pieces_of(program, breaks))
+        self._slots = torch.arange(rows["R"], device=device)
+        self._weights = dict(weights)
+        self._bound = {
+            name: self._bind(program, self._tensors(name, self.arena, self.states), pieces_of(program, breaks))
+            for name, program in programs.items()
+        }
+
+    def _new_arena(self) -> Tensor:
+        """Memory that any of the programs can use."""
+        return Arena.memory(max(program.arena_bytes for program in self.programs.values()), self.device)
+
+    def _tensors(self, name: str, arena: Tensor, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every value of a program, with its buffers in this arena and over these states."""
+        program = self.programs[name]
+        views = Arena(program, self.device, arena).views({**program.symbols, **self.rows})
+        resident = {
+            i.name: self.tables.tensors[str(i.group)] if i.kind == "page_table" else self._slots
+            for i in program.inputs
+            if i.kind in ("page_table", "state_slots")
+        }
+        return {**views, **self._weights, **states, **resident, **self.staging.tensors(name)}
 
     def _bind(self, program: Program, values: dict[str, Tensor], pieces: tuple[Piece, ...]) -> _Bound:
         runs = [self._kernels.bind_calls(program, piece.calls, values) for piece in pieces]

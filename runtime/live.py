@@ -44,4 +44,4 @@ def live_part(tensor: Tensor, shape: Shape, live: Mapping[str, int]) -> Tensor:
 
 def declared_shapes(program: Program) -> dict[str, Shape]:
     """Buffer or input -> its shape as the manifest says it."""
-    return {item.name: item.shape for item in (*program.buffers, *program.inputs)}
+    return {b.name: b.shape for b in program.buffers} | {i.name: i.shape for i in program.inputs}

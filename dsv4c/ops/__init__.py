@@ -78,22 +78,34 @@ _ALL = (
     Op("quantise_kv", quant.quantise_kv),
     Op("quantise_index", quant.quantise_index),
     Op(
-        "compress", compressor.compress, outputs=3, in_place={1: "ring_k", 2: "ring_z"},
+        "compress",
+        compressor.compress,
+        outputs=3,
+        in_place={1: "ring_k", 2: "ring_z"},
         indices={**_ENDS, "request_rows": Index("seq_starts"), "state_slots": Index("ring_k")},
-    ),  # fmt: skip
+    ),
     Op("split_heads", fused.split_heads),
     Op(
-        "index_topk", indexer.index_topk, flops=_index_flops,
+        "index_topk",
+        indexer.index_topk,
+        flops=_index_flops,
         indices={**_ROWS, 0: Index("pages_RP", dims=(1,), low=-1, times="entries_per_page")},
-    ),  # fmt: skip
+    ),
     Op("attend_window", plain_attention.attend_window, flops=_attention_flops, indices=_ROWS),
     Op(
-        "attend_csa", plain_attention.attend_csa, flops=_attention_flops,
+        "attend_csa",
+        plain_attention.attend_csa,
+        flops=_attention_flops,
         indices={**_ROWS, "picks_TK": Index("entry_pages_RP", dims=(1,), low=-1, times="entries_per_page")},
-    ),  # fmt: skip
+    ),
     Op("attend_hca", plain_attention.attend_hca, flops=_attention_flops, indices=_ROWS),
     Op("gate_bias", moe.gate_bias, outputs=2, indices={0: Index("bias_E")}),
-    Op("gate_hash", moe.gate_hash, outputs=2, indices={0: Index("logits_TE", dims=(1,)), "token_ids": Index("tid2eid_VK")}),
+    Op(
+        "gate_hash",
+        moe.gate_hash,
+        outputs=2,
+        indices={0: Index("logits_TE", dims=(1,)), "token_ids": Index("tid2eid_VK")},
+    ),
     Op("swiglu", moe.swiglu),
     Op("experts", moe.experts, flops=_experts_flops, indices={"experts_TK": Index("w1_EID")}),
     Op("add_embedding", mtp.add_embedding),

@@ -120,7 +120,7 @@ def _flops(keys: str) -> Any:
     return count
 
 
-_ROWS = {"request_rows": Index("pages_RP")}
+_ROWS: Mapping[str | int, Index] = {"request_rows": Index("pages_RP")}
 _PICKS = Index("entry_pages_RP", dims=(1,), low=-1, times="entries_per_page")
 
 OPS: tuple[Op, ...] = (

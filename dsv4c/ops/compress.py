@@ -16,6 +16,7 @@ projected row (2 C with overlap), R rotated channels, Z request slots, N pool ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -159,7 +160,7 @@ def compress_online_pack(
     return state_Z3C.index_put((state_slots[request_rows[rows]],), after), pool_NB
 
 
-_WHERE = {
+_WHERE: Mapping[str | int, Index] = {
     "slots": Index("pool_NB"), "request_rows": Index("seq_starts"), "ends": Index("positions", low=-1),
 }  # fmt: skip
 

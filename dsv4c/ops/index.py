@@ -131,9 +131,12 @@ OPS: tuple[Op, ...] = (
     Op("index_scores", index_scores, flops=_flops, indices={"request_rows": Index("pages_SP")}),
     Op("topk_rows", topk_rows, indices={0: Index("scores_TPE", dims=(1, 2), low=-1)}),
     Op(
-        "index_topk_packed", index_topk_packed, flops=_flops,
+        "index_topk_packed",
+        index_topk_packed,
+        flops=_flops,
         indices={
-            0: Index("pages_SP", dims=(1,), low=-1, times="entries_per_page"), "request_rows": Index("pages_SP"),
+            0: Index("pages_SP", dims=(1,), low=-1, times="entries_per_page"),
+            "request_rows": Index("pages_SP"),
         },
-    ),  # fmt: skip
+    ),
 )

@@ -66,7 +66,10 @@ OPS = (
     Op("linear_mixed", linear_mixed, flops=_linear_flops),
     Op("gate_linear_bias", gate_linear_bias, outputs=2, flops=_linear_flops, indices={0: Index("weight_EK")}),
     Op(
-        "gate_linear_hash", gate_linear_hash, outputs=2, flops=_linear_flops,
+        "gate_linear_hash",
+        gate_linear_hash,
+        outputs=2,
+        flops=_linear_flops,
         indices={0: Index("weight_EK"), "token_ids": Index("tid2eid")},
-    ),  # fmt: skip
+    ),
 )

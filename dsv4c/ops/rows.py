@@ -72,9 +72,12 @@ OPS = (
     Op("rms_norm_quantise", rms_norm_quantise, outputs=2),
     Op("norm_rope_pack", norm_rope_pack, in_place={0: "pool_NB"}, indices={"slots": Index("pool_NB")}),
     Op(
-        "qkv_norm_rope_pack", qkv_norm_rope_pack, outputs=3, in_place={0: "pool_NB"},
+        "qkv_norm_rope_pack",
+        qkv_norm_rope_pack,
+        outputs=3,
+        in_place={0: "pool_NB"},
         indices={"slots": Index("pool_NB")},
-    ),  # fmt: skip
+    ),
     Op("rope_quantise", rope_quantise, outputs=2),
     Op("swiglu_quantise", swiglu_quantise, outputs=2),
 )
