@@ -19,10 +19,9 @@ from torch import Tensor
 from dsv4c.artifact import Call, Kernel, Manifest, Program, Shape
 from dsv4c.errors import ArtifactError
 from dsv4c.ops import OPS, Op
+from dsv4c.runtime import layouts
 from dsv4c.runtime.kernels import Run
 from dsv4c.runtime.live import declared_shapes, live_part, live_sizes
-from dsv4c.runtime.weights import WeightSource, load_weights
-from dsv4c.weights import without_layout
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,12 @@ class References:
         shapes, live, values = declared_shapes(program), dict[str, int](), {**values, **self._weights}
         runs: list[Run] = [partial(_read_live, program, values, live)]
         for call in calls:
-            reference = Reference.of(call, self._kernels[call.kernel])
-            runs.append(partial(_run, reference, values, shapes, live))
+            runs.append(partial(_run, self.reference(call), values, shapes, live))
         return runs
+
+    def reference(self, call: Call) -> Reference:
+        """What a call means."""
+        return Reference.of(call, self._kernels[call.kernel])
 
 
 def _read_live(program: Program, values: Mapping[str, Tensor], live: dict[str, int]) -> None:
@@ -98,7 +100,11 @@ def _run(
         live_part(values[target], shapes.get(target, ()), live).copy_(result)
 
 
-def plain_weights(manifest: Manifest, source: WeightSource, device: torch.device | None = None) -> dict[str, Tensor]:
-    """The weights whose layout is a kernel's, as references take them."""
-    laid = [without_layout(weight) for weight in manifest.weights if weight.plain is not None]
-    return load_weights(laid, source, device=device)
+def plain_weights(manifest: Manifest, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those weights whose layout is a kernel's, as references take them."""
+    out = {}
+    for weight in manifest.weights:
+        if weight.plain is not None:
+            layout, dtype = weight.transforms[weight.plain.transforms :], getattr(torch, weight.plain.dtype)
+            out[weight.name] = layouts.undo(weights[weight.name], layout, weight.plain.shape, dtype)
+    return out

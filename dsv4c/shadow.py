@@ -47,7 +47,7 @@ class Difference:
 
 @dataclass
 class Tally:
-    """Of one kernel's result over all calls: the worst error, or quantised bytes that differ and all."""
+    """Of one place's result over all steps: the worst error, or quantised bytes that differ and all."""
 
     worst: float = 0.0
     differing: float = 0.0
@@ -86,8 +86,8 @@ class Shadow:
     weights: Mapping[str, Tensor]
     report: Callable[[Difference], object] | None = None
     differences: list[Difference] = field(default_factory=list)
-    tallies: dict[tuple[str, int], Tally] = field(default_factory=dict)
-    """By kernel and output."""
+    tallies: dict[tuple[str, str, int], Tally] = field(default_factory=dict)
+    """By scope, kernel and output."""
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -116,18 +116,15 @@ class Shadow:
     def _judge(self, call: Call, reference: Reference, seen: Seen) -> None:
         kernel = self.manifest.kernels[call.kernel]
         for apart in measure(seen):
-            tally = self.tallies.setdefault((call.kernel, apart.output), Tally())
-            tally.add(apart)
-            now = Tally()
-            now.add(apart)
             place = call.scope, call.kernel, apart.output
-            if not (now.beyond(kernel.tolerance) or tally.beyond(kernel.tolerance)) or place in self._known:
+            tally = self.tallies.setdefault(place, Tally())
+            tally.add(apart)
+            if not tally.beyond(kernel.tolerance) or place in self._known:
                 continue
             self._known.add(place)
-            error = max(now.error, tally.error) if tally.bytes else now.error
             found = Difference(
                 self.steps, call.scope, kernel.op, kernel.name, kernel.schedule, reference.targets[apart.output],
-                error, kernel.tolerance,
+                tally.error, kernel.tolerance,
             )  # fmt: skip
             self.differences.append(found)
             if self.report:
@@ -136,7 +133,7 @@ class Shadow:
     def summary(self) -> list[tuple[str, str, float, float]]:
         """(op, schedule, error, tolerance) of every kernel that ran, the nearest to its tolerance first."""
         worst: dict[str, float] = {}
-        for (name, _), tally in self.tallies.items():
+        for (_, name, _), tally in self.tallies.items():
             worst[name] = max(worst.get(name, 0.0), tally.error)
         out = [
             (k.op, k.schedule, worst[k.name], k.tolerance) for k in self.manifest.kernels.values() if k.name in worst

@@ -74,11 +74,3 @@ def constant(program: Program, value: str, layout: Transforms) -> Weight:
     transforms = (("values", [float(v) for v in tensor.flatten()]), ("reshape", list(tensor.shape)))
     plain = Plain(tuple(tensor.shape), "float32", len(transforms)) if layout else None
     return Weight(value, tuple(tensor.shape), "float32", (), (*transforms, *layout), plain)
-
-
-def without_layout(weight: Weight) -> Weight:
-    """The weight as its op's reference takes it."""
-    plain = weight.plain
-    if plain is None:
-        return weight
-    return Weight(weight.name, plain.shape, plain.dtype, weight.sources, weight.transforms[: plain.transforms])

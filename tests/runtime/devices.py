@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4c.artifact import Manifest
+from dsv4c.artifact import Call, Manifest
 from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.compile import Options, lower, planned_manifest
 from dsv4c.config import Target
+from dsv4c.ops import Op
 from dsv4c.program import Program
-from dsv4c.reference import References, plain_weights
+from dsv4c.reference import Reference, References, plain_weights
 from dsv4c.runtime.device import DeviceRunner
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.graphs import GraphExecutor
@@ -47,10 +50,45 @@ class Planned:
         source = Checkpoint(checkpoint)
         program = lower(source.config, OPTIONS, arch="sm_90a")
         manifest = planned_manifest(program, Target("sm_90a"), OPTIONS)
-        return cls(program, manifest, load_weights(manifest.weights, source), plain_weights(manifest, source))
+        weights, _ = load_weights(manifest.weights, source)
+        return cls(program, manifest, weights, plain_weights(manifest, weights))
 
-    def references(self) -> References:
-        return References(self.manifest.kernels, self.plain)
+    def references(self, kind: type[References] = References) -> References:
+        return kind(self.manifest.kernels, self.plain)
+
+
+def row_by_row(op: Op) -> Op:
+    """The op made for one row of its batch at a time: products of matrices whose sums depend on no other row."""
+    rows = [name == "token_ids" or "_T" in name for name in op.parameters]
+
+    @functools.wraps(op.reference)
+    def run(*args: Tensor, **attrs: Any) -> Any:
+        count = next(arg for arg, row in zip(args, rows, strict=True) if row).shape[0]
+        one = [
+            op.reference(*(a[i : i + 1] if row else a for a, row in zip(args, rows, strict=True)), **attrs)
+            for i in range(count)
+        ]
+        if isinstance(one[0], tuple):
+            return tuple(torch.cat(parts) for parts in zip(*one, strict=True))
+        return torch.cat(one)
+
+    return dataclasses.replace(op, reference=run) if op.name in _PRODUCTS else op
+
+
+_PRODUCTS = frozenset(
+    {
+        "linear_fp8", "grouped_linear_fp8", "linear_mixed", "gate_linear_bias", "gate_linear_hash", "experts_fp4",
+        "hc_pre_norm_quantise", "hc_post_pre_norm_quantise", "hc_head_norm",
+    }
+)  # fmt: skip
+
+
+class RowByRow(References):
+    """References that give a token the same bits in any batch. A rounding that falls the other way moves everything."""
+
+    def reference(self, call: Call) -> Reference:
+        found = super().reference(call)
+        return dataclasses.replace(found, op=row_by_row(found.op))
 
 
 class PatientRunner(DeviceRunner):
@@ -100,3 +138,16 @@ def drain(engine: Engine, requests: Sequence[Request]) -> dict[str, list[Event]]
 
 def tokens_of(events: Mapping[str, Sequence[Event]]) -> dict[str, list[int]]:
     return {name: [token for event in found for token in event.tokens] for name, found in events.items()}
+
+
+def gathered(events: dict[str, list[Event]]) -> dict[str, Any]:
+    """What a client sees of every request."""
+    return {
+        name: (
+            [t for e in found for t in e.tokens],
+            [x for e in found for x in e.logprobs],
+            [x for e in found for x in e.prompt_logprobs],
+            found[-1].end and (found[-1].end.reason, found[-1].end.stop_token),
+        )
+        for name, found in events.items()
+    }

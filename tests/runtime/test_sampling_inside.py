@@ -20,12 +20,12 @@ from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.loader import allocate, device_rows
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.poolsizes import PoolSizes
-from dsv4c.runtime.request import Event, Request
+from dsv4c.runtime.request import Request
 from dsv4c.runtime.runner import HostRunner
 from dsv4c.runtime.scheduler import Limits
 from dsv4c.runtime.seats import MAX_ASKED
 from tests.runtime import toy
-from tests.runtime.devices import CPU, PatientRunner, drain, tokens_of
+from tests.runtime.devices import CPU, PatientRunner, drain, gathered, tokens_of
 
 EOS = 5
 REQUESTS, TOKENS, CONTEXT = 8, 32, 128
@@ -61,19 +61,6 @@ def host(seed: int = 0, sizes: PoolSizes | None = None) -> Engine:
     pool = KVPool(MANIFEST.kv_groups, sizes)
     runner = HostRunner(toy.HostBank(toy.bank(seed)), toy.STEP_INPUTS, pool, vocab_size=toy.VOCAB)
     return Engine(runner, pool=pool, vocab_size=toy.VOCAB, limits=LIMITS, eos_token_ids=(EOS,))
-
-
-def gathered(events: dict[str, list[Event]]) -> dict[str, Any]:
-    """What a client sees of every request."""
-    return {
-        name: (
-            [t for e in found for t in e.tokens],
-            [x for e in found for x in e.logprobs],
-            [x for e in found for x in e.prompt_logprobs],
-            found[-1].end and (found[-1].end.reason, found[-1].end.stop_token),
-        )
-        for name, found in events.items()
-    }
 
 
 token = st.integers(0, toy.VOCAB - 1)
