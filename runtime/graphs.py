@@ -158,15 +158,16 @@ class GraphExecutor:
 
     def capture(self, progress: Progress | None = None) -> None:
         """Captures every piece that can be, largest program first, into one pool. `warm_up` comes before."""
+        if self.stream is None or not isinstance(self._kernels, Kernels):
+            raise ConfigError("only an artifact's own kernels on a card can be captured", hint="`--executor eager`")
         pool = torch.cuda.graph_pool_handle()
-        assert self.stream is not None
         lanes = 1 + max(c.lane for bound in self._bound.values() for piece in bound.pieces for c in piece.calls)
         streams = CudaStreams(self.stream, lanes)
         for done, name in enumerate(self._largest_first(), 1):
             bound = self._bound[name]
             start = 0
             for i, (piece, runs) in enumerate(zip(bound.pieces, bound.runs, strict=True)):
-                make = self._branches(bound, piece, start, streams) if piece.branched else _all(runs)
+                make = self._branches(self._kernels, bound, piece, start, streams) if piece.branched else _all(runs)
                 start += len(piece.calls)
                 if piece.why:
                     continue
@@ -177,11 +178,11 @@ class GraphExecutor:
             if progress:
                 progress(done, len(self.programs), name)
 
-    def _branches(self, bound: _Bound, piece: Piece, start: int, streams: Streams) -> Run:
+    def _branches(self, kernels: Kernels, bound: _Bound, piece: Piece, start: int, streams: Streams) -> Run:
         """Makes the calls of a piece, the program's from number `start` on, each in its lane."""
 
         def bind(parts: Sequence[Part]) -> list[Run]:
-            return self._kernels.bind_parts([(part, arguments(part.call, bound.values)) for part in parts])
+            return kernels.bind_parts([(part, arguments(part.call, bound.values)) for part in parts])
 
         return partial(play, steps_of(piece.calls, start), bind, streams)
 
