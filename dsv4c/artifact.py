@@ -162,12 +162,35 @@ class Call:
 
 
 @dataclass(frozen=True)
+class IndexRange:
+    """The integers of `value` are indices: `low` <= each < the product of the sizes `below`."""
+
+    value: str
+    low: int
+    below: Shape
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the calls of a segment may count on and what they promise, for a runtime that checks it.
+
+    Sizes of these names in `padded` hold live rows with padding behind them: live rows depend on no padding, whatever
+    bytes it holds. Every tensor has the shape and strides of its buffer; those that are not dense are listed.
+    """
+
+    padded: tuple[str, ...] = ()
+    strides: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    ranges: tuple[IndexRange, ...] = ()
+
+
+@dataclass(frozen=True)
 class Segment:
     """A run of calls. `graph` segments can be captured; every other kind says why it cannot."""
 
     kind: Literal["graph", "eager", "host", "comm"]
     calls: tuple[Call, ...]
     why: str = ""
+    contract: Contract = Contract()
 
 
 @dataclass(frozen=True)
@@ -259,8 +282,20 @@ class Kernel:
     file: str | None = None
     sha256: str | None = None
     attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a vendor call."""
+    op_attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the logical op, as its reference takes them; kernels have them baked in."""
     launches: tuple[Launch, ...] = ()
     """Of a `gpu` kernel: run one after another on the call's arguments."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A weight before a kernel's layout: what the first `transforms` of its transforms make."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    transforms: int
 
 
 @dataclass(frozen=True)
@@ -278,6 +313,8 @@ class Weight:
     dtype: str
     sources: tuple[str, ...]
     transforms: tuple[tuple[Any, ...], ...]
+    plain: Plain | None = None
+    """As the logical op takes it, where a kernel's layout follows."""
 
 
 @dataclass(frozen=True)

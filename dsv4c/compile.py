@@ -32,7 +32,7 @@ from dsv4c.plan import Plan, plan
 from dsv4c.program import Program
 from dsv4c.schedules._gpu import ptxas_version
 from dsv4c.schedules._schedule import Progress
-from dsv4c.schedules.emit import emit
+from dsv4c.schedules.emit import emit, records
 from dsv4c.weights import stored_formats
 
 
@@ -158,6 +158,12 @@ def numerics(program: Program, options: Options) -> tuple[str, ...]:
     return tuple(out)
 
 
+def planned_manifest(program: Program, target: Target, options: Options) -> artifact.Manifest:
+    """What the artifact of a lowered program would say, with no kernel built: for references and for planning."""
+    made = plan_artifact(program, target, options)
+    return _manifest(program, made, records(made.choices), target, options, {}, embedded=False, truncated_from=None)
+
+
 def compile_artifact(
     config: ModelConfig,
     target: Target,
@@ -184,8 +190,9 @@ def compile_artifact(
         directory = Path(scratch) / "artifact"
         (directory / "kernels").mkdir(parents=True)
         kernels = emit(made.choices, directory, cache or output.parent / ".dsv4c-cache", progress, arch=target.arch)
+        tools, embedded = _tools(target), checkpoint is not None
         manifest = _manifest(
-            program, made, kernels, target, options, embedded=checkpoint is not None, truncated_from=truncated_from
+            program, made, kernels, target, options, tools, embedded=embedded, truncated_from=truncated_from
         )
         (directory / "ir").mkdir()
         (directory / "ir" / "step.txt").write_text(program.dump() + "\n", encoding="utf-8")
@@ -218,6 +225,7 @@ def _manifest(
     kernels: Mapping[str, artifact.Kernel],
     target: Target,
     options: Options,
+    tools: Mapping[str, str],
     *,
     embedded: bool,
     truncated_from: int | None,
@@ -233,7 +241,7 @@ def _manifest(
         compute_dtype="float32" if target.arch == "cpu" else "bfloat16",
         max_context=options.max_context,
         vocab_size=program.config.vocab_size,
-        tools={**_tools(target), "dsv4c": __version__, "python": platform.python_version(), "torch": torch.__version__},
+        tools={**tools, "dsv4c": __version__, "python": platform.python_version(), "torch": torch.__version__},
         passes=program.history,
         numerics=numerics(program, options),
         kernels=dict(sorted(kernels.items())),

@@ -11,7 +11,8 @@
     │   ├── PassError           a pass broke its contract (facts, rewrites, order)
     │   └── ScheduleError       no schedule accepts an op, or one failed to build
     └── EngineError             the engine cannot serve: a fault of ours; the CLI exits with 1
-        └── RunnerBroken        the device is lost: nothing can be computed any more
+        ├── RunnerBroken        the device is lost: nothing can be computed any more
+        └── ContractError       a step broke what its artifact promises; found by `--debug-contracts`
 
 Messages are lower case without a final period and put names in backticks; the hint says the way out.
 """
@@ -90,3 +91,7 @@ class EngineError(Dsv4cError):
 
 class RunnerBroken(EngineError):
     """What computes the steps never will again: the engine fails every request, and takes no more."""
+
+
+class ContractError(EngineError):
+    """A step, or a kernel, broke what the artifact promises; raised where contracts are checked alone."""

@@ -7,7 +7,6 @@ State that an op updates in place keeps its name: its old value must have no lat
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from dsv4c.program import Program, results_of, types_of
 from dsv4c.schedules._schedule import Choice, OpNode, Value
 from dsv4c.schedules._tuned import Tuned
 from dsv4c.schedules.select import select
+from dsv4c.segments import index_ranges, padded_symbols, segments_of
 from dsv4c.weights import constant, weight
 
 ALIGNMENT = 64  # one cache line; also the widest vector load of a CPU
@@ -61,9 +61,20 @@ class Plan:
                         hint="a schedule's layout may depend on nothing but its op's static shapes",
                     )
             out.programs.update(one.programs)
-            out.choices.update(one.choices)
+            for choice in one.choices.values():
+                record(out.choices, choice)
             out.states |= one.states
         return out
+
+
+def record(choices: dict[str, Choice], choice: Choice) -> None:
+    """Adds a choice. Raises CompileError where its kernel serves ops of other attributes."""
+    known = choices.setdefault(choice.kernel, choice)
+    if dict(known.node.attrs) != dict(choice.node.attrs):
+        raise CompileError(
+            f"kernel `{choice.kernel}` would serve {dict(known.node.attrs)} and {dict(choice.node.attrs)}",
+            hint="the manifest says a kernel's attributes once; its key must name them",
+        )
 
 
 @dataclass
@@ -89,6 +100,7 @@ class _Planner:
     names: dict[fx.Node, str] = field(default_factory=dict)
     buffers: dict[str, _Buffer] = field(default_factory=dict)
     calls: list[artifact.Call] = field(default_factory=list)
+    ranges: list[tuple[artifact.IndexRange, ...]] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
     weights: dict[str, artifact.Weight] = field(default_factory=dict)
     layouts: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -125,7 +137,7 @@ class _Planner:
         outputs = tuple(Value(types[i].shape, types[i].dtype) for i in written)
         described = OpNode(op.name, dict(node.kwargs), inputs, outputs, mutates)
         choice = self._choose(described)
-        self.choices[choice.kernel] = choice
+        record(self.choices, choice)
         place = len(self.calls)
         args = [self._argument(a, i, choice) for i, a in enumerate(node.args)]
         args += [self._new(f"{place}.work{i}", v.shape, v.dtype, place) for i, v in enumerate(choice.workspace)]
@@ -137,8 +149,20 @@ class _Planner:
             results[index] = self.names[state]
         self._name_results(node, op, results)
         args += [results[i] for i in written]
+        self.ranges.append(self._ranges(op, node, results))
         self.calls.append(artifact.Call(choice.kernel, tuple(args), len(written), node.meta.get("scope", "")))
         self.costs.append(choice)
+
+    def _ranges(self, op: Op, node: fx.Node, results: Mapping[int, str]) -> tuple[artifact.IndexRange, ...]:
+        operands = [(self.names[a], self._type(a)) if isinstance(a, fx.Node) else None for a in node.args]
+        named = dict(zip(op.parameters, operands, strict=False))
+        changing = {*self.inputs, *self.buffers}
+        return tuple(r for r in index_ranges(op, named, results, node.kwargs) if r.value in changing)
+
+    @staticmethod
+    def _type(node: fx.Node) -> TensorType:
+        kind: TensorType = node.meta["type"] if node.target is operator.getitem else types_of(node)[0]
+        return kind
 
     def _choose(self, node: OpNode) -> Choice:
         """The choice for a node, by schedules that know rows as `T` whatever the program calls them."""
@@ -156,8 +180,7 @@ class _Planner:
     def _operand(self, arg: Any) -> Value | None:
         if not isinstance(arg, fx.Node):
             return None
-        kind = types_of(arg)[0] if arg.target is not operator.getitem else arg.meta["type"]
-        name = self.names[arg]
+        kind, name = self._type(arg), self.names[arg]
         role: Any = "activation"
         if arg.op == "placeholder":
             role = {"weight": "weight", "constant": "weight", "state": "pool"}.get(arg.meta["value"].kind, "input")
@@ -313,17 +336,7 @@ def plan(
         for b in planner.buffers.values()
     )
     used = tuple(i for i in inputs if i.name in planner.inputs)
-    segments = _segments(planner.calls, planner.choices)
+    padded = () if phase == "mixed" else tuple(sorted(padded_symbols(used)))
+    segments = segments_of(planner.calls, planner.ranges, planner.choices, buffers, padded)
     made = artifact.Program(phase, dict(symbols), used, buffers, segments, outputs, arena)
     return Plan({name: made}, planner.choices, planner.weights, planner.states)
-
-
-def _segments(calls: Sequence[artifact.Call], choices: Mapping[str, Choice]) -> tuple[artifact.Segment, ...]:
-    """Runs of calls that a CUDA graph can hold, broken by those that it cannot, each with the reason."""
-    out: list[artifact.Segment] = []
-    for capturable, run in itertools.groupby(calls, lambda call: choices[call.kernel].capturable):
-        held = tuple(run)
-        names = sorted({choices[call.kernel].schedule for call in held})
-        why = "" if capturable else f"`{'`, `'.join(names)}` cannot be captured"
-        out.append(artifact.Segment("graph" if capturable else "eager", held, why))
-    return tuple(out)

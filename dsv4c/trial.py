@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4c import artifact
+from dsv4c.agreement import largest_error
 from dsv4c.errors import ScheduleError
 from dsv4c.ops import OPS, Op
 from dsv4c.runtime import layouts
@@ -226,25 +227,6 @@ def _copied(tensor: Tensor) -> Tensor:
 
 class WrongResult(Exception):
     """A candidate's result is not what it must be."""
-
-
-def largest_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest, over outputs, of max|out - ref| / max|ref|; NaN or a different shape gives infinity."""
-    worst = 0.0
-    for out, ref in zip(outputs, expected, strict=True):
-        if out.shape != ref.shape:
-            return math.inf
-        if not out.numel():
-            continue
-        if not ref.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(out.long(), ref.long()) else math.inf)
-            continue
-        apart = (out.float() - ref.float()).abs().max().item()
-        scale = ref.float().abs().max().item()
-        worst = max(worst, apart / scale if scale else (math.inf if apart else 0.0))
-        if math.isnan(apart):
-            return math.inf
-    return worst
 
 
 def time_graph(call: Callable[[], object]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4c.artifact import Weight
+from dsv4c.artifact import Plain, Weight
 from dsv4c.checkpoint.names import inventory, parameter_sources, scale_name
 from dsv4c.config import ModelConfig
 from dsv4c.program import Program
@@ -43,7 +43,9 @@ def weight(
     if stored is not None and stored.part == "scale":
         tensors = tuple(scale_name(tensor) for tensor in tensors)
     transforms = (*_reading(program, value), *_joining(parts, tensors), *_typing(program, value))
-    return Weight(name, shape, dtype, tensors, (*transforms, *layout))
+    kind = program.weight_types[value]
+    plain = Plain(tuple(int(size) for size in kind.shape), kind.dtype, len(transforms)) if layout else None
+    return Weight(name, shape, dtype, tensors, (*transforms, *layout), plain)
 
 
 def _reading(program: Program, value: str) -> Transforms:
@@ -69,5 +71,6 @@ def _typing(program: Program, value: str) -> Transforms:
 def constant(program: Program, value: str, layout: Transforms) -> Weight:
     """The artifact's entry for a constant of the model: its values stand in the manifest."""
     tensor = program.constants[value]
-    values = ("values", [float(v) for v in tensor.flatten()])
-    return Weight(value, tuple(tensor.shape), "float32", (), (values, ("reshape", list(tensor.shape)), *layout))
+    transforms = (("values", [float(v) for v in tensor.flatten()]), ("reshape", list(tensor.shape)))
+    plain = Plain(tuple(tensor.shape), "float32", len(transforms)) if layout else None
+    return Weight(value, tuple(tensor.shape), "float32", (), (*transforms, *layout), plain)

@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv4c.artifact import Call, Program
 from dsv4c.errors import ArtifactError, EngineError
 from dsv4c.runtime.buffers import Arena, sizes_of
-from dsv4c.runtime.kernels import Arg, Kernels, Run
+from dsv4c.runtime.kernels import Binder, Run
 
 MAX_BINDINGS = 256  # about 0.2 MB each; decoding 32 requests meets some dozens (rows times completed windows)
 
@@ -39,7 +39,7 @@ class ArtifactExecutor:
     def __init__(
         self,
         program: Program,
-        kernels: Kernels,
+        kernels: Binder,
         weights: Mapping[str, Tensor],
         states: Mapping[str, Tensor],
         device: torch.device | None = None,
@@ -79,7 +79,7 @@ class ArtifactExecutor:
         found: dict[str, Tensor] = {}
         of = {buffer.name: buffer.of or buffer.name for buffer in self.program.buffers}
         for call in self._calls:
-            for run in self._kernels.bind([(call.kernel, arguments(call, binding.values))]):
+            for run in self._kernels.bind_calls(self.program, [call], binding.values):
                 run()
             written = set(call.args[len(call.args) - call.outputs :])
             found.update({n: binding.values[n].clone() for n in want if of.get(n) in written})
@@ -96,7 +96,7 @@ class ArtifactExecutor:
         binding = self._binding(self._sizes(inputs))
         out: list[tuple[Call, Callable[[], object]]] = []
         for call in self._calls:
-            (run,) = self._kernels.bind([(call.kernel, arguments(call, binding.values))]) or [_nothing]
+            (run,) = self._kernels.bind_calls(self.program, [call], binding.values) or [_nothing]
             out.append((call, run))
         return out
 
@@ -142,25 +142,8 @@ class ArtifactExecutor:
             for item in self.program.inputs
         }
         values = {**self._arena.views(symbols), **self._weights, **self.states, **inputs}
-        calls = [(call.kernel, arguments(call, values)) for call in self._calls]
         logits = values[self.program.outputs["logits"]]
-        return _Binding(inputs, values, self._kernels.bind(calls), logits)
-
-
-def arguments(call: Call, values: Mapping[str, Tensor]) -> list[Arg]:
-    """A call's arguments: tensors by name, and its scalars. Raises ArtifactError for a name without a value."""
-    out: list[Arg] = []
-    for arg in call.args:
-        if not isinstance(arg, str):
-            out.append(arg)
-        elif arg in values:
-            out.append(values[arg])
-        else:
-            raise ArtifactError(
-                f"a call of `{call.kernel}` reads `{arg}`, which nothing provides",
-                hint="the manifest is corrupted; compile the artifact again",
-            )
-    return out
+        return _Binding(inputs, values, self._kernels.bind_calls(self.program, self._calls, values), logits)
 
 
 def _nothing() -> None:

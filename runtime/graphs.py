@@ -21,8 +21,7 @@ from torch import Tensor
 from dsv4c.artifact import Call, Program
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.runtime.buffers import Arena
-from dsv4c.runtime.executor import arguments
-from dsv4c.runtime.kernels import Kernels, Run
+from dsv4c.runtime.kernels import Binder, Kernels, Run, arguments
 from dsv4c.runtime.lanes import CudaStreams, Part, Streams, play, steps_of
 from dsv4c.runtime.staging import Staging
 from dsv4c.runtime.tables import PageTables
@@ -83,7 +82,7 @@ class GraphExecutor:
     def __init__(
         self,
         programs: Mapping[str, Program],
-        kernels: Kernels,
+        kernels: Binder,
         weights: Mapping[str, Tensor],
         states: Mapping[str, Tensor],
         device: torch.device,
@@ -97,25 +96,35 @@ class GraphExecutor:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._kernels = kernels
-        largest = max(programs.values(), key=lambda p: p.arena_bytes)
-        arena = Arena.memory(largest.arena_bytes, device)
+        self.rows = dict(rows)
+        self.arena = self._new_arena()
         self.staging = Staging(programs, device, rows)
         groups = {i.group: rows[str(i.shape[1])] for p in programs.values() for i in p.inputs if i.kind == "page_table"}
         self.tables = PageTables(rows["R"], {str(group): width for group, width in groups.items()}, device)
-        slots = torch.arange(rows["R"], device=device)
-        self._bound: dict[str, _Bound] = {}
-        for name, program in programs.items():
-            views = Arena(program, device, arena).views({**program.symbols, **rows})
-            resident = {
-                i.name: self.tables.tensors[str(i.group)] if i.kind == "page_table" else slots
-                for i in program.inputs
-                if i.kind in ("page_table", "state_slots")
-            }
-            values = {**views, **weights, **states, **resident, **self.staging.tensors(name)}
-            self._bound[name] = self._bind(program, values, pieces_of(program, breaks))
+        self._slots = torch.arange(rows["R"], device=device)
+        self._weights = dict(weights)
+        self._bound = {
+            name: self._bind(program, self._tensors(name, self.arena, self.states), pieces_of(program, breaks))
+            for name, program in programs.items()
+        }
+
+    def _new_arena(self) -> Tensor:
+        """Memory that any of the programs can use."""
+        return Arena.memory(max(program.arena_bytes for program in self.programs.values()), self.device)
+
+    def _tensors(self, name: str, arena: Tensor, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every value of a program, with its buffers in this arena and over these states."""
+        program = self.programs[name]
+        views = Arena(program, self.device, arena).views({**program.symbols, **self.rows})
+        resident = {
+            i.name: self.tables.tensors[str(i.group)] if i.kind == "page_table" else self._slots
+            for i in program.inputs
+            if i.kind in ("page_table", "state_slots")
+        }
+        return {**views, **self._weights, **states, **resident, **self.staging.tensors(name)}
 
     def _bind(self, program: Program, values: dict[str, Tensor], pieces: tuple[Piece, ...]) -> _Bound:
-        runs = [self._kernels.bind([(c.kernel, arguments(c, values)) for c in piece.calls]) for piece in pieces]
+        runs = [self._kernels.bind_calls(program, piece.calls, values) for piece in pieces]
         outputs = {meaning: values[value] for meaning, value in program.outputs.items()}
         return _Bound(values, outputs, pieces, runs, [_all(run) for run in runs])
 
@@ -149,15 +158,16 @@ class GraphExecutor:
 
     def capture(self, progress: Progress | None = None) -> None:
         """Captures every piece that can be, largest program first, into one pool. `warm_up` comes before."""
+        if self.stream is None or not isinstance(self._kernels, Kernels):
+            raise ConfigError("only an artifact's own kernels on a card can be captured", hint="`--executor eager`")
         pool = torch.cuda.graph_pool_handle()
-        assert self.stream is not None
         lanes = 1 + max(c.lane for bound in self._bound.values() for piece in bound.pieces for c in piece.calls)
         streams = CudaStreams(self.stream, lanes)
         for done, name in enumerate(self._largest_first(), 1):
             bound = self._bound[name]
             start = 0
             for i, (piece, runs) in enumerate(zip(bound.pieces, bound.runs, strict=True)):
-                make = self._branches(bound, piece, start, streams) if piece.branched else _all(runs)
+                make = self._branches(self._kernels, bound, piece, start, streams) if piece.branched else _all(runs)
                 start += len(piece.calls)
                 if piece.why:
                     continue
@@ -168,11 +178,11 @@ class GraphExecutor:
             if progress:
                 progress(done, len(self.programs), name)
 
-    def _branches(self, bound: _Bound, piece: Piece, start: int, streams: Streams) -> Run:
+    def _branches(self, kernels: Kernels, bound: _Bound, piece: Piece, start: int, streams: Streams) -> Run:
         """Makes the calls of a piece, the program's from number `start` on, each in its lane."""
 
         def bind(parts: Sequence[Part]) -> list[Run]:
-            return self._kernels.bind_parts([(part, arguments(part.call, bound.values)) for part in parts])
+            return kernels.bind_parts([(part, arguments(part.call, bound.values)) for part in parts])
 
         return partial(play, steps_of(piece.calls, start), bind, streams)
 
@@ -188,7 +198,7 @@ class GraphExecutor:
         bound, out = self._bound[name], []
         for piece in bound.pieces:
             for call in piece.calls:
-                out.append((call, _all(self._kernels.bind([(call.kernel, arguments(call, bound.values))]))))
+                out.append((call, _all(self._kernels.bind_calls(self.programs[name], [call], bound.values))))
         return out
 
     def copy_states(self, pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import tvm_ffi
 from torch import Tensor
 
-from dsv4c.artifact import Kernel
+from dsv4c.artifact import Call, Kernel, Program
 from dsv4c.errors import ArtifactError
 from dsv4c.runtime.gpu import GpuKernels
 from dsv4c.runtime.lanes import Part
@@ -83,6 +83,13 @@ VENDOR_CALLS: Mapping[str, Callable[[Mapping[str, Any]], Vendor]] = {
 }
 
 
+class Binder(Protocol):
+    """Whatever makes the calls of a program."""
+
+    def bind_calls(self, program: Program, calls: Sequence[Call], values: Mapping[str, Tensor]) -> list[Run]:
+        """Functions that make these calls in order, on these tensors by name."""
+
+
 class Kernels:
     """The loaded kernels of one artifact."""
 
@@ -117,6 +124,10 @@ class Kernels:
         if not module.implements_function(kernel.symbol):
             raise ArtifactError(f"`{kernel.file}` has no function `{kernel.symbol}`", hint="compile the artifact again")
         return module.get_function(kernel.symbol)
+
+    def bind_calls(self, program: Program, calls: Sequence[Call], values: Mapping[str, Tensor]) -> list[Run]:
+        """See Binder, and `bind`."""
+        return self.bind([(call.kernel, arguments(call, values)) for call in calls])
 
     def bind(self, calls: Sequence[tuple[str, Sequence[Arg]]]) -> list[Run]:
         """Functions that make these calls in order; neighbouring native calls become one.
@@ -174,6 +185,22 @@ class Kernels:
         module = next(iter(self._modules.values()))
         run: Run = module.get_function("sequence")(calls)
         return run
+
+
+def arguments(call: Call, values: Mapping[str, Tensor]) -> list[Arg]:
+    """A call's arguments: tensors by name, and its scalars. Raises ArtifactError for a name without a value."""
+    out: list[Arg] = []
+    for arg in call.args:
+        if not isinstance(arg, str):
+            out.append(arg)
+        elif arg in values:
+            out.append(values[arg])
+        else:
+            raise ArtifactError(
+                f"a call of `{call.kernel}` reads `{arg}`, which nothing provides",
+                hint="the manifest is corrupted; compile the artifact again",
+            )
+    return out
 
 
 def _bound(vendor: Vendor, args: Sequence[Arg]) -> Run:

@@ -56,3 +56,19 @@ def apply(tensor: Tensor, transforms: Sequence[Sequence[Any]]) -> Tensor:
     for name, *args in transforms:
         tensor = LAYOUTS[name](tensor, *args)
     return tensor.contiguous()
+
+
+def undo(tensor: Tensor, transforms: Sequence[Sequence[Any]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What became `tensor` by these transforms: of this shape and dtype, dense."""
+    shapes = [torch.empty(tuple(shape), device="meta")]
+    for name, *args in transforms:
+        same = name in ("narrow", "at_most")
+        shapes.append(shapes[-1] if same else LAYOUTS[name](shapes[-1], *args))
+    for (name, *args), before in zip(reversed(transforms), reversed(shapes[:-1]), strict=True):
+        if name == "reshape":
+            tensor = tensor.reshape(before.shape)
+        elif name == "transpose":
+            tensor = tensor.transpose(-1, -2)
+        elif name == "permute":
+            tensor = tensor.permute(*(args[0].index(dim) for dim in range(before.dim())))
+    return tensor.to(dtype).contiguous()

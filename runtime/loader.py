@@ -74,17 +74,18 @@ def load_device(
     sizes: PoolSizes,
     device: torch.device,
     breaks: Sequence[str] = (),
+    make: Callable[..., GraphExecutor] = GraphExecutor,
 ) -> GraphExecutor:
     """The executor of a GPU artifact over weights that are on `device`, with zeroed pools; nothing captured yet.
 
-    `breaks`: scopes to keep out of the graphs. Raises ArtifactError as `load` does, ConfigError for a pattern that
+    `breaks`: scopes to keep out of the graphs. `make`: a kind of executor that takes what GraphExecutor does. Raises ArtifactError as `load` does, ConfigError for a pattern that
     matches nothing.
     """
     check_host(manifest)
     kernels = Kernels(manifest.kernels, directory, manifest.target)
     states = allocate(manifest, sizes, device)
     rows = device_rows(manifest, sizes)
-    return GraphExecutor(manifest.programs, kernels, weights, states, device, rows=rows, breaks=breaks)
+    return make(manifest.programs, kernels, weights, states, device, rows=rows, breaks=breaks)
 
 
 def device_rows(manifest: Manifest, sizes: PoolSizes) -> dict[str, int]:

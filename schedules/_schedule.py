@@ -181,6 +181,7 @@ class Choice:
                 build.signature,
                 *map(asdict, build.launches),
                 *([self._dtypes()] if build.launches else []),  # a launch takes its arguments' dtypes
+                dict(self.node.attrs),  # the manifest says them once a kernel
             ],
             sort_keys=True,
         )

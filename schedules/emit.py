@@ -92,6 +92,11 @@ def emit(
     return {**out, **_emit_gpu(choices, out, arch, tools, out_dir, cache_dir, progress)}
 
 
+def records(choices: Mapping[str, Choice]) -> dict[str, Kernel]:
+    """What the manifest says of every kernel, with no code behind it."""
+    return {key: _kernel(key, choice, None, None) for key, choice in sorted(choices.items())}
+
+
 def _emit_gpu(
     choices: Mapping[str, Choice],
     kernels: Mapping[str, Kernel],
@@ -159,6 +164,7 @@ def _kernel(key: str, choice: Choice, file: str | None, digest: str | None) -> K
         file=file,
         sha256=digest,
         attrs=dict(choice.build.defines) if vendor else {},
+        op_attrs=dict(choice.node.attrs),
     )
 
 

@@ -13,9 +13,9 @@ from dsv4c.model import attention as plain_attention
 from dsv4c.model import compressor, indexer, linear, moe, mtp, norm, paging, quant, rope, transformer
 from dsv4c.model import hyper as plain_hyper
 from dsv4c.ops import attention, compress, experts, fused, hyper, index, linears, rows, sampling
-from dsv4c.ops._op import DTYPE_BYTES, Op, TensorType
+from dsv4c.ops._op import DTYPE_BYTES, Index, Op, TensorType
 
-__all__ = ["DTYPE_BYTES", "LEAVES", "OPS", "VIEWS", "Op", "TensorType"]
+__all__ = ["DTYPE_BYTES", "LEAVES", "OPS", "VIEWS", "Index", "Op", "TensorType"]
 
 Types = Sequence[TensorType]
 Symbols = Mapping[str, int]
@@ -54,14 +54,18 @@ def _index_flops(types: Types, attrs: Mapping[str, Any], symbols: Symbols) -> in
     return 2 * types[0].numel(symbols) * (symbols.get("context", 0) // int(attrs["ratio"]))
 
 
+_ROWS: Mapping[str | int, Index] = {"request_rows": Index("pages_RP")}
+_ENDS: Mapping[str | int, Index] = {"ends": Index("positions", low=-1)}
+_SLOTS: Mapping[str | int, Index] = {"slots": Index("pool")}
+
 _ALL = (
-    Op("embed", transformer.embed),
-    Op("embed_streams", transformer.embed_streams),
-    Op("take_rows", paging.take_rows),
+    Op("embed", transformer.embed, indices={"token_ids": Index("weight")}),
+    Op("embed_streams", transformer.embed_streams, indices={"token_ids": Index("weight")}),
+    Op("take_rows", paging.take_rows, indices={"rows": Index("x")}),
     Op("rope_table", rope.rope_table),
-    Op("entry_rope_table", rope.entry_rope_table),
-    Op("token_slots", paging.token_slots),
-    Op("entry_slots", paging.entry_slots),
+    Op("entry_rope_table", rope.entry_rope_table, indices=_ENDS),
+    Op("token_slots", paging.token_slots, indices=_ROWS),
+    Op("entry_slots", paging.entry_slots, indices={**_ROWS, **_ENDS}),
     Op("hc_pre", plain_hyper.hc_pre, outputs=3, flops=_hc_flops),
     Op("hc_post", plain_hyper.hc_post, flops=_hc_flops),
     Op("hc_head", plain_hyper.hc_head, flops=_hc_flops),
@@ -70,19 +74,40 @@ _ALL = (
     Op("rope", rope.rope),
     Op("linear", linear.linear, flops=_linear_flops),
     Op("grouped_linear", linear.grouped_linear, flops=_grouped_flops),
-    Op("page_write", paging.page_write, in_place={0: "pool"}),
+    Op("page_write", paging.page_write, in_place={0: "pool"}, indices=_SLOTS),
     Op("quantise_kv", quant.quantise_kv),
     Op("quantise_index", quant.quantise_index),
-    Op("compress", compressor.compress, outputs=3, in_place={1: "ring_k", 2: "ring_z"}),
+    Op(
+        "compress",
+        compressor.compress,
+        outputs=3,
+        in_place={1: "ring_k", 2: "ring_z"},
+        indices={**_ENDS, "request_rows": Index("seq_starts"), "state_slots": Index("ring_k")},
+    ),
     Op("split_heads", fused.split_heads),
-    Op("index_topk", indexer.index_topk, flops=_index_flops),
-    Op("attend_window", plain_attention.attend_window, flops=_attention_flops),
-    Op("attend_csa", plain_attention.attend_csa, flops=_attention_flops),
-    Op("attend_hca", plain_attention.attend_hca, flops=_attention_flops),
-    Op("gate_bias", moe.gate_bias, outputs=2),
-    Op("gate_hash", moe.gate_hash, outputs=2),
+    Op(
+        "index_topk",
+        indexer.index_topk,
+        flops=_index_flops,
+        indices={**_ROWS, 0: Index("pages_RP", dims=(1,), low=-1, times="entries_per_page")},
+    ),
+    Op("attend_window", plain_attention.attend_window, flops=_attention_flops, indices=_ROWS),
+    Op(
+        "attend_csa",
+        plain_attention.attend_csa,
+        flops=_attention_flops,
+        indices={**_ROWS, "picks_TK": Index("entry_pages_RP", dims=(1,), low=-1, times="entries_per_page")},
+    ),
+    Op("attend_hca", plain_attention.attend_hca, flops=_attention_flops, indices=_ROWS),
+    Op("gate_bias", moe.gate_bias, outputs=2, indices={0: Index("bias_E")}),
+    Op(
+        "gate_hash",
+        moe.gate_hash,
+        outputs=2,
+        indices={0: Index("logits_TE", dims=(1,)), "token_ids": Index("tid2eid_VK")},
+    ),
     Op("swiglu", moe.swiglu),
-    Op("experts", moe.experts, flops=_experts_flops),
+    Op("experts", moe.experts, flops=_experts_flops, indices={"experts_TK": Index("w1_EID")}),
     Op("add_embedding", mtp.add_embedding),
     # fused
     Op("hc_pre_norm", fused.hc_pre_norm, outputs=3, flops=_hc_flops),
@@ -90,7 +115,7 @@ _ALL = (
     Op("hc_head_norm", fused.hc_head_norm, flops=_hc_flops),
     Op("head_norm_rope", fused.head_norm_rope),
     Op("split_heads_rope", fused.split_heads_rope),
-    Op("norm_rope_write", fused.norm_rope_write, in_place={0: "pool"}),
+    Op("norm_rope_write", fused.norm_rope_write, in_place={0: "pool"}, indices=_SLOTS),
     Op("swiglu_pair", fused.swiglu_pair),
     Op("columns", fused.columns),
     # of stored formats

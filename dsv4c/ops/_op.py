@@ -43,6 +43,20 @@ DTYPE_BYTES = {
     "float8_e4m3fn": 1, "float8_e8m0fnu": 1,
 }  # fmt: skip
 
+
+@dataclass(frozen=True)
+class Index:
+    """Integers that index something: at least `low`, and below the product of sizes `dims` of the parameter `of`.
+
+    `times`: an attribute that this product is multiplied by (`entries_per_page`, where pages are counted).
+    """
+
+    of: str
+    dims: tuple[int, ...] = (0,)
+    low: int = 0
+    times: str | None = None
+
+
 Work = Callable[[Sequence[TensorType], Mapping[str, Any], Mapping[str, int]], int]
 
 
@@ -52,7 +66,7 @@ class Op:
 
     `in_place` maps an output index to the tensor parameter it may overwrite (pools and rings). `flops` counts
     multiply-adds twice, from the input types, the attributes and the size of every symbol; None means that bytes
-    are all that matters.
+    are all that matters. `indices` says which parameters (by name) and outputs (by number) are indices, and of what.
     """
 
     name: str
@@ -60,6 +74,7 @@ class Op:
     outputs: int = 1
     in_place: Mapping[int, str] = field(default_factory=dict)
     flops: Work | None = None
+    indices: Mapping[str | int, Index] = field(default_factory=dict)
 
     @property
     def __name__(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv4c.model.attention import sink_softmax_attention
 from dsv4c.model.paging import entry_rows
-from dsv4c.ops._op import Op, TensorType
+from dsv4c.ops._op import Index, Op, TensorType
 from dsv4c.ops.formats import kv_sizes, read_entries, unpack_kv
 
 
@@ -120,8 +120,11 @@ def _flops(keys: str) -> Any:
     return count
 
 
+_ROWS: Mapping[str | int, Index] = {"request_rows": Index("pages_RP")}
+_PICKS = Index("entry_pages_RP", dims=(1,), low=-1, times="entries_per_page")
+
 OPS: tuple[Op, ...] = (
-    Op("attend_window_packed", attend_window_packed, flops=_flops("window")),
-    Op("attend_csa_packed", attend_csa_packed, flops=_flops("picks")),
-    Op("attend_hca_packed", attend_hca_packed, flops=_flops("context")),
+    Op("attend_window_packed", attend_window_packed, flops=_flops("window"), indices=_ROWS),
+    Op("attend_csa_packed", attend_csa_packed, flops=_flops("picks"), indices={**_ROWS, "picks_TK": _PICKS}),
+    Op("attend_hca_packed", attend_hca_packed, flops=_flops("context"), indices=_ROWS),
 )

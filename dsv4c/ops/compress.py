@@ -16,6 +16,7 @@ projected row (2 C with overlap), R rotated channels, Z request slots, N pool ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from dsv4c.model.compressor import compress
 from dsv4c.model.norm import rms_norm
 from dsv4c.model.quant import hadamard
 from dsv4c.model.rope import rope
-from dsv4c.ops._op import Op
+from dsv4c.ops._op import Index, Op
 from dsv4c.ops.formats import pack_index, pack_kv, write_entries
 
 EntryFormat = Literal["kv", "fp8", "fp4"]
@@ -159,7 +160,17 @@ def compress_online_pack(
     return state_Z3C.index_put((state_slots[request_rows[rows]],), after), pool_NB
 
 
+_WHERE: Mapping[str | int, Index] = {
+    "slots": Index("pool_NB"), "request_rows": Index("seq_starts"), "ends": Index("positions", low=-1),
+}  # fmt: skip
+
 OPS = (
-    Op("compress_pack", compress_pack, outputs=3, in_place={0: "ring_k", 1: "ring_z", 2: "pool_NB"}),
-    Op("compress_online_pack", compress_online_pack, outputs=2, in_place={0: "state_Z3C", 1: "pool_NB"}),
-)
+    Op(
+        "compress_pack", compress_pack, outputs=3, in_place={0: "ring_k", 1: "ring_z", 2: "pool_NB"},
+        indices={**_WHERE, "state_slots": Index("ring_k")},
+    ),
+    Op(
+        "compress_online_pack", compress_online_pack, outputs=2, in_place={0: "state_Z3C", 1: "pool_NB"},
+        indices={**_WHERE, "state_slots": Index("state_Z3C")},
+    ),
+)  # fmt: skip

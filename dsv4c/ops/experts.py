@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv4c.ops._op import Op, TensorType
+from dsv4c.ops._op import Index, Op, TensorType
 from dsv4c.ops.formats import dequantise_fp4
 
 
@@ -51,4 +51,4 @@ def _flops(types: Sequence[TensorType], attrs: Mapping[str, Any], symbols: Mappi
     return 6 * chosen.numel(symbols) * int(x.shape[1]) * int(w1.shape[1])
 
 
-OPS: tuple[Op, ...] = (Op("experts_fp4", experts_fp4, flops=_flops),)
+OPS: tuple[Op, ...] = (Op("experts_fp4", experts_fp4, flops=_flops, indices={"chosen_TK": Index("w1")}),)

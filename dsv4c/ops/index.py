@@ -20,7 +20,7 @@ from torch import Tensor
 from dsv4c.model.paging import entry_rows
 from dsv4c.model.quant import hadamard
 from dsv4c.model.rope import rope
-from dsv4c.ops._op import Op, TensorType
+from dsv4c.ops._op import Index, Op, TensorType
 from dsv4c.ops.formats import IndexFormat, from_e8m0, index_sizes, pack_index, read_entries, unpack_e2m1, unpack_index
 
 FP4_LIFT = 6  # 6 x 2^6 = 384 is the largest E2M1 value times a power of two that E4M3 holds
@@ -128,7 +128,15 @@ def _flops(types: Sequence[TensorType], attrs: Mapping[str, Any], symbols: Mappi
 
 OPS: tuple[Op, ...] = (
     Op("index_query", index_query, outputs=2),
-    Op("index_scores", index_scores, flops=_flops),
-    Op("topk_rows", topk_rows),
-    Op("index_topk_packed", index_topk_packed, flops=_flops),
+    Op("index_scores", index_scores, flops=_flops, indices={"request_rows": Index("pages_SP")}),
+    Op("topk_rows", topk_rows, indices={0: Index("scores_TPE", dims=(1, 2), low=-1)}),
+    Op(
+        "index_topk_packed",
+        index_topk_packed,
+        flops=_flops,
+        indices={
+            0: Index("pages_SP", dims=(1,), low=-1, times="entries_per_page"),
+            "request_rows": Index("pages_SP"),
+        },
+    ),
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.model.moe import gate_bias, gate_hash
-from dsv4c.ops._op import Op, TensorType
+from dsv4c.ops._op import Index, Op, TensorType
 from dsv4c.ops.formats import dequantise_blocks, dequantise_rows
 
 
@@ -64,6 +64,12 @@ OPS = (
     Op("linear_fp8", linear_fp8, flops=_linear_flops),
     Op("grouped_linear_fp8", grouped_linear_fp8, flops=_linear_flops),
     Op("linear_mixed", linear_mixed, flops=_linear_flops),
-    Op("gate_linear_bias", gate_linear_bias, outputs=2, flops=_linear_flops),
-    Op("gate_linear_hash", gate_linear_hash, outputs=2, flops=_linear_flops),
+    Op("gate_linear_bias", gate_linear_bias, outputs=2, flops=_linear_flops, indices={0: Index("weight_EK")}),
+    Op(
+        "gate_linear_hash",
+        gate_linear_hash,
+        outputs=2,
+        flops=_linear_flops,
+        indices={0: Index("weight_EK"), "token_ids": Index("tid2eid")},
+    ),
 )

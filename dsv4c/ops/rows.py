@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv4c.model.norm import rms_norm
 from dsv4c.model.rope import rope
-from dsv4c.ops._op import Op
+from dsv4c.ops._op import Index, Op
 from dsv4c.ops.formats import pack_kv, quantise_rows, write_entries
 from dsv4c.ops.fused import swiglu_pair
 
@@ -70,8 +70,14 @@ def swiglu_quantise(gate_up: Tensor, *, limit: float, group: int) -> tuple[Tenso
 OPS = (
     Op("quantise_rows", quantise_rows, outputs=2),
     Op("rms_norm_quantise", rms_norm_quantise, outputs=2),
-    Op("norm_rope_pack", norm_rope_pack, in_place={0: "pool_NB"}),
-    Op("qkv_norm_rope_pack", qkv_norm_rope_pack, outputs=3, in_place={0: "pool_NB"}),
+    Op("norm_rope_pack", norm_rope_pack, in_place={0: "pool_NB"}, indices={"slots": Index("pool_NB")}),
+    Op(
+        "qkv_norm_rope_pack",
+        qkv_norm_rope_pack,
+        outputs=3,
+        in_place={0: "pool_NB"},
+        indices={"slots": Index("pool_NB")},
+    ),
     Op("rope_quantise", rope_quantise, outputs=2),
     Op("swiglu_quantise", swiglu_quantise, outputs=2),
 )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4c.ops._op import Op
+from dsv4c.ops._op import Index, Op
 
 GREEDY_BELOW = 1e-5
 """Smaller temperatures overflow float32 before they differ from greedy."""
@@ -163,10 +163,18 @@ def sample_penalised(
     return tokens_S, counts_ZV
 
 
+_TOKEN = Index("logits_SV", dims=(1,), low=-1)
+
 OPS = (
-    Op("feed_tokens", feed_tokens),
-    Op("keep_tokens", keep_tokens, in_place={0: "last_tokens_Z"}),
-    Op("edit_logits", edit_logits, outputs=2, in_place={0: "logits_SV"}),
-    Op("sample", sample),
-    Op("sample_penalised", sample_penalised, outputs=2, in_place={1: "counts_ZV"}),
-)
+    Op("feed_tokens", feed_tokens, indices={"seats_T": Index("last_tokens_Z")}),
+    Op("keep_tokens", keep_tokens, in_place={0: "last_tokens_Z"}, indices={"seats_S": Index("last_tokens_Z")}),
+    Op(
+        "edit_logits", edit_logits, outputs=2, in_place={0: "logits_SV"},
+        indices={"tokens_M": Index("logits_SV", dims=(1,))},
+    ),
+    Op("sample", sample, indices={0: _TOKEN}),
+    Op(
+        "sample_penalised", sample_penalised, outputs=2, in_place={1: "counts_ZV"},
+        indices={0: _TOKEN, "slots_S": Index("counts_ZV")},
+    ),
+)  # fmt: skip

@@ -9,6 +9,7 @@ Legend: T tokens, E experts, K chosen experts, D hidden_size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,50 +90,44 @@ def _spoil(logits: Tensor) -> None:
             change(logits[(i + 1) * logits.shape[0] // (len(hard) + 1)])
 
 
-def _reference(case: Case) -> Callable[..., tuple[Tensor, ...]]:
-    """All experts' scores, and the ranks they are chosen by (None: by the table); `_error` judges by them."""
-
-    def run(*tensors: Tensor, **attrs: Any) -> tuple[Tensor, ...]:
-        logits, rest = tensors[0], tensors[1:]
-        if case.product:
-            logits, rest = linear_mixed(tensors[0], tensors[1]), tensors[2:]
-        scores = F.softplus(logits.double()).sqrt()
-        if case.kind == "bias":
-            return scores, scores + rest[0].double()
-        return scores, rest[1][rest[0]].double()
-
-    return run
+def scores_and_ranks(op: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """float64: all experts' scores, and the ranks they are chosen by; for a hash gate, the ids that the table names."""
+    logits, rest = tensors[0], tensors[1:]
+    if "linear" in op:
+        logits, rest = linear_mixed(tensors[0], tensors[1]), tensors[2:]
+    scores = F.softplus(logits.double()).sqrt()
+    if op.endswith("bias"):
+        return scores, scores + rest[0].double()
+    return scores, rest[1][rest[0]].double()
 
 
-def _error(case: Case) -> Callable[[Sequence[Tensor], Sequence[Tensor]], float]:
-    scaling = preset(case.model).routed_scaling_factor
+def choice_error(op: str, scaling: float, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest of: what the chosen experts' ranks lose to the best ones', and the error of the weights.
 
-    def error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-        """The largest of: what the chosen experts' ranks lose to the best ones', and the error of the weights."""
-        ids, weight = outputs[0].long(), outputs[1].double()
-        scores, by = expected
-        if not ids.numel():
-            return 0.0
-        ordered = ids.sort(-1).values
-        if ids.min() < 0 or ids.max() >= scores.shape[1] or bool((ordered.diff(dim=-1) == 0).any()):
-            return math.inf
-        if case.kind == "hash":
-            loss = 0.0 if torch.equal(ids, by.long()) else math.inf
-        else:
-            ranks = by.masked_fill(by.isnan(), -math.inf)
-            best, mine = ranks.topk(ids.shape[1]).values, ranks.gather(1, ids).sort(-1, descending=True).values
-            apart = torch.where(best == mine, 0.0, best - mine)
-            loss = apart.abs().max().item()
-            tied = best[:, :1] == ranks.gather(1, ids)
-            if bool((tied.all(-1) & (ids.diff(dim=-1) < 0).any(-1)).any()):
-                return math.inf  # among equals the earlier comes first
-        chosen = scores.gather(1, ids)
-        right = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * scaling
-        if not torch.equal(right.isnan(), weight.isnan()):
-            return math.inf
-        return max(loss, ((right - weight).abs().nan_to_num().max() / scaling).item())
-
-    return error
+    `expected` are scores and ranks.
+    """
+    ids, weight = outputs[0].long(), outputs[1].double()
+    scores, by = expected
+    if not ids.numel():
+        return 0.0
+    ordered = ids.sort(-1).values
+    if ids.min() < 0 or ids.max() >= scores.shape[1] or bool((ordered.diff(dim=-1) == 0).any()):
+        return math.inf
+    if op.endswith("hash"):
+        loss = 0.0 if torch.equal(ids, by.long()) else math.inf
+    else:
+        ranks = by.masked_fill(by.isnan(), -math.inf)
+        best, mine = ranks.topk(ids.shape[1]).values, ranks.gather(1, ids).sort(-1, descending=True).values
+        apart = torch.where(best == mine, 0.0, best - mine)
+        loss = apart.abs().max().item()
+        tied = best[:, :1] == ranks.gather(1, ids)
+        if bool((tied.all(-1) & (ids.diff(dim=-1) < 0).any(-1)).any()):
+            return math.inf  # among equals the earlier comes first
+    chosen = scores.gather(1, ids)
+    right = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * scaling
+    if not torch.equal(right.isnan(), weight.isnan()):
+        return math.inf
+    return max(loss, ((right - weight).abs().nan_to_num().max() / scaling).item())
 
 
 def workload(case: Case, tokens: int, *, bench: bool) -> Workload:
@@ -150,8 +145,8 @@ def workload(case: Case, tokens: int, *, bench: bool) -> Workload:
         make=lambda generator: case.make(tokens, generator),
         bytes_moved=read + extra + 8.0 * tokens * topk,
         flops=2.0 * tokens * experts * dim if case.product else 0.0,
-        reference=_reference(case),
-        error=_error(case),
+        reference=lambda *tensors, **attrs: scores_and_ranks(case.op, tensors),
+        error=functools.partial(choice_error, case.op, preset(case.model).routed_scaling_factor),
         purpose=frozenset({"check", "bench"}) if bench else frozenset({"check"}),
     )
 

@@ -162,9 +162,8 @@ def _pick_error(case: Case) -> Callable[[Sequence[Tensor], Sequence[Tensor]], fl
     """How far, of the largest score, the worst pick lies below the best entry left out; infinity if they are no set."""
 
     def error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-        rows = _checked_rows(case).to(outputs[0].device)
-        picks, scores = outputs[0], expected[0].flatten(1)
-        seen = (case.positions().to(picks.device) + 1) // RATIO
+        picks = outputs[0]
+        rows, seen = _checked_rows(case).to(picks.device), (case.positions().to(picks.device) + 1) // RATIO
         topk = picks.shape[1]
         count = seen.clamp(max=topk).unsqueeze(1)
         place = torch.arange(topk, device=picks.device)
@@ -172,17 +171,23 @@ def _pick_error(case: Case) -> Callable[[Sequence[Tensor], Sequence[Tensor]], fl
         inside = torch.where(place < count, (picks >= 0) & (picks < seen.unsqueeze(1)), picks == -1)
         if not bool(rising.all()) or not bool(inside.all()):
             return float("inf")
-        worst = 0.0
-        for row, score in zip(rows, scores):
-            if seen[row] <= topk:
-                continue
-            taken = torch.zeros(score.shape[0], dtype=torch.bool, device=score.device)
-            taken[picks[row].long()] = True
-            apart = score[~taken].max() - score[taken].min()
-            worst = max(worst, (apart / score[score.isfinite()].abs().max()).item())
-        return worst
+        return pick_loss(picks[rows], expected[0].flatten(1), seen[rows])
 
     return error
+
+
+def pick_loss(picks_TK: Tensor, scores_TN: Tensor, seen_T: Tensor) -> float:
+    """How far, of the row's largest score, the worst pick lies below the best entry left out, at worst of all rows."""
+    chosen = seen_T > picks_TK.shape[1]  # others have no choice
+    picks, scores = picks_TK[chosen].long(), scores_TN[chosen]
+    if not picks.numel():
+        return 0.0
+    taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, picks.clamp(min=0), True)
+    best_left = scores.masked_fill(taken, float("-inf")).amax(1)
+    worst_taken = scores.masked_fill(~taken, float("inf")).amin(1)
+    largest = scores.masked_fill(~scores.isfinite(), 0.0).abs().amax(1)
+    apart = (best_left - worst_taken).clamp(min=0) / largest.clamp(min=1e-30)
+    return float("inf") if bool(apart.isnan().any()) else apart.max().item()
 
 
 def _score_values(case: Case) -> tuple[Value, ...]:
@@ -247,7 +252,7 @@ def picks(case: Case) -> Workload:
     )
 
 
-def _query_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def query_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Of the dequantised queries times their weights, by norm: a rounding may fall the other way, one in many."""
     (data, weight), (ref_data, ref_weight) = outputs, expected
     ref = ref_data.view(torch.float8_e4m3fn).float() * ref_weight.unsqueeze(-1)
@@ -272,7 +277,7 @@ def query(case: Case) -> Workload:
         make=lambda generator: list(_query_args(case, generator)),
         bytes_moved=float(case.tokens * per_token),
         flops=2.0 * case.tokens * heads * dim * dim,
-        error=_query_error,
+        error=query_error,
         purpose=_purpose(case),
     )
 

@@ -107,7 +107,7 @@ def make(kind: Kind, rows: int, vocab: int, penalised: bool, generator: torch.Ge
     ]  # fmt: skip
 
 
-def _reference(*tensors: Tensor) -> tuple[Tensor, ...]:
+def judged_by(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What a draw is judged by: kept weights, uniform numbers, sound rows; and the seats and counts, if there are."""
     logits, temperature, top_k, top_p, min_p, keys, counters, *rest = tensors
     if rest:
@@ -118,7 +118,7 @@ def _reference(*tensors: Tensor) -> tuple[Tensor, ...]:
     return p, uniform(keys, counters), sound, *rest[:2]
 
 
-def _error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def draw_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     tokens, (p, number, sound, *rest) = outputs[0], expected
     if not tokens.numel():
         return 0.0
@@ -189,8 +189,8 @@ def workload(model: str, kind: Kind, rows: int, penalised: bool = False, *, benc
         make=lambda generator: make(kind, rows, vocab, penalised, generator),
         bytes_moved=rows * (vocab * (6.0 if penalised else 4.0) + 56),
         unit="fp32",
-        reference=_reference,
-        error=_error,
+        reference=judged_by,
+        error=draw_error,
         baselines=_baselines(kind),
         purpose=frozenset({"check", "bench"}) if bench else frozenset({"check"}),
     )

@@ -13,6 +13,7 @@ from dsv4c.artifact import Manifest, load_manifest
 from dsv4c.compile import Options, lower, plan_artifact
 from dsv4c.config import ModelConfig, Target
 from dsv4c.launch import LaunchOptions, launch
+from tests.runtime.devices import Planned
 from tests.runtime.live import Live, start, start_toy
 
 
@@ -42,3 +43,9 @@ def hopper_manifest(nano_artifact: Path) -> Manifest:
     plan = plan_artifact(lower(config, options, arch="sm_90a"), Target("sm_90a"), options)
     weights = tuple(plan.weights[name] for name in sorted(plan.weights))
     return dataclasses.replace(manifest, target="sm_90a", weights=weights)
+
+
+@pytest.fixture(scope="session")
+def nano_planned(nano_dir: Path) -> Planned:
+    """The nano model planned for a card, to be run by references."""
+    return Planned.of(nano_dir)

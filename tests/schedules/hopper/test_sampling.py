@@ -91,8 +91,10 @@ def test_a_row_without_a_finite_best_gives_no_token() -> None:
 
 def test_edits_reach_their_own_rows() -> None:
     x = torch.zeros(3, 5)
-    starts, tokens = torch.tensor([0, 1, 1, 3]), torch.tensor([4, 0, 2])
-    edited = edit_logits(x, starts, tokens, torch.tensor([1.0, -torch.inf, 2.0]))
+    x[0, 4] = 3
+    starts, stops, tokens = torch.tensor([0, 1, 1]), torch.tensor([1, 1, 3]), torch.tensor([4, 0, 2, 1])
+    edited, replaced = edit_logits(x, starts, stops, tokens, torch.tensor([-2.0, -torch.inf, 2.0, 9.0]))
+    assert replaced.tolist() == [3, 0, 0, 0]
     assert edited[0].tolist() == [0, 0, 0, 0, 1] and edited[1].tolist() == [0] * 5
     assert edited[2].tolist() == [-torch.inf, 0, 2, 0, 0]
 
