@@ -77,6 +77,7 @@ class StateGroup:
         return self.empty_every is not None and tokens % self.empty_every == 0
 
 
+# fmt: off
 InputKind = Literal[
     "token_ids",  # [T] token of each row of the flat batch; the rows of a request are contiguous and ascending
     "positions",  # [T] position of that token in its request
@@ -89,21 +90,12 @@ InputKind = Literal[
     "logit_rows",  # [S] rows of T whose logits are wanted
     # of programs that sample, for each row of logits [S]:
     "token_seats",  # slot where its token is left for the next step; 0: nobody's
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",  # as SamplingParams
-    "noise_keys",
-    "noise_counters",  # the stream of its request, and how many tokens were drawn from it
-    "penalty_seats",  # slot of its counts, 0: no penalties
-    "repetition",
-    "frequency",
-    "presence",  # penalties
-    "edit_starts",
-    "edit_stops",  # which edits are the row's
-    "edit_tokens",
-    "edit_values",  # [M] what is added to which token's logit
+    "temperature", "top_k", "top_p", "min_p",  # as SamplingParams
+    "noise_keys", "noise_counters",  # the stream of its request, and how many tokens were drawn from it
+    "penalty_seats", "repetition", "frequency", "presence",  # penalties; the slot of its counts, 0: none
+    "edit_starts", "edit_stops", "edit_tokens", "edit_values",  # which edits are the row's; [M] token and addend
 ]
+# fmt: on
 
 
 @dataclass(frozen=True)

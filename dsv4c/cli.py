@@ -101,7 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its first token")
     run.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
-    run.add_argument("--executor", choices=("graph", "eager"), default="graph", help="GPU: capture CUDA graphs, or not")
+    how = run.add_mutually_exclusive_group()
+    how.add_argument("--executor", choices=("graph", "eager"), default="graph", help="GPU: capture CUDA graphs, or not")
+    how.add_argument(
+        "--debug-contracts", dest="executor", action="store_const", const="contracts",
+        help="GPU: check every segment's contract at every step, uncaptured",
+    )  # fmt: skip
+    how.add_argument(
+        "--shadow", dest="executor", action="store_const", const="shadow",
+        help="GPU: run every call's reference beside it and report what differs",
+    )  # fmt: skip
     run.add_argument(
         "--break", dest="breaks", action="append", default=[], metavar="SCOPE", help="GPU: keep out of graphs, `L07.*`"
     )

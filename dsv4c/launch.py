@@ -6,13 +6,16 @@ The one place where the spine hands its checkpoint reader and chat codec to the 
 from __future__ import annotations
 
 import json
+import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from dsv4c.artifact import Manifest, load_manifest
 from dsv4c.chat.codec import ChatCodec
@@ -21,11 +24,14 @@ from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.checkpoint.source import WeightSource
 from dsv4c.config import ModelConfig
 from dsv4c.errors import ArtifactError, ConfigError, EngineError
+from dsv4c.reference import plain_weights
 from dsv4c.rehearsal import rehearse
 from dsv4c.room import measured_room, plan_of
+from dsv4c.runtime.contracts import ContractExecutor
 from dsv4c.runtime.device import DeviceRunner
 from dsv4c.runtime.dummy import DeviceDummies
 from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
 from dsv4c.runtime.loader import check_host, load, load_device, weights_on
@@ -36,6 +42,7 @@ from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
 from dsv4c.runtime.weights import LoadProgress, LoadReport
+from dsv4c.shadow import Difference, Shadow, ShadowExecutor
 
 Progress = Callable[[str, int, int, str], None]
 """(phase, done, in all, name of the last); phases are `load` (in bytes), `warm up`, `capture`."""
@@ -62,8 +69,9 @@ class LaunchOptions:
     """Of the card's memory, the share to fill; what others hold counts. None: the plan's own."""
     prefix_cache: bool = True
     threads: int | None = None
-    executor: Literal["graph", "eager"] = "graph"
-    """How a GPU artifact's segments run: captured, or call by call."""
+    executor: Literal["graph", "eager", "contracts", "shadow"] = "graph"
+    """How a GPU artifact's segments run: captured; call by call; with every segment's contract checked; or with the
+    reference of every call beside it."""
     breaks: tuple[str, ...] = ()
     """Scopes that stay out of the graphs, e.g. `L07.*`."""
 
@@ -121,6 +129,11 @@ def launch_engine(
         requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows, prefix_cache=options.prefix_cache
     )
     if manifest.target == "cpu":
+        if options.executor != "graph" or options.breaks:
+            raise ConfigError(
+                "`--executor`, `--break`, `--shadow` and `--debug-contracts` are for GPU artifacts, this one is for `cpu`",
+                hint="`dsv4c compile --target sm_90a` makes one",
+            )
         executor = load(directory, source, sizes, _bytes_of(progress), manifest=manifest, report=loaded)
         engine = Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=eos_token_ids)
     else:
@@ -145,7 +158,8 @@ def _device_runner(
     weights, report = weights_on(device, manifest, source, _bytes_of(progress))
     if loaded:
         loaded(report)
-    executor = load_device(directory, manifest, weights, sizes, device, options.breaks)
+    make = _executor_kind(options, manifest, weights)
+    executor = load_device(directory, manifest, weights, sizes, device, options.breaks, make)
     executor.warm_up(_of(progress, "warm up"))
     if options.executor == "graph":
         executor.capture(_of(progress, "capture"))
@@ -153,6 +167,22 @@ def _device_runner(
     copied = snapshot_states(manifest.state_groups, manifest.kv_groups)
     states = [state.name for group in copied for state in group.pools]
     return DeviceRunner(executor, pool, vocab_size=manifest.vocab_size, states=states), pool
+
+
+def _executor_kind(
+    options: LaunchOptions, manifest: Manifest, weights: Mapping[str, Tensor]
+) -> Callable[..., GraphExecutor]:
+    """What makes the executor that the options ask for. Shadows hold the weights that have a layout a second time."""
+    if options.executor == "contracts":
+        return partial(ContractExecutor, manifest=manifest)
+    if options.executor == "shadow":
+        shadow = Shadow(manifest, plain_weights(manifest, weights), _report_difference)
+        return partial(ShadowExecutor, shadow=shadow)
+    return GraphExecutor
+
+
+def _report_difference(found: Difference) -> None:
+    logging.getLogger("dsv4c").error("%s", found)
 
 
 def _of(progress: Progress | None, phase: str) -> Callable[[int, int, str], None] | None:
