@@ -131,7 +131,7 @@ def launch_engine(
     if manifest.target == "cpu":
         if options.executor != "graph" or options.breaks:
             raise ConfigError(
-                "`--executor`, `--break`, `--shadow` and `--debug-contracts` are for GPU artifacts, this one is for `cpu`",
+                "`--executor`, `--break`, `--shadow` and `--debug-contracts` are for GPU artifacts, this is for `cpu`",
                 hint="`dsv4c compile --target sm_90a` makes one",
             )
         executor = load(directory, source, sizes, _bytes_of(progress), manifest=manifest, report=loaded)
