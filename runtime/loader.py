@@ -78,7 +78,7 @@ def load_device(
 ) -> GraphExecutor:
     """The executor of a GPU artifact over weights that are on `device`, with zeroed pools; nothing captured yet.
 
-    `breaks`: scopes to keep out of the graphs. `make`: a kind of executor that takes what GraphExecutor does. Raises
+    `breaks`: scopes to keep out of the graphs; `make`: a kind of executor that takes what GraphExecutor does. Raises
     ArtifactError as `load` does, ConfigError for a pattern that matches nothing.
     """
     check_host(manifest)
