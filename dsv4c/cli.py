@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     how.add_argument(
         "--shadow", dest="executor", action="store_const", const="shadow",
-        help="GPU: run every call's reference beside it and report what differs",
+        help="run every call's reference beside it and report what differs",
     )  # fmt: skip
     run.add_argument(
         "--break", dest="breaks", action="append", default=[], metavar="SCOPE", help="GPU: keep out of graphs, `L07.*`"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dsv4c.artifact import Manifest, load_manifest
+from dsv4c.artifact import Manifest, Program, load_manifest
 from dsv4c.chat.codec import ChatCodec
 from dsv4c.checkpoint.dummy import DummySource
 from dsv4c.checkpoint.reader import Checkpoint
@@ -31,7 +31,9 @@ from dsv4c.runtime.contracts import ContractExecutor
 from dsv4c.runtime.device import DeviceRunner
 from dsv4c.runtime.dummy import DeviceDummies
 from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.graphs import GraphExecutor
+from dsv4c.runtime.kernels import Binder
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
 from dsv4c.runtime.loader import check_host, load, load_device, weights_on
@@ -42,7 +44,7 @@ from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
 from dsv4c.runtime.weights import LoadProgress, LoadReport
-from dsv4c.shadow import Difference, Shadow, ShadowExecutor
+from dsv4c.shadow import Difference, HostShadowExecutor, Shadow, ShadowExecutor
 
 Progress = Callable[[str, int, int, str], None]
 """(phase, done, in all, name of the last); phases are `load` (in bytes), `warm up`, `capture`."""
@@ -129,12 +131,13 @@ def launch_engine(
         requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows, prefix_cache=options.prefix_cache
     )
     if manifest.target == "cpu":
-        if options.executor != "graph" or options.breaks:
+        if options.executor not in ("graph", "shadow") or options.breaks:
             raise ConfigError(
-                "`--executor`, `--break`, `--shadow` and `--debug-contracts` are for GPU artifacts, this is for `cpu`",
+                "`--executor`, `--break` and `--debug-contracts` are for GPU artifacts, this is for `cpu`",
                 hint="`dsv4c compile --target sm_90a` makes one",
             )
-        executor = load(directory, source, sizes, _bytes_of(progress), manifest=manifest, report=loaded)
+        make = partial(_host_shadow, manifest) if options.executor == "shadow" else ArtifactExecutor
+        executor = load(directory, source, sizes, _bytes_of(progress), manifest=manifest, report=loaded, make=make)
         engine = Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=eos_token_ids)
     else:
         runner, pool = _device_runner(directory, manifest, source, sizes, options, progress, loaded)
@@ -179,6 +182,13 @@ def _executor_kind(
         shadow = Shadow(manifest, plain_weights(manifest, weights), _report_difference)
         return partial(ShadowExecutor, shadow=shadow)
     return GraphExecutor
+
+
+def _host_shadow(
+    manifest: Manifest, program: Program, kernels: Binder, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]
+) -> ArtifactExecutor:
+    shadow = Shadow(manifest, plain_weights(manifest, weights), _report_difference)
+    return HostShadowExecutor(program, kernels, weights, states, shadow=shadow)
 
 
 def _report_difference(found: Difference) -> None:

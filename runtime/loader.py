@@ -44,11 +44,13 @@ def load(
     *,
     manifest: Manifest | None = None,
     report: Callable[[LoadReport], None] | None = None,
+    make: Callable[..., ArtifactExecutor] = ArtifactExecutor,
 ) -> ArtifactExecutor:
     """The executor of a CPU artifact in `directory`, with weights from `source` and zeroed pools of `rows`.
 
-    `manifest` saves reading it again; `report` is told what was loaded and how fast. Raises ArtifactError if the
-    artifact is corrupt or made for another target or instruction set, CheckpointError if the weights do not fit.
+    `manifest` saves reading it again; `report` is told what was loaded and how fast; `make`: a kind of executor that
+    takes what ArtifactExecutor does. Raises ArtifactError if the artifact is corrupt or made for another target or
+    instruction set, CheckpointError if the weights do not fit.
     """
     directory = Path(directory)
     if manifest is None:
@@ -64,7 +66,7 @@ def load(
     weights, loaded = weights_on(torch.device("cpu"), manifest, source, progress)
     if report:
         report(loaded)
-    return ArtifactExecutor(manifest.programs["step"], kernels, weights, states)
+    return make(manifest.programs["step"], kernels, weights, states)
 
 
 def load_device(

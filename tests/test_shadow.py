@@ -13,7 +13,8 @@ import torch
 from dsv4c.agreement import Apart, Seen, largest_error, measure
 from dsv4c.artifact import Manifest, load_manifest
 from dsv4c.checkpoint.reader import Checkpoint
-from dsv4c.errors import ArtifactError
+from dsv4c.errors import ArtifactError, ConfigError
+from dsv4c.launch import LaunchOptions, answer, launch
 from dsv4c.ops import OPS
 from dsv4c.ops.formats import kv_sizes, pack_kv, write_entries
 from dsv4c.reference import plain_weights
@@ -113,6 +114,22 @@ def host_shadow(artifact: Path, manifest: Manifest, weights: Any, plain: Any, pr
     engine = Engine.for_manifest(executor, manifest, sizes, limits=Limits(4, 256))
     drain(engine, requests(prompts))
     return shadow
+
+
+def test_a_cpu_artifact_is_served_beside_its_references(nano_artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same answer, and nothing to report; contracts and graphs are for GPUs."""
+    answers = []
+    for executor in ("graph", "shadow"):
+        options = LaunchOptions(executor=executor, kv_memory_bytes=100_000_000, max_requests=2, max_context=512)
+        answers.append("".join(answer(launch(nano_artifact, options), "The package", 8, 0.0, 0)))
+    assert answers[0] == answers[1] and not [r for r in caplog.records if r.name == "dsv4c"]
+    for refused in (
+        LaunchOptions(executor="contracts"),
+        LaunchOptions(executor="eager"),
+        LaunchOptions(breaks=("L*",)),
+    ):
+        with pytest.raises(ConfigError, match="are for GPU artifacts"):
+            launch(nano_artifact, refused)
 
 
 def test_a_tally_allows_a_share_and_what_chance_adds() -> None:

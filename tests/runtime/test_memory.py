@@ -47,7 +47,7 @@ def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
 def test_weights_and_arena_of_nano_are_those_of_its_tensors(nano_artifact: Path) -> None:
     manifest = load_manifest(nano_artifact)
     plan = MemoryPlan.of(manifest, kernel_bytes=123)
-    weights = load_weights(manifest.weights, Checkpoint(nano_artifact / "weights"))
+    weights, _ = load_weights(manifest.weights, Checkpoint(nano_artifact / "weights"))
     assert items(plan)["weights"] == tensor_bytes(weights)
     assert sum(plan.weights_by_dtype.values()) == sum(plan.weights_by_part.values()) == tensor_bytes(weights)
     assert plan.weights_by_part["layers.*.ffn.experts.w1"] == sum(
