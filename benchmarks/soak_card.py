@@ -3,9 +3,9 @@
 usage: python benchmarks/soak_card.py ARTIFACT [--requests 3000] [--seed 0] [--rows FILE]
 
 Nine of ten prompts begin with one of a few long prefixes. Runs once with the prefix cache and once without it, on the
-least pools that serve so many requests at all: a page of c4, c128 and index for each and one whole context, a quarter of
-what they would like. Prints tokens computed, hits, preemptions, and how many completions are the same (kernels differ by
-bucket on a card, so a hit may part from a miss where two tokens are nearly as likely).
+least pools that serve so many requests at all: a page of c4, c128 and index for each and one whole context, a quarter
+of what they would like. Prints tokens computed, hits and preemptions. Completions of random prompts are near ties all
+along, and kernels differ by bucket, so how many are the same says nothing on a card: the CPU's tests compare tokens.
 """
 
 from __future__ import annotations
@@ -32,11 +32,9 @@ CONTEXT, RUNNING = 1024, 64
 
 
 def soak(engine: Engine, count: int, seed: int) -> dict[str, Any]:
-    """Serves `count` requests; every completion, and what was counted."""
+    """Serves `count` requests; what was counted."""
     draw = np.random.default_rng(seed)
     prefixes = [draw.integers(0, engine.vocab_size, 520 + 40 * i).tolist() for i in range(4)]
-    done: dict[str, list[int]] = {}
-    tokens: dict[str, list[int]] = {}
     submitted, live = 0, []
     began = time.perf_counter()
     while submitted < count or engine.has_work:
@@ -45,17 +43,14 @@ def soak(engine: Engine, count: int, seed: int) -> dict[str, Any]:
             ids = (prefixes[int(draw.integers(4))] if draw.random() < 0.9 else []) + tail
             asked = SamplingParams(max_tokens=int(draw.integers(1, 40)), temperature=0.0, ignore_eos=True)
             engine.submit(Request(str(submitted), ids, asked))
-            tokens[str(submitted)] = []
             live.append(str(submitted))
             submitted += 1
         if draw.random() < 0.02:
             engine.cancel(live.pop(int(draw.integers(len(live)))))
         for event in engine.step():
-            tokens[event.request_id] += event.tokens
             if event.end is not None:
                 if event.end.error is not None:
                     raise event.end.error
-                done[event.request_id] = tokens[event.request_id]
                 live = [name for name in live if name != event.request_id]
         engine.audit()
     stats = engine.stats()
@@ -63,7 +58,7 @@ def soak(engine: Engine, count: int, seed: int) -> dict[str, Any]:
     if leaked:
         raise SystemExit(f"pages were leaked: {leaked}")
     return {
-        "texts": done, "seconds": round(time.perf_counter() - began, 1), "steps": stats.steps,
+        "seconds": round(time.perf_counter() - began, 1), "steps": stats.steps,
         "tokens_computed": stats.step_tokens, "generated": stats.generated_tokens, "preemptions": stats.preemptions,
         "hit_tokens": stats.prefix_hit_tokens, "queried_tokens": stats.prefix_queried_tokens, "ended": stats.ended,
     }  # fmt: skip
@@ -84,13 +79,9 @@ def main() -> int:
         options = LaunchOptions(max_requests=RUNNING, max_context=CONTEXT, prefix_cache=cached, kv_memory_bytes=least)
         with torch.no_grad():
             found[cached] = soak(launch_engine(args.artifact, manifest, options), args.requests, args.seed)
-    with_cache, without = found[True].pop("texts"), found[False].pop("texts")
-    both = with_cache.keys() & without.keys()
-    same = sum(with_cache[name] == without[name] for name in both)
     row = {
         "benchmark": "soak_card", "hardware": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
         "requests": args.requests, "with_cache": found[True], "without": found[False],
-        "completed_in_both": len(both), "the_same": same,
     }  # fmt: skip
     print(json.dumps(row, indent=1))
     if args.rows:
