@@ -230,7 +230,7 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     return Work(moved / bound, flops, "gpu", 0.8, "bf16", launches=4 if config["sort"] else 5)
 
 
-# a bfloat16 result may round to the neighbour of what the reference rounds to, 2**-7 of it at most; so may, before that,
+# a bfloat16 result may round to the neighbour of what the reference rounds to, 2**-7 of it at most; so may before,
 # an expert's own result, half as much of the sum (0.0089 seen once in 265 steps of nano on an H200); sums are float32
 _TOLERANCE = 1.2e-2
 
