@@ -14,6 +14,7 @@ from dsv4c import artifact
 from dsv4c.arena import Need, place
 from dsv4c.lanes import Access, Part, Settled, Task, dependences, settle
 from dsv4c.overlap import LANES, LEAST_S, assign, duration
+from dsv4c.plan import LANE_TOKENS
 from tests.runtime.manifests import Options, flash_manifest
 
 
@@ -187,10 +188,10 @@ def flash() -> artifact.Manifest:
     return flash_manifest(4, Options(max_context=8192, max_tokens=128, max_requests=96))
 
 
-def test_flash_decodes_in_lanes_and_only_small_steps_do(flash: artifact.Manifest) -> None:
+def test_flash_decodes_in_lanes_and_never_fills_them_with_prompts(flash: artifact.Manifest) -> None:
     for name, program in flash.programs.items():
         calls = [call for segment in program.segments for call in segment.calls]
-        small = program.phase == "decode" and program.symbols["T"] <= 64
+        small = program.phase == "decode" and program.symbols["T"] <= LANE_TOKENS
         assert any(call.lane for call in calls) == small, name
         if not small:
             assert not any(call.waits for call in calls)

@@ -149,7 +149,7 @@ def test_run_prints_the_plan_first_and_serves_with_it(
 ) -> None:
     monkeypatch.setattr(dsv4c.room, "_available_bytes", lambda: 10**10)
     command = ["run", str(nano_artifact), "--prompt", "The package", "--max-new-tokens", "4", "--temperature", "0"]
-    assert main([*command, "--max-requests", "3", "--max-context", "1K", "--kv-memory", "0.004"]) == 0
+    assert main([*command, "--max-requests", "3", "--max-context", "1K", "--kv-memory", "0.006"]) == 0
     printed = capsys.readouterr()
     assert "weights" in printed.err and "3 requests at once" in printed.err and printed.out.strip()
 
@@ -162,5 +162,5 @@ def test_pools_of_a_launch_are_those_reserved(nano_artifact: Path, monkeypatch: 
     options = dsv4c.launch.LaunchOptions(max_requests=2, max_context=600)
     launched = dsv4c.launch.launch(nano_artifact, options, planned=lambda *all_: seen.append(all_))
     ((plan, _, sizes),) = seen
-    assert launched.engine.pool.sizes == sizes == plan.sizes(2, 600)
+    assert launched.engine.pool.sizes == sizes == plan.sizes(2, 600, 2 * dsv4c.launch.SNAPSHOTS)
     assert sum(t.nbytes for t in loaded[0].states.values()) == sum(plan.pools(sizes).values())

@@ -144,7 +144,9 @@ def run(launch: TritonLaunch, call: Args) -> None:
             values[key] = sizes.value(arg.value)  # type: ignore[arg-type]
     grid = tuple(sizes.value(size) for size in launch.grid)
     if 0 not in grid:
-        getattr(importlib.import_module(module), name)[grid](**values)
+        source: Any = importlib.import_module(module)
+    source.gdc_wait = source.gdc_launch_dependents = lambda: None  # the order of launches is the card's
+    getattr(source, name)[grid](**values)
 
 
 def main(family: str, parts: Sequence[str]) -> int:
