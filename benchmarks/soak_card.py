@@ -75,7 +75,7 @@ def main() -> int:
     plan = MemoryPlan.of(manifest)
     found: dict[bool, dict[str, Any]] = {}
     for cached in (True, False):
-        least = plan.least_bytes(RUNNING, CONTEXT, SNAPSHOTS * RUNNING * cached)
+        least = plan.least_bytes(RUNNING, CONTEXT, SNAPSHOTS * cached)
         options = LaunchOptions(max_requests=RUNNING, max_context=CONTEXT, prefix_cache=cached, kv_memory_bytes=least)
         with torch.no_grad():
             found[cached] = soak(launch_engine(args.artifact, manifest, options), args.requests, args.seed)

@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     plan.add_argument("--context", metavar="TOKENS", help="of every request, such as 128K (default: the artifact's)")
     plan.add_argument("--requests", type=_positive, help="whether so many fit at once (default: as many as do)")
-    plan.add_argument("--snapshots", type=_not_negative, default=0, help="of the prefix cache (default 0)")
+    plan.add_argument(
+        "--snapshots", type=_not_negative, help="of the prefix cache for a request (default: as in `run`)"
+    )
     plan.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="of it to fill (default 0.92)")
     plan.add_argument("--json", action="store_true", help="the plan as JSON")
     plan.set_defaults(run=_plan)
@@ -283,6 +285,7 @@ def _split(began: float, ends: Mapping[str, float]) -> str:
 def _plan(args: argparse.Namespace) -> int:
     from dsv4c.artifact import load_manifest
     from dsv4c.describe_memory import answer_of, memory_json, memory_tables
+    from dsv4c.launch import SNAPSHOTS
     from dsv4c.room import given_room, measured_room, plan_of
     from dsv4c.units import parse_bytes, parse_tokens
 
@@ -291,10 +294,11 @@ def _plan(args: argparse.Namespace) -> int:
     plan, share = plan_of(args.artifact, manifest), args.gpu_memory_utilization
     room = measured_room(manifest.target, share) if total is None else given_room(manifest.target, total, share)
     context = plan.max_context if args.context is None else parse_tokens(args.context)
-    fit = plan.fit(room, context, args.snapshots)
+    snapshots = SNAPSHOTS if args.snapshots is None else args.snapshots
+    fit = plan.fit(room, context, snapshots)
     requests = args.requests or max(1, fit.requests)
-    longest = plan.longest(room, requests, args.snapshots)
-    sizes = plan.sizes(requests, context, args.snapshots)
+    longest = plan.longest(room, requests, snapshots)
+    sizes = plan.sizes(requests, context, snapshots)
     if args.json:
         print(json.dumps(memory_json(plan, room, sizes, fit, longest), indent=1))
         return 0

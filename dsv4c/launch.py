@@ -122,7 +122,7 @@ def launch_engine(
     """The engine alone: weights loaded, pools allocated, graphs captured. Raises InputErrors as `launch` does."""
     plan, room = plan_of(directory, manifest), measured_room(manifest.target, options.gpu_memory_utilization)
     requests, context = options.max_requests or plan.bounds.requests, options.max_context or plan.max_context
-    snapshots = SNAPSHOTS * requests if options.prefix_cache else 0
+    snapshots = SNAPSHOTS if options.prefix_cache else 0
     sizes = plan.reserve(room, requests, context, options.kv_memory_bytes, snapshots)
     if planned:
         planned(plan, room, sizes)

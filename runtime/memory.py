@@ -140,8 +140,8 @@ class MemoryPlan:
         return sum(item.size_bytes for item in self.fixed)
 
     def sizes(self, requests: int, context: int, snapshots: int = 0) -> PoolSizes:
-        """Pools in which so many requests of that context never lack a page."""
-        return PoolSizes.for_requests(self.groups, requests, context, self.bounds.tokens, snapshots)
+        """Pools in which so many requests of that context never lack a page, with snapshots for each request."""
+        return PoolSizes.for_requests(self.groups, requests, context, self.bounds.tokens, snapshots * requests)
 
     def pools(self, sizes: PoolSizes) -> dict[str, int]:
         """KV group or state group -> bytes of its pools."""
@@ -219,7 +219,8 @@ class MemoryPlan:
                 f"{text_of(budget)} are available beside the {text_of(self.fixed_bytes)} of weights and the rest",
                 hint=self._smaller(budget, requests, context, snapshots),
             )
-        return PoolSizes.for_bytes(self.groups, self.states, budget, requests, context, self.bounds.tokens, snapshots)
+        total = snapshots * requests
+        return PoolSizes.for_bytes(self.groups, self.states, budget, requests, context, self.bounds.tokens, total)
 
     def least_bytes(self, requests: int, context: int, snapshots: int = 0) -> int:
         """Pools with which `requests` can run at once: their states and windows, a page each, one whole context."""

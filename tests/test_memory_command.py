@@ -162,5 +162,5 @@ def test_pools_of_a_launch_are_those_reserved(nano_artifact: Path, monkeypatch: 
     options = dsv4c.launch.LaunchOptions(max_requests=2, max_context=600)
     launched = dsv4c.launch.launch(nano_artifact, options, planned=lambda *all_: seen.append(all_))
     ((plan, _, sizes),) = seen
-    assert launched.engine.pool.sizes == sizes == plan.sizes(2, 600, 2 * dsv4c.launch.SNAPSHOTS)
+    assert launched.engine.pool.sizes == sizes == plan.sizes(2, 600, dsv4c.launch.SNAPSHOTS)
     assert sum(t.nbytes for t in loaded[0].states.values()) == sum(plan.pools(sizes).values())

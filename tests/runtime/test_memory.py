@@ -72,7 +72,7 @@ def test_pools_are_those_of_the_tensors(
             assert plan.pools(sizes)[group.name] == sum(made[pool.name].nbytes for pool in group.pools)
         assert sum(plan.pools(sizes).values()) == tensor_bytes(made) == sizes.total_bytes(plan.groups, plan.states)
         more = plan.sizes(requests, context, snapshots + 1)
-        assert tensor_bytes(allocate(manifest, more)) - tensor_bytes(made) == plan.snapshot_bytes()
+        assert tensor_bytes(allocate(manifest, more)) - tensor_bytes(made) == requests * plan.snapshot_bytes()
 
 
 def test_inputs_of_flash_are_those_of_the_device(flash: Manifest) -> None:
@@ -241,7 +241,7 @@ def test_reserving_takes_what_there_is_and_refuses_the_rest(
         return
     taken = sizes.total_bytes(groups, STATES)
     assert needed <= taken <= total - 1000
-    assert (sizes.max_requests, sizes.max_context, sizes.snapshots) == (requests, context, snapshots)
+    assert (sizes.max_requests, sizes.max_context, sizes.snapshots) == (requests, context, snapshots * requests)
     assert requests_fit(groups, sizes, context, step)[0] >= 1
     pool = KVPool(groups, sizes)
     assert pool.holds(context)
