@@ -22,7 +22,7 @@ MODEL    := examples/nano
 ARTIFACT := build/nano-cpu
 # An artifact is stale when the model or anything on the compile side changed.
 SOURCES  := $(wildcard $(MODEL)/*.safetensors $(MODEL)/*.json) \
-            $(shell find dsv4c passes schedules -type f ! -name '*.pyc' ! -path 'dsv4c/chat/*' ! -path dsv4c/cli.py ! -path dsv4c/launch.py ! -path dsv4c/describe.py)
+            $(shell find dsv4c passes schedules -type f ! -name '*.pyc' ! -path 'dsv4c/chat/*' ! -path dsv4c/cli.py ! -path 'dsv4c/commands/*' ! -path dsv4c/launch.py ! -path dsv4c/describe.py)
 
 help:
 	@echo 'make run                 compile the bundled nano model for this CPU and serve it on $(HOST):$(PORT)'

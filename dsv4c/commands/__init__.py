@@ -1,0 +1,10 @@
+"""The commands of `dsv4c`, one file each: `add(commands)` adds a parser, `run(args)` runs it. Heavy imports wait."""
+
+from __future__ import annotations
+
+from dsv4c.commands import compile, inspect, plan, run, tune
+
+COMMANDS = (compile, run, plan, tune, inspect)
+"""In the order of `dsv4c --help`."""
+
+__all__ = ["COMMANDS"]

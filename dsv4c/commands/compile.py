@@ -1,0 +1,85 @@
+"""`dsv4c compile`: a checkpoint folder or a preset to an artifact."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsv4c.commands.arguments import positive
+from dsv4c.commands.models import preset_or_folder
+from dsv4c.commands.terminal import console, progress_bars
+from dsv4c.errors import ConfigError
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command's parser."""
+    parser = commands.add_parser("compile", help="compile a checkpoint folder or a preset to an artifact")
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, or flash, pro, nano")
+    parser.add_argument("--target", required=True, help="what to compile for: cpu, or sm_90a (Hopper)")
+    parser.add_argument("-o", "--output", type=Path, help="the artifact's folder")
+    parser.add_argument("--dry-run", action="store_true", help="everything but emitting; print the passes")
+    parser.add_argument("--max-context", type=positive, help="longest request in tokens")
+    parser.add_argument("--max-tokens", type=positive, help="tokens of one step (default 512, GPU 8192)")
+    parser.add_argument("--max-requests", type=positive, help="requests of one step (default 64, GPU 256)")
+    parser.add_argument("--num-layers", type=positive, help="only the first layers of a preset, to measure with")
+    parser.add_argument("--fake-quant", action="store_true", help="fake-quantise KV entries as in training")
+    parser.add_argument("--cache", type=Path, help="folder for built kernels (default: beside the artifact)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compiles, or with `--dry-run` lowers and plans; 0 when done."""
+    from dsv4c.checkpoint.reader import Checkpoint
+    from dsv4c.compile import Options, compile_artifact, lower, plan_artifact
+    from dsv4c.config import PRESETS, Target
+    from dsv4c.describe import PassTable, plan_table
+
+    target = Target(args.target)
+    folder = Path(args.model) if args.model not in PRESETS and Path(args.model).exists() else None
+    if folder is not None:
+        checkpoint = Checkpoint(folder)
+        checkpoint.validate()
+        config = checkpoint.config
+    else:
+        config = preset_or_folder(args.model)
+    whole = config.num_hidden_layers
+    truncated = args.num_layers is not None and args.num_layers != whole
+    if truncated:
+        if folder is not None:
+            raise ConfigError(
+                "`--num-layers` is for presets", hint="compile flash, pro or nano, and give it `--weights`"
+            )
+        config = config.truncated(args.num_layers)
+        print(f"a truncated model: the first {args.num_layers} of {whole} layers, for measurement", file=sys.stderr)
+    max_tokens = args.max_tokens or (512 if target.arch == "cpu" else 8192)
+    options = Options(
+        max_context=args.max_context or min(config.max_position_embeddings, 131072),
+        max_tokens=max_tokens,
+        max_requests=min(args.max_requests or (64 if target.arch == "cpu" else 256), max_tokens),
+        fake_quant=args.fake_quant,
+    )
+    table = PassTable()
+    if args.dry_run:
+        program = lower(config, options, table.watch, target.arch)
+        made = plan_artifact(program, target, options)
+        out = console()
+        out.print(table.table(), plan_table(made))
+        out.print(f"{table.seconds:.1f} s from start to plan")
+        return 0
+    if args.output is None:
+        raise ConfigError("`compile` needs `-o DIR`", hint="or `--dry-run` to emit nothing")
+    with progress_bars() as progress:
+        passes = progress.add_task("passes", total=None, detail="")
+        kernels = progress.add_task("kernels", total=None, detail="")
+
+        def built(done: int, total: int, name: str) -> None:
+            progress.update(kernels, completed=done, total=total, detail=name)
+
+        compile_artifact(
+            config, target, args.output, options, checkpoint=folder, cache=args.cache,
+            truncated_from=whole if truncated else None,
+            watch=lambda step: progress.update(passes, advance=1, detail=step.name), progress=built,
+        )  # fmt: skip
+    print(f"wrote {args.output} in {table.seconds:.1f} s", file=sys.stderr)
+    return 0
