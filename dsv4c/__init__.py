@@ -1,3 +1,74 @@
-"""dsv4c: a compiler-centric runtime for DeepSeek-V4."""
+"""dsv4c: a compiler-centric runtime for DeepSeek-V4. Its public names; each is imported when it is first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv4c.capturing import capture
+    from dsv4c.compile import Options, compile_artifact, lower
+    from dsv4c.config import PRESETS, ModelConfig, Target, preset
+    from dsv4c.errors import (
+        ArtifactError,
+        CheckpointError,
+        CompileError,
+        ConfigError,
+        Dsv4cError,
+        InputError,
+        PassError,
+        RaiseError,
+        ScheduleError,
+    )
+    from dsv4c.pipeline import Pass, Pipeline, Step
+    from dsv4c.program import Program
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "ArtifactError",
+    "CheckpointError",
+    "CompileError",
+    "ConfigError",
+    "Dsv4cError",
+    "InputError",
+    "ModelConfig",
+    "Options",
+    "Pass",
+    "PassError",
+    "Pipeline",
+    "Program",
+    "RaiseError",
+    "ScheduleError",
+    "Step",
+    "Target",
+    "capture",
+    "compile_artifact",
+    "lower",
+    "preset",
+]
+
+_HOMES = {
+    "dsv4c.capturing": ("capture",),
+    "dsv4c.compile": ("Options", "compile_artifact", "lower"),
+    "dsv4c.config": ("PRESETS", "ModelConfig", "Target", "preset"),
+    "dsv4c.errors": (
+        "ArtifactError", "CheckpointError", "CompileError", "ConfigError", "Dsv4cError", "InputError", "PassError",
+        "RaiseError", "ScheduleError",
+    ),
+    "dsv4c.pipeline": ("Pass", "Pipeline", "Step"),
+    "dsv4c.program": ("Program",),
+}  # fmt: skip
+"""Module -> the public names that live there. No name is a module's own: an import of it would hide the name."""
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module `dsv4c` has no public name `{name}`")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -19,7 +19,7 @@ import torch
 
 from dsv4c import __version__, artifact
 from dsv4c.buckets import gpu_buckets
-from dsv4c.capture import capture, step_inputs
+from dsv4c.capturing import capture, step_inputs
 from dsv4c.config import ModelConfig, StateLayout, Target
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.facts import COUNTS, LAST_TOKENS

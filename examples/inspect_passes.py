@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from dsv4c.capture import capture
+from dsv4c.capturing import capture
 from dsv4c.config import NANO
 from dsv4c.passes import default_pipeline
 from dsv4c.weights import stored_formats

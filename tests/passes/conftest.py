@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4c.capture import capture
+from dsv4c.capturing import capture
 from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.model import Transformer
 from dsv4c.program import Program

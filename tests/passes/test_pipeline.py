@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from dsv4c.capture import capture
+from dsv4c.capturing import capture
 from dsv4c.errors import ConfigError, PassError
 from dsv4c.interpret import run
 from dsv4c.model import Transformer, init_state, make_step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4c.capture import capture
+from dsv4c.capturing import capture
 from dsv4c.errors import RaiseError
 from dsv4c.model import hyper, moe, rope
 from dsv4c.passes import RAISE
