@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from dsv4c.errors import ArtifactError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Size = int | str
 Shape = tuple[Size, ...]
@@ -94,6 +94,9 @@ InputKind = Literal[
     "noise_keys", "noise_counters",  # the stream of its request, and how many tokens were drawn from it
     "penalty_seats", "repetition", "frequency", "presence",  # penalties; the slot of its counts, 0: none
     "edit_starts", "edit_stops", "edit_tokens", "edit_values",  # which edits are the row's; [M] token and addend
+    # of programs that draft:
+    "hidden",  # [T, ...] what the main model's step left of each row, or the draft step before; as its dtype says
+    "next_ids",  # [T] the token that follows each row's
 ]
 # fmt: on
 
@@ -193,16 +196,20 @@ class Program:
     be captured once: a step is padded with tokens of slot 0 at position 0, ends of -1 and logit rows of slot 0, and
     per-request inputs have a row for every slot, in place of one for every request of the step. They sample: a token
     id below 0 is the last token of its slot. A decode step has one token a request.
+
+    Phase `draft` (CPU) is one pass of the drafter, of any sizes: it reads `hidden` and `next_ids` of rows that the main
+    model has computed, or of what it drafted itself, and its logits are of the token after next.
     """
 
-    phase: Literal["mixed", "decode", "prefill"]
+    phase: Literal["mixed", "draft", "decode", "prefill"]
     symbols: dict[str, int]
     inputs: tuple[Input, ...]
     buffers: tuple[Buffer, ...]
     segments: tuple[Segment, ...]
     outputs: dict[str, str]
     """Meaning -> value name. `logits` is [S, vocab_size] float32, after edits. Programs that sample also have `tokens`
-    int64 [S], -1 where the logits are no numbers, and `replaced` [M]: the logits that edits changed."""
+    int64 [S], -1 where the logits are no numbers, and `replaced` [M]: the logits that edits changed. `hidden` [T, ...]:
+    what a drafter reads."""
     arena_bytes: int
 
 
@@ -323,6 +330,15 @@ class PassRecord:
 
 
 @dataclass(frozen=True)
+class Drafter:
+    """What guesses the next tokens, for the model to verify several in one step."""
+
+    kind: Literal["mtp"]
+    max_tokens: int
+    """Most drafts of a request in one step."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole artifact in words and numbers."""
 
@@ -348,6 +364,8 @@ class Manifest:
     embedded_weights: bool
     truncated_from: int | None = None
     """Layers of the model of which this one is the first few, made for measurement; None for a whole model."""
+    drafter: Drafter | None = None
+    """None: every step gives a request one token."""
 
 
 def decode(kind: Any, value: Any) -> Any:

@@ -20,6 +20,7 @@ import torch
 from dsv4c import __version__, artifact
 from dsv4c.buckets import gpu_buckets
 from dsv4c.capturing import capture, step_inputs
+from dsv4c.checkpoint.names import num_mtp_layers
 from dsv4c.config import ModelConfig, StateLayout, Target
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.facts import COUNTS, LAST_TOKENS
@@ -36,6 +37,10 @@ from dsv4c.schedules.emit import emit, records
 from dsv4c.weights import stored_formats
 
 
+MAX_DRAFTS = 3  # a step's tokens of one request then complete at most one window of 4
+DRAFT_RING = 16  # rows: an entry's tokens stay while 3 drafts are overwritten, and until a snapshot 8 tokens later
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user chooses when compiling. Counts are upper bounds that the memory plan is made for."""
@@ -45,13 +50,19 @@ class Options:
     """Tokens of one step: the chunk size of prefill and the most requests that decode together."""
     max_requests: int = 64
     fake_quant: bool = False
+    speculative_tokens: int = 0
+    """Most drafts of the MTP block that a step verifies for a request; 0 compiles no drafter."""
+
+    def layout(self) -> StateLayout:
+        """Rings are longer by what drafts may overwrite, and by what a snapshot may come late."""
+        return StateLayout(extra_ring=DRAFT_RING if self.speculative_tokens else 0)
 
 
 def lower(
     config: ModelConfig, options: Options, watch: Callable[[Step], None] | None = None, arch: str = "cpu"
 ) -> Program:
     """The lowered program of a model: capture, then every pass of the default pipeline."""
-    program = capture(config, StateLayout(), fake_quant=options.fake_quant)
+    program = capture(config, options.layout(), fake_quant=options.fake_quant)
     for step in default_pipeline(stored_formats(config), arch).steps(program):
         program = step.after
         if watch:
@@ -99,6 +110,15 @@ def artifact_inputs(config: ModelConfig, layout: StateLayout) -> tuple[artifact.
     return tuple(out)
 
 
+def draft_inputs(config: ModelConfig) -> tuple[artifact.Input, ...]:
+    """What one pass of the MTP block asks for besides."""
+    streams = ("T", config.hc_mult, config.hidden_size)
+    return (
+        artifact.Input("streams", "hidden", streams, dtype="float32"),
+        artifact.Input("next_ids", "next_ids", ("T",)),
+    )
+
+
 def sampling_inputs() -> tuple[artifact.Input, ...]:
     """What a program that samples asks for besides; edits, which most steps lack, come last."""
     rows = [artifact.Input(name, name, ("S",), dtype=dtype) for name, dtype in ROW_INPUTS.items()]  # type: ignore[arg-type]
@@ -139,7 +159,12 @@ def plan_artifact(program: Program, target: Target, options: Options) -> Plan:
     inputs = artifact_inputs(config, layout)
     if target.arch == "cpu":
         symbols = largest_symbols(config, layout, options)
-        return plan(program, "step", "step", "mixed", target.arch, symbols, inputs)
+        drafts = options.speculative_tokens > 0
+        step = plan(program, "step", "step", "mixed", target.arch, symbols, inputs, hidden=drafts)
+        if not drafts:
+            return step
+        inputs = (*inputs, *draft_inputs(config))
+        return Plan.joined((step, plan(program, "mtp", "mtp", "draft", target.arch, symbols, inputs, hidden=True)))
     inputs = (*inputs, *sampling_inputs())
     shared = state_symbols(config, layout, options)
     return Plan.joined(
@@ -215,6 +240,22 @@ def _check_options(config: ModelConfig, options: Options, output: Path) -> None:
             f"max requests {options.max_requests} is larger than max tokens {options.max_tokens}",
             hint="every decoding request is one token of a step",
         )
+    if not 0 <= options.speculative_tokens <= MAX_DRAFTS:
+        raise ConfigError(
+            f"`--speculative-tokens` is {options.speculative_tokens}, it can be 0 to {MAX_DRAFTS}",
+            hint=f"the MTP block drafts one token a pass; beyond {MAX_DRAFTS} few are accepted",
+        )
+    if options.speculative_tokens and not num_mtp_layers(config):
+        raise ConfigError(
+            "`--speculative-tokens` needs an MTP block, the model has none",
+            hint="`num_nextn_predict_layers` is 0, or `compress_ratios` has no entry for it",
+        )
+    if options.max_requests * (1 + options.speculative_tokens) > options.max_tokens:
+        raise ConfigError(
+            f"{options.max_requests} requests with {options.speculative_tokens} drafts each are more than max tokens "
+            f"{options.max_tokens}",
+            hint="lower `--max-requests` or `--speculative-tokens`, or raise `--max-tokens`",
+        )
     if output.exists() and any(output.iterdir()) and not (output / "manifest.json").is_file():
         raise ArtifactError(f"`{output}` exists and is not an artifact", hint="choose another folder, or remove it")
 
@@ -251,6 +292,7 @@ def _manifest(
         weights=tuple(made.weights[name] for name in sorted(made.weights)),
         embedded_weights=embedded,
         truncated_from=truncated_from,
+        drafter=artifact.Drafter("mtp", options.speculative_tokens) if options.speculative_tokens else None,
     )
 
 

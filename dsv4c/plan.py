@@ -306,14 +306,16 @@ def plan(
     program: Program,
     graph_name: str,
     name: str,
-    phase: Literal["mixed", "decode", "prefill"],
+    phase: Literal["mixed", "draft", "decode", "prefill"],
     target: str,
     symbols: Mapping[str, int],
     inputs: tuple[artifact.Input, ...],
+    *,
+    hidden: bool = False,
 ) -> Plan:
     """Plans a lowered program's graph as the program `name`. `symbols`: the largest (GPU: the) value of every symbol.
 
-    Raises ScheduleError if no schedule accepts an op.
+    `hidden`: whether the program gives what a drafter reads. Raises ScheduleError if no schedule accepts an op.
     """
     tuned = None if target == "cpu" else Tuned.of(target)
     planner = _Planner(program, program.graphs[graph_name], target, symbols, parameter_sources(program.config), tuned)
@@ -322,6 +324,8 @@ def plan(
     outputs: dict[str, str] = {
         key: planner.names[results[key]] for key in ("logits", "tokens", "replaced") if key in results
     }
+    if hidden:
+        outputs["hidden"] = planner.names[results["streams"]]
     for value in outputs.values():
         root = planner.buffers[value].of or value
         planner.buffers[root].uses.add(len(planner.calls))
@@ -336,7 +340,7 @@ def plan(
         for b in planner.buffers.values()
     )
     used = tuple(i for i in inputs if i.name in planner.inputs)
-    padded = () if phase == "mixed" else tuple(sorted(padded_symbols(used)))
+    padded = () if phase in ("mixed", "draft") else tuple(sorted(padded_symbols(used)))
     segments = segments_of(planner.calls, planner.ranges, planner.choices, buffers, padded)
     made = artifact.Program(phase, dict(symbols), used, buffers, segments, outputs, arena)
     return Plan({name: made}, planner.choices, planner.weights, planner.states)

@@ -53,8 +53,7 @@ class _Joiner:
         for instance in recipe:
             outputs = self._inline(instance)
         results = {"logits": outputs["logits"], **{f"state.{k}": v for k, v in sorted(self.written.items())}}
-        if not streams_in:
-            results["streams"] = self.values[Value("streams", "streams")]
+        results["streams"] = self.values[Value("streams", "streams")]
         node = self.graph.output(tuple(results.values()))
         node.meta = {"outputs": tuple(results)}
         return self.graph

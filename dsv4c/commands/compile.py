@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsv4c.commands.arguments import positive
+from dsv4c.commands.arguments import not_negative, positive
 from dsv4c.commands.models import preset_or_folder
 from dsv4c.commands.terminal import console, progress_bars
 from dsv4c.errors import ConfigError
@@ -22,6 +22,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--max-context", type=positive, help="longest request in tokens")
     parser.add_argument("--max-tokens", type=positive, help="tokens of one step (default 512, GPU 8192)")
     parser.add_argument("--max-requests", type=positive, help="requests of one step (default 64, GPU 256)")
+    parser.add_argument(
+        "--speculative-tokens", type=not_negative, default=0, metavar="K",
+        help="compile the MTP block to draft up to K tokens a step, 1 to 3 (default 0: none)",
+    )  # fmt: skip
     parser.add_argument("--num-layers", type=positive, help="only the first layers of a preset, to measure with")
     parser.add_argument("--fake-quant", action="store_true", help="fake-quantise KV entries as in training")
     parser.add_argument("--cache", type=Path, help="folder for built kernels (default: beside the artifact)")
@@ -58,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=max_tokens,
         max_requests=min(args.max_requests or (64 if target.arch == "cpu" else 256), max_tokens),
         fake_quant=args.fake_quant,
+        speculative_tokens=args.speculative_tokens,
     )
     table = PassTable()
     if args.dry_run:
