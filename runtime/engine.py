@@ -97,12 +97,15 @@ class Engine:
         vocab_size: int,
         limits: Limits | None = None,
         eos_token_ids: Sequence[int] = (),
+        speculation: Speculation | None = None,
     ) -> None:
         self.runner = runner
         self.pool = pool
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
-        self.scheduler = Scheduler(pool, limits or Limits(max_requests=pool.sizes.max_requests))
+        limits = limits or Limits(max_requests=pool.sizes.max_requests)
+        self.speculation = speculation or Speculation(limits.speculative_tokens)
+        self.scheduler = Scheduler(pool, limits, self.speculation.length)
         self.failure: RunnerBroken | None = None
         """Why nothing can be computed any more, or None while the runner is well."""
         self._flights: deque[_Flight] = deque()
@@ -138,7 +141,10 @@ class Engine:
         if self.has_work:
             raise EngineError("an engine with requests cannot be renewed")
         limits, stops = self.scheduler.limits, self.eos_token_ids
-        return Engine(self.runner, pool=self.pool, vocab_size=self.vocab_size, limits=limits, eos_token_ids=stops)
+        return Engine(
+            self.runner, pool=self.pool, vocab_size=self.vocab_size, limits=limits, eos_token_ids=stops,
+            speculation=self.speculation.renewed(),
+        )  # fmt: skip
 
     @property
     def max_context(self) -> int:
@@ -249,8 +255,13 @@ class Engine:
         """Hands a step's results to its requests; those of requests that have ended meanwhile are dropped."""
         for span in spans if chosen.prompt else ():
             span.request.gather_prompt(span.prompt_rows, chosen.prompt.get(span.request.id, ()))
-        sampling = zip((s for s in spans if s.samples), chosen.tokens, chosen.logprobs, strict=True)
-        return [self._accept(*item) for item in sampling if item[0].request.status != "ended"]
+        sampling = [s for s in spans if s.samples]
+        if any(s.drafts for s in sampling):
+            self.speculation.record([(s.drafts, len(t) - 1) for s, t in zip(sampling, chosen.tokens, strict=True)])
+        for span, drafts in zip(sampling, chosen.drafts, strict=True) if chosen.drafts else ():
+            span.request.drafts, span.request.num_drafts = drafts, len(drafts)
+        found = zip(sampling, chosen.tokens, chosen.logprobs, strict=True)
+        return [self._accept(*item) for item in found if item[0].request.status != "ended"]
 
     def _fail_steps(self, steps: Iterable[Sequence[Span]], error: Exception) -> list[Event]:
         """Ends the requests of these steps, or all of them and the engine if the runner is broken."""
@@ -267,27 +278,40 @@ class Engine:
         requests = {s.request.id: s.request for spans in steps for s in spans if s.request.status != "ended"}
         return [self._end(request, "failed", error=clear) for request in requests.values()]
 
-    def _accept(self, span: Span, token: int | None, logprob: TokenLogprob | None) -> Event:
-        """Adds a sampled token to its request and ends the request if it must; None: the logits were no numbers."""
+    def _accept(
+        self, span: Span, tokens: Sequence[int | None], logprobs: Sequence[TokenLogprob | None]
+    ) -> Event:  # fmt: skip
+        """Adds what a step chose to its request, up to the token that ends it; None: the logits were no numbers."""
         request = span.request
-        if span.end != request.num_tokens:
-            raise EngineError(f"{request} got token {span.end}, which is not its next")
-        if token is None:
-            error = EngineError(f"the logits after {request.num_tokens} tokens hold NaN or infinity")
-            self.scheduler.distrust()
-            return self._end(request, "failed", error=error)
+        if not span.floating and span.end - span.drafts != request.num_tokens:
+            raise EngineError(f"{request} got token {span.end - span.drafts}, which is not its next")
+        if not 1 <= len(tokens) <= 1 + span.drafts:
+            raise EngineError(f"{request} got {len(tokens)} tokens of a step with {span.drafts} drafts")
+        request.arrive(len(tokens), span.drafts)
         first = request.num_generated == 0
-        request.append(token)
-        self._generated += 1
-        if request.sampler is not None:
-            request.sampler.accept(token)
-        given = Event(
+        event = Event(
             request.id,
-            (token,),
-            () if logprob is None else (logprob,),
-            tuple(request.prompt_logprobs) if first else (),
-            request.num_cached if first else 0,
+            prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
+            cached_tokens=request.num_cached if first else 0,
         )
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if token is None:
+                error = EngineError(f"the logits after {request.num_tokens} tokens hold NaN or infinity")
+                self.scheduler.distrust()
+                return self._end(request, "failed", event if event.tokens else None, error=error)
+            request.append(token)
+            self._generated += 1
+            if request.sampler is not None:
+                request.sampler.accept(token)
+            more = event.logprobs if logprob is None else (*event.logprobs, logprob)
+            event = replace(event, tokens=(*event.tokens, token), logprobs=more)
+            ended = self._ends(request, token, event)
+            if ended is not None:
+                return ended
+        return event
+
+    def _ends(self, request: Request, token: int, given: Event) -> Event | None:
+        """The last event of the request if its newest token ends it."""
         if token in request.stop_ids:
             return self._end(request, "stop", given, stop_token=token)
         try:
@@ -298,7 +322,7 @@ class Engine:
             return self._end(request, "stop", given)
         if request.num_tokens >= request.max_tokens_total:
             return self._end(request, "length", given)
-        return given
+        return None
 
     def _end(
         self,
