@@ -189,4 +189,5 @@ class HostShadowExecutor(ArtifactExecutor):
         for name, to in binding.inputs.items():
             to.copy_(inputs[name])
         self.shadow.step(self.program, self.bound_calls(inputs), binding.values)
-        return binding.logits
+        self._last = binding.outputs
+        return binding.outputs["logits"]

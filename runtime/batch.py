@@ -55,14 +55,17 @@ class BatchBuilder:
         self._pool = pool
         self._symbols = dict(symbols or {})
         self._page_tokens = {g.name: g.page_tokens for g in pool.groups}
+        self._reads_tokens = any(item.kind == "token_ids" for item in self.inputs)
         for item in self.inputs:
             if item.kind == "page_table" and item.group not in self._page_tokens:
                 raise ArtifactError(f"input `{item.name}` names the unknown KV group `{item.group}`")
             if item.kind == "window_ends" and not item.ratio:
                 raise ArtifactError(f"input `{item.name}` lacks its ratio")
 
-    def build(self, spans: Sequence[Span]) -> dict[str, torch.Tensor]:
-        """Input name -> int64 tensor, for at least one span.
+    def build(
+        self, spans: Sequence[Span], given: Mapping[str, Int64Array] | None = None
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Input name -> int64 tensor, for at least one span. `given`: inputs by kind that spans do not tell.
 
         `window_ends` is empty where no window completes, `logit_rows` where no logits are wanted.
         """
@@ -73,19 +76,19 @@ class BatchBuilder:
         firsts_R = np.cumsum(lengths_R) - lengths_R  # the batch row of each span's first token
         rows_T = np.repeat(np.arange(len(spans), dtype=np.int64), lengths_R)
         positions_T = np.arange(rows_T.size, dtype=np.int64) + (starts_R - firsts_R)[rows_T]
-        if rows_T.size == len(spans):
-            tokens_T = np.array([s.request.token(s.start) for s in spans], dtype=np.int64)
-        else:
-            tokens_T = np.concatenate([tokens_of(s) for s in spans])
         widths = self._widths(int(ends_R.max()))
         plain: dict[str, Int64Array] = {
-            "token_ids": tokens_T,
+            **(given or {}),
             "positions": positions_T,
             "request_rows": rows_T,
             "seq_starts": starts_R,
             "seq_ends": ends_R,
             "state_slots": slots_R,
         }
+        if self._reads_tokens and rows_T.size == len(spans):
+            plain["token_ids"] = np.array([s.request.token(s.start) for s in spans], dtype=np.int64)
+        elif self._reads_tokens:
+            plain["token_ids"] = np.concatenate([tokens_of(s) for s in spans])
         out = {}
         for item in self.inputs:
             if item.kind == "page_table":

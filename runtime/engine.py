@@ -38,6 +38,7 @@ from dsv4c.runtime.request import Event, FinishReason, Request
 from dsv4c.runtime.runner import Chosen, Executor, HostRunner, StepRunner, Ticket
 from dsv4c.runtime.sampler import SamplerState, TokenLogprob
 from dsv4c.runtime.scheduler import Limits, Scheduler, Span
+from dsv4c.runtime.speculation import Speculation, SpeculationStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ class ArtifactExecutor:
         self._arena = Arena(program, device)
         self._calls = [call for segment in program.segments for call in segment.calls]
         self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
+        self._last: dict[str, Tensor] = {}
         self._symbols = _input_symbols(program)
         _check_buffer_sizes(program)
         if "logits" not in program.outputs:
@@ -63,17 +64,19 @@ class ArtifactExecutor:
 
         Raises EngineError if an input is missing, of a wrong dtype or shape, or larger than the program is made for.
         """
-        return self.outputs(inputs)["logits"]
-
-    def outputs(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """All that one step gives, by meaning, valid until the next. Raises EngineError as `step` does."""
         torch.get_num_threads()  # gives this thread's OpenMP, which our kernels use, the count torch was set to
         binding = self._binding(self._sizes(inputs))
         for name, to in binding.inputs.items():
             to.copy_(inputs[name])
         for run in binding.runs:
             run()
-        return binding.outputs
+        self._last = binding.outputs
+        return binding.outputs["logits"]
+
+    @property
+    def hidden(self) -> Tensor:
+        """[T, ...] what a drafter reads of the last step's rows, valid until the next. For programs that give it."""
+        return self._last["hidden"]
 
     def run(self, inputs: Mapping[str, Tensor], want: Sequence[str]) -> dict[str, Tensor]:
         """One step, call by call: copies of the values `want`, each taken right after the call that wrote it."""

@@ -119,6 +119,8 @@ class Span:
     """Of the tokens, the last ones that are guesses: each is sampled again, and the step keeps those that agree."""
     floating: bool = False
     """Whether steps in flight may put it further: `start` and `end` are the least."""
+    wanted: int = 0
+    """Drafts to make for the next step."""
 
     @property
     def num_rows(self) -> int:
@@ -146,6 +148,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self._wanted = 0
         self._longest = pool.longest()
 
     @property
@@ -272,19 +275,19 @@ class Scheduler:
         """
         covers, lacking, tokens = self.pool.covers, [], 0
         decoding = [r for r in self.running if r.pending == 1 and not _awaits(r)]
-        most = self._lengths(len(decoding)) if decoding else 0
+        most = self._wanted = self._lengths(len(decoding))
         for request in decoding:
             start, end = request.num_computed, request.num_total
             floating = request.num_uncertain > 0
             # the last token that can be chosen is not computed: it ends the request
             drafts = min(most, request.num_drafts, request.max_tokens_total - 1 - end - request.num_uncertain)
             if drafts and not covers(request.slot, end + request.num_uncertain + drafts):
-                drafts = 0 if not self.pool.grow(request.slot, end + request.num_uncertain + drafts) else drafts
+                drafts = drafts if self.pool.grow(request.slot, end + request.num_uncertain + drafts) else 0
             if not covers(request.slot, end + request.num_uncertain):
                 if not floating:  # else where it stands will be known after this step, and need fewer pages
                     lacking.append(request)
             elif request.params.prompt_logprobs is None or request.num_prompt < end:
-                spans[request.id] = Span(request, start, end + drafts, True, _NO_ROWS, drafts, floating)
+                spans[request.id] = Span(request, start, end + drafts, True, _NO_ROWS, drafts, floating, most)
                 tokens += 1 + drafts
             else:
                 lacking.append(request)
@@ -313,7 +316,7 @@ class Scheduler:
             self.prefix.make_room(request, fit)
         self.pool.grow(request.slot, fit)
         rows = request.prompt_logprob_rows(start, fit)
-        spans[request.id] = Span(request, start, fit, fit == request.num_total, rows)
+        spans[request.id] = Span(request, start, fit, fit == request.num_total, rows, wanted=self._wanted)
         self._tokens_left -= fit - start
         self._prompt_rows_left -= len(rows)
 
