@@ -212,6 +212,11 @@ class Program:
     what a drafter reads."""
     arena_bytes: int
 
+    @property
+    def any_size(self) -> bool:
+        """Whether it takes any sizes up to its symbols, and so is not captured."""
+        return self.phase in ("mixed", "draft")
+
 
 Expr = int | str
 """An integer: a number, or an expression over the sizes of a call's arguments (see runtime/gpu.py)."""

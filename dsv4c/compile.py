@@ -36,7 +36,6 @@ from dsv4c.schedules._schedule import Progress
 from dsv4c.schedules.emit import emit, records
 from dsv4c.weights import stored_formats
 
-
 MAX_DRAFTS = 3  # a step's tokens of one request then complete at most one window of 4
 DRAFT_RING = 16  # rows: an entry's tokens stay while 3 drafts are overwritten, and until a snapshot 8 tokens later
 

@@ -182,6 +182,10 @@ class HostShadowExecutor(ArtifactExecutor):
         super().__init__(program, kernels, weights, states)
         self.shadow = shadow
 
+    def beside(self, program: Program) -> HostShadowExecutor:
+        """See ArtifactExecutor."""
+        return HostShadowExecutor(program, self._kernels, self._weights, self.states, shadow=self.shadow)
+
     def step(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits of one step, as ArtifactExecutor's."""
         torch.get_num_threads()

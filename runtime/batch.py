@@ -20,13 +20,13 @@ from dsv4c.runtime.scheduler import Span
 
 
 def step_inputs(manifest: Manifest) -> tuple[tuple[Input, ...], dict[str, int]]:
-    """The inputs of all programs of an artifact by name, and the least of each symbol's largest values.
+    """The inputs of all steps of an artifact by name, and the least of each symbol's largest values.
 
     Raises ArtifactError if two programs disagree about an input: the engine gives every step the same ones.
     """
     inputs: dict[str, Input] = {}
     symbols: dict[str, int] = {}
-    for program in manifest.programs.values():
+    for program in (p for p in manifest.programs.values() if p.phase != "draft"):
         for name, largest in program.symbols.items():
             symbols[name] = min(largest, symbols.get(name, largest))
         for item in program.inputs:
@@ -55,17 +55,14 @@ class BatchBuilder:
         self._pool = pool
         self._symbols = dict(symbols or {})
         self._page_tokens = {g.name: g.page_tokens for g in pool.groups}
-        self._reads_tokens = any(item.kind == "token_ids" for item in self.inputs)
         for item in self.inputs:
             if item.kind == "page_table" and item.group not in self._page_tokens:
                 raise ArtifactError(f"input `{item.name}` names the unknown KV group `{item.group}`")
             if item.kind == "window_ends" and not item.ratio:
                 raise ArtifactError(f"input `{item.name}` lacks its ratio")
 
-    def build(
-        self, spans: Sequence[Span], given: Mapping[str, Int64Array] | None = None
-    ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Input name -> int64 tensor, for at least one span. `given`: inputs by kind that spans do not tell.
+    def build(self, spans: Sequence[Span]) -> dict[str, torch.Tensor]:
+        """Input name -> int64 tensor, for at least one span.
 
         `window_ends` is empty where no window completes, `logit_rows` where no logits are wanted.
         """
@@ -76,19 +73,19 @@ class BatchBuilder:
         firsts_R = np.cumsum(lengths_R) - lengths_R  # the batch row of each span's first token
         rows_T = np.repeat(np.arange(len(spans), dtype=np.int64), lengths_R)
         positions_T = np.arange(rows_T.size, dtype=np.int64) + (starts_R - firsts_R)[rows_T]
+        if rows_T.size == len(spans):
+            tokens_T = np.array([s.request.token(s.start) for s in spans], dtype=np.int64)
+        else:
+            tokens_T = np.concatenate([tokens_of(s) for s in spans])
         widths = self._widths(int(ends_R.max()))
         plain: dict[str, Int64Array] = {
-            **(given or {}),
+            "token_ids": tokens_T,
             "positions": positions_T,
             "request_rows": rows_T,
             "seq_starts": starts_R,
             "seq_ends": ends_R,
             "state_slots": slots_R,
         }
-        if self._reads_tokens and rows_T.size == len(spans):
-            plain["token_ids"] = np.array([s.request.token(s.start) for s in spans], dtype=np.int64)
-        elif self._reads_tokens:
-            plain["token_ids"] = np.concatenate([tokens_of(s) for s in spans])
         out = {}
         for item in self.inputs:
             if item.kind == "page_table":

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.artifact import Input
-from dsv4c.runtime.batch import BatchBuilder
-from dsv4c.runtime.kvpool import Int64Array, KVPool
+from dsv4c.runtime.kvpool import Int64Array
 from dsv4c.runtime.sampler import SamplerState, sample
 from dsv4c.runtime.scheduler import Span
 
@@ -28,11 +27,16 @@ class Drafter(Protocol):
     """Guesses what follows the tokens that a step has chosen."""
 
     def draft(
-        self, spans: Sequence[Span], tokens: Sequence[Sequence[int | None]], states: Sequence[SamplerState]
+        self,
+        spans: Sequence[Span],
+        inputs: Mapping[str, Tensor],
+        tokens: Sequence[Sequence[int | None]],
+        states: Sequence[SamplerState],
     ) -> list[tuple[int, ...]]:
         """Up to `span.wanted` drafts for each span that samples, from the step that was just computed.
 
-        `tokens`: what the step chose for it, to be accepted; `states`: of its sampling, before that.
+        `inputs`: that step's; `tokens`: what it chose for each span that samples, to be accepted; `states`: of their
+        sampling, before that.
         """
 
 
@@ -47,87 +51,107 @@ class HiddenExecutor(Protocol):
 
 
 class MtpDrafter:
-    """`main` computes the model, `block` the MTP block over the same pools; `inputs` and `symbols` are the block's."""
+    """`main` computes the model, `block` the MTP block over the same pools; `inputs` are the block's."""
 
-    def __init__(
-        self,
-        main: HiddenExecutor,
-        block: HiddenExecutor,
-        inputs: Iterable[Input],
-        pool: KVPool,
-        symbols: Mapping[str, int],
-    ) -> None:
+    def __init__(self, main: HiddenExecutor, block: HiddenExecutor, inputs: Iterable[Input]) -> None:
         self._main, self._block = main, block
-        inputs = tuple(inputs)
-        self._hidden = next(item.name for item in inputs if item.kind == "hidden")
-        self._batch = BatchBuilder((i for i in inputs if i.kind != "hidden"), pool, symbols)
+        names = {item.kind: item.name for item in inputs if item.kind != "page_table"}
+        self._tables = [item.name for item in inputs if item.kind == "page_table"]
+        self._hidden, self._next, self._rows = names["hidden"], names["next_ids"], names["logit_rows"]
+        self._positions, self._owners = names["positions"], names["request_rows"]
 
     def draft(
-        self, spans: Sequence[Span], tokens: Sequence[Sequence[int | None]], states: Sequence[SamplerState]
+        self,
+        spans: Sequence[Span],
+        inputs: Mapping[str, Tensor],
+        tokens: Sequence[Sequence[int | None]],
+        states: Sequence[SamplerState],
     ) -> list[tuple[int, ...]]:
         """See Drafter."""
-        out: list[list[int]] = [[] for _ in tokens]
+        drafts: list[list[int]] = [[] for _ in tokens]
         if not any(span.wanted for span in spans):
             return [() for _ in tokens]
-        kept, following, rows, given = [], [], [], iter(tokens)
-        first = 0
-        for span in spans:
-            end, more = span.end, span.request.tokens(span.start + 1, span.end + 1)
-            if span.samples:
-                found = next(given)
-                end += len(found) - 1 - span.drafts
-                more = np.concatenate([span.request.tokens(span.start + 1, span.end - span.drafts), _whole(found)])
-            kept.append(Span(span.request, span.start, end, span.samples, range(0)))
-            following.append(more)
-            rows.append(np.arange(first, first + end - span.start))
-            first += span.length
-        hidden = self._main.hidden.index_select(0, torch.from_numpy(np.concatenate(rows)))
-        logits = self._pass(kept, np.concatenate(following), hidden)
-        hidden = self._block.hidden
-        lasts = np.cumsum([s.length for s in kept]) - 1
-        alive = [(i, s, int(lasts[n])) for i, (n, s) in enumerate((n, s) for n, s in enumerate(kept) if s.samples)]
-        wanted = [s.wanted if _goes_on(s, t) else 0 for s, t in zip((s for s in spans if s.samples), tokens, strict=True)]
+        rows, following, lasts = _rows_kept(spans, tokens)
+        whole = rows.size == inputs[self._positions].shape[0]
+        at = torch.from_numpy(rows)
+        positions, owners, hidden = (
+            tensor if whole else tensor.index_select(0, at)
+            for tensor in (inputs[self._positions], inputs[self._owners], self._main.hidden)
+        )
+        tables = {name: inputs[name] for name in self._tables}
+        last = torch.from_numpy(lasts)
+        logits = self._pass(tables, positions, owners, following, last, hidden)
+        sampling = [span for span in spans if span.samples]
+        wanted = [s.wanted if _goes_on(s, t) else 0 for s, t in zip(sampling, tokens, strict=True)]
+        alive = list(range(len(sampling)))
         while True:
-            alive = [(i, s, row) for i, s, row in alive if wanted[i] > len(out[i])]
-            if not alive:
-                return [tuple(drafts) for drafts in out]
-            index = [i for i, _, _ in alive]
-            ahead = [states[i].ahead([*_known(tokens[i]), *out[i]]) for i in index]
-            drawn, _ = sample(logits[index], ahead)
-            for i, token in zip(index, drawn, strict=True):
-                if token is None:
+            going = [n for n, i in enumerate(alive) if len(drafts[i]) < wanted[i]]
+            if not going:
+                return [tuple(found) for found in drafts]
+            if len(going) < len(alive):
+                alive = [alive[n] for n in going]
+                logits, last = logits[going], last[going]
+            ahead = [states[i].ahead([*_known(tokens[i]), *drafts[i]]) for i in alive]
+            drawn, _ = sample(logits, ahead)
+            for i, token in zip(alive, drawn, strict=True):
+                if token is None:  # no numbers: nothing is drafted behind it
                     wanted[i] = 0
                 else:
-                    out[i].append(token)
-            more_of = [(i, s, row) for i, s, row in alive if wanted[i] > len(out[i])]
-            if not more_of:
+                    drafts[i].append(token)
+            going = [n for n, i in enumerate(alive) if len(drafts[i]) < wanted[i]]
+            if not going:
                 continue
-            hidden = hidden.index_select(0, torch.tensor([row for _, _, row in more_of]))
-            steps = [Span(s.request, s.end, s.end + 1, True, range(0)) for _, s, _ in more_of]
-            part = self._pass(steps, np.array([out[i][-1] for i, _, _ in more_of], dtype=np.int64), hidden)
-            logits = logits.new_empty(logits.shape)
-            logits[[i for i, _, _ in more_of]] = part
-            hidden = self._block.hidden
-            alive = [(i, s, n) for n, ((i, _, _), s) in enumerate(zip(more_of, steps, strict=True))]
+            if len(going) < len(alive):
+                alive, last = [alive[n] for n in going], last[going]
+            positions, owners = positions[last] + 1, owners[last]
+            hidden = self._block.hidden.index_select(0, last)
+            last = torch.arange(len(alive))
+            following = np.array([drafts[i][-1] for i in alive], dtype=np.int64)
+            logits = self._pass(tables, positions, owners, following, last, hidden)
 
-    def _pass(self, spans: Sequence[Span], next_ids: Int64Array, hidden: Tensor) -> Tensor:
-        """One run of the block: logits of the spans that sample."""
-        inputs = self._batch.build(spans, {"next_ids": next_ids})
-        return self._block.step({**inputs, self._hidden: hidden})
+    def _pass(
+        self,
+        tables: Mapping[str, Tensor],
+        positions: Tensor,
+        owners: Tensor,
+        next_ids: Int64Array,
+        last: Tensor,
+        hidden: Tensor,
+    ) -> Tensor:
+        """One run of the block over rows of the batch; logits of the rows `last`."""
+        rows = {self._positions: positions, self._owners: owners, self._rows: last, self._hidden: hidden}
+        return self._block.step({**tables, **rows, self._next: torch.from_numpy(next_ids)})
+
+
+def _rows_kept(
+    spans: Sequence[Span], tokens: Sequence[Sequence[int | None]]
+) -> tuple[Int64Array, Int64Array, Int64Array]:  # fmt: skip
+    """The rows of the batch whose tokens stay, the token that follows each, and which of them are spans' last."""
+    rows, following, lasts, given = [], [], [], iter(tokens)
+    first = count = 0
+    for span in spans:
+        length, end = span.length, span.end - span.drafts
+        if span.samples:
+            found = next(given)
+            length += len(found) - 1 - span.drafts
+            # a token that is none ends its request: any will do
+            following += span.request.tokens(span.start + 1, end).tolist() + [t or 0 for t in found]
+            lasts.append(count + length - 1)
+        else:
+            following += span.request.tokens(span.start + 1, end + 1).tolist()
+        rows += range(first, first + length)
+        first += span.length
+        count += length
+    return (np.array(rows, np.int64), np.array(following, np.int64), np.array(lasts, np.int64))
 
 
 def _known(tokens: Sequence[int | None]) -> list[int]:
     return [token for token in tokens if token is not None]
 
 
-def _whole(tokens: Sequence[int | None]) -> Int64Array:
-    """A token that is none ends its request: any will do."""
-    return np.array([0 if token is None else token for token in tokens], dtype=np.int64)
-
-
 def _goes_on(span: Span, tokens: Sequence[int | None]) -> bool:
-    """Whether the request surely has a step after this one."""
+    """Whether the request surely has two tokens more to come: fewer need no draft."""
     request = span.request
-    if None in tokens or any(token in request.stop_ids for token in tokens):
+    if None in tokens or not request.stop_ids.isdisjoint(tokens):
         return False
     return request.num_tokens + len(tokens) + 1 < request.max_tokens_total

@@ -31,6 +31,8 @@ from typing import NamedTuple
 from dsv4c.artifact import Manifest
 from dsv4c.errors import Dsv4cError, EngineError, RequestError, RunnerBroken
 from dsv4c.runtime.batch import step_inputs
+from dsv4c.runtime.drafts import MtpDrafter
+from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
@@ -71,6 +73,7 @@ class EngineStats:
     wait_s: float = 0.0
     """Of these, in the runner's `collect`: waiting for the device."""
     last_step_s: float = 0.0
+    speculation: SpeculationStats = SpeculationStats()
     ended: Mapping[str, int] = field(default_factory=dict)
     """Requests ended, by reason."""
 
@@ -124,6 +127,7 @@ class Engine:
         *,
         limits: Limits | None = None,
         eos_token_ids: Sequence[int] = (),
+        speculation: Speculation | None = None,
     ) -> Engine:
         """An engine for an artifact run on the host: inputs, groups, vocabulary and default limits are the manifest's.
 
@@ -134,8 +138,18 @@ class Engine:
         inputs, symbols = step_inputs(manifest)
         pool = KVPool(manifest.kv_groups, sizes)
         states = [p.name for group in snapshot_states(manifest.state_groups, pool.groups) for p in group.pools]
-        runner = HostRunner(executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states)
-        return cls(runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids)
+        drafter = None
+        if limits.speculative_tokens:
+            assert isinstance(executor, ArtifactExecutor)
+            program = manifest.programs["mtp"]
+            drafter = MtpDrafter(executor, executor.beside(program), program.inputs)
+        runner = HostRunner(
+            executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states, drafter=drafter
+        )
+        return cls(
+            runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids,
+            speculation=speculation,
+        )  # fmt: skip
 
     def renewed(self) -> Engine:
         """A new engine over the same runner and pool that has counted nothing yet. This one must have no work left."""
@@ -214,6 +228,8 @@ class Engine:
         if len(self._flights) > (self.runner.lag if spans else 0):
             events += self._collect()
         self._last_step_s = time.perf_counter() - began
+        if spans and self.speculation.max_tokens and all(s.samples and s.length == 1 + s.drafts for s in spans):
+            self.speculation.observe(len(spans), max(s.drafts for s in spans), self._last_step_s)
         self._step_s += self._last_step_s
         return events
 
@@ -361,6 +377,7 @@ class Engine:
             launch_s=self._launch_s,
             wait_s=self._wait_s,
             last_step_s=self._last_step_s,
+            speculation=self.speculation.stats(),
             ended=dict(self._ended),
         )
 

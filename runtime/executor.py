@@ -59,6 +59,10 @@ class ArtifactExecutor:
         if "logits" not in program.outputs:
             raise ArtifactError(f"program `{program.phase}` has no `logits`", hint="compile the artifact again")
 
+    def beside(self, program: Program) -> ArtifactExecutor:
+        """An executor of the same kind for another program over the same weights and state."""
+        return ArtifactExecutor(program, self._kernels, self._weights, self.states, self._device)
+
     def step(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits [S, vocab_size] float32 of one step, valid until the next. `inputs` as the manifest's Inputs say.
 
@@ -146,9 +150,7 @@ class ArtifactExecutor:
 
     def _bind(self, symbols: dict[str, int]) -> _Binding:
         inputs = {
-            item.name: torch.empty(
-                sizes_of(item.shape, symbols), dtype=getattr(torch, item.dtype), device=self._device
-            )
+            item.name: torch.empty(sizes_of(item.shape, symbols), dtype=getattr(torch, item.dtype), device=self._device)
             for item in self.program.inputs
         }
         values = {**self._arena.views(symbols), **self._weights, **self.states, **inputs}

@@ -56,7 +56,7 @@ def load(
     if manifest is None:
         manifest = load_manifest(directory)
     check_host(manifest)
-    if set(manifest.programs) != {"step"}:
+    if set(manifest.programs) != {"step"} | ({"mtp"} if manifest.drafter else set()):
         raise ArtifactError(
             f"the artifact has programs {', '.join(sorted(manifest.programs)) or 'none'}, this runtime runs `step`",
             hint="compile it again with this version",

@@ -142,7 +142,7 @@ class HostRunner:
         tokens, logprobs = sample(logits_SV, each) if each else ([], [])
         kept = _kept(tokens, guesses)
         chosen = [tokens[rows] for rows in kept]
-        drafts = self.drafter.draft(spans, chosen, states) if self.drafter is not None else ()
+        drafts = self.drafter.draft(spans, inputs, chosen, states) if self.drafter is not None else ()
         return Chosen(chosen, [logprobs[rows] for rows in kept], prompt, drafts)
 
 

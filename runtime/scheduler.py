@@ -275,7 +275,7 @@ class Scheduler:
         """
         covers, lacking, tokens = self.pool.covers, [], 0
         decoding = [r for r in self.running if r.pending == 1 and not _awaits(r)]
-        most = self._wanted = self._lengths(len(decoding))
+        most = self._wanted = self._lengths(max(1, len(decoding)))
         for request in decoding:
             start, end = request.num_computed, request.num_total
             floating = request.num_uncertain > 0
