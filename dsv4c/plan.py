@@ -119,7 +119,7 @@ class _Planner:
     def _placeholder(self, node: fx.Node) -> None:
         value = node.meta["value"]
         self.names[node] = value.name
-        if value.kind in ("input", "streams"):
+        if value.kind in ("input", "streams") and node.users:  # the MTP block's prelude makes more than it reads
             self.inputs.add(value.name)
         elif value.kind == "state":
             self.states.add(value.name)

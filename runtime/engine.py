@@ -73,7 +73,7 @@ class EngineStats:
     wait_s: float = 0.0
     """Of these, in the runner's `collect`: waiting for the device."""
     last_step_s: float = 0.0
-    speculation: SpeculationStats = SpeculationStats()
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
     ended: Mapping[str, int] = field(default_factory=dict)
     """Requests ended, by reason."""
 
