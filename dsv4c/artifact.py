@@ -96,7 +96,15 @@ InputKind = Literal[
     "edit_starts", "edit_stops", "edit_tokens", "edit_values",  # which edits are the row's; [M] token and addend
     # of programs that draft:
     "hidden",  # [T, ...] what the main model's step left of each row, or the draft step before; as its dtype says
-    "next_ids",  # [T] the token that follows each row's
+    "next_ids",  # [T] the token that follows each row's, where no row of logits gives it
+    # of programs that verify drafts; a token id -1 - i is then pending i of its slot (0: its last token, then drafts), a
+    # position -1 - i is i behind the slot's length, as is a seq_starts of -1 and a seq_ends of -i, and an end -2 - f is
+    # the row that completes a window in the span that begins at row f, if one does. For each row of logits [S]:
+    "chain",  # how many drafts of the same request lie before the row
+    "noise_shifts",  # what the row's position lacks to the counter of its noise
+    # and for each request that samples [D]:
+    "draft_starts", "draft_limits", "draft_seats",  # its first row of logits, the drafts to verify behind it, its slot
+    "draft_temperature", "draft_top_k", "draft_top_p", "draft_min_p", "draft_keys",  # as the rows' own
 ]
 # fmt: on
 
@@ -209,7 +217,7 @@ class Program:
     outputs: dict[str, str]
     """Meaning -> value name. `logits` is [S, vocab_size] float32, after edits. Programs that sample also have `tokens`
     int64 [S], -1 where the logits are no numbers, and `replaced` [M]: the logits that edits changed. `hidden` [T, ...]:
-    what a drafter reads."""
+    what a drafter reads. Programs that verify drafts have `accepted` int64 [D]: the rows of each request that count."""
     arena_bytes: int
 
     @property

@@ -23,10 +23,11 @@ from dsv4c.capturing import capture, step_inputs
 from dsv4c.checkpoint.names import num_mtp_layers
 from dsv4c.config import ModelConfig, StateLayout, Target
 from dsv4c.errors import ArtifactError, ConfigError
-from dsv4c.facts import COUNTS, LAST_TOKENS
+from dsv4c.facts import COUNTS, LAST_TOKENS, LENGTH, PENDING
 from dsv4c.model.state import group_ratios, min_columns, page_tokens, state_tensors
 from dsv4c.ops import TensorType
 from dsv4c.passes import default_pipeline
+from dsv4c.passes.append_drafts import CHAIN_INPUTS, DRAFT_INPUTS, graph_name
 from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
 from dsv4c.pipeline import Step
 from dsv4c.plan import Plan, plan
@@ -62,7 +63,7 @@ def lower(
 ) -> Program:
     """The lowered program of a model: capture, then every pass of the default pipeline."""
     program = capture(config, options.layout(), fake_quant=options.fake_quant)
-    for step in default_pipeline(stored_formats(config), arch).steps(program):
+    for step in default_pipeline(stored_formats(config), arch, options.speculative_tokens).steps(program):
         program = step.after
         if watch:
             watch(step)
@@ -118,11 +119,16 @@ def draft_inputs(config: ModelConfig) -> tuple[artifact.Input, ...]:
     )
 
 
-def sampling_inputs() -> tuple[artifact.Input, ...]:
-    """What a program that samples asks for besides; edits, which most steps lack, come last."""
-    rows = [artifact.Input(name, name, ("S",), dtype=dtype) for name, dtype in ROW_INPUTS.items()]  # type: ignore[arg-type]
-    edits = [artifact.Input(name, name, ("M",), dtype=dtype) for name, dtype in EDIT_INPUTS.items()]  # type: ignore[arg-type]
-    return (*rows, *edits)
+def sampling_inputs(drafts: int = 0) -> tuple[artifact.Input, ...]:
+    """What a program that samples (and verifies drafts) asks for besides; edits, which most steps lack, come last."""
+    sizes: list[tuple[str, Mapping[str, str]]] = [("S", ROW_INPUTS), ("M", EDIT_INPUTS)]
+    if drafts:
+        sizes = [("T", {"next_ids": "int64"}), ("S", CHAIN_INPUTS), ("D", DRAFT_INPUTS), ("M", EDIT_INPUTS)]
+    return tuple(
+        artifact.Input(name, name, (size,), dtype=dtype)  # type: ignore[arg-type]
+        for size, inputs in sizes
+        for name, dtype in inputs.items()
+    )
 
 
 def kv_groups(
@@ -142,7 +148,7 @@ def kv_groups(
         rings = tuple(pool for t, pool in tensors if t.group is None and (t.ratio, t.overlap) == (ratio, overlap))
         # where windows overlap, the next entry pools the last one's tokens too: such rings are never empty
         states.append(artifact.StateGroup(f"compressor_{ratio}", rings, None if overlap else ratio))
-    sampling = tuple(_pool(name, types[name]) for name in (COUNTS, LAST_TOKENS) if name in names)
+    sampling = tuple(_pool(name, types[name]) for name in (COUNTS, LAST_TOKENS, PENDING, LENGTH) if name in names)
     if sampling:  # the host knows all of it once a request is resumed
         states.append(artifact.StateGroup("sampling", sampling, 1))
     return tuple(groups), tuple(states)
@@ -164,12 +170,16 @@ def plan_artifact(program: Program, target: Target, options: Options) -> Plan:
             return step
         inputs = (*inputs, *draft_inputs(config))
         return Plan.joined((step, plan(program, "mtp", "mtp", "draft", target.arch, symbols, inputs, hidden=True)))
-    inputs = (*inputs, *sampling_inputs())
+    drafts = options.speculative_tokens
+    inputs = (*inputs, *sampling_inputs(drafts))
     shared = state_symbols(config, layout, options)
     return Plan.joined(
-        plan(program, "step", bucket.name, bucket.phase, target.arch, bucket.symbols(config, shared), inputs)
-        for bucket in gpu_buckets(options.max_tokens, options.max_requests)
-    )
+        plan(
+            program, graph_name(bucket.drafts), bucket.name, bucket.phase, target.arch,
+            bucket.symbols(config, shared), inputs,
+        )
+        for bucket in gpu_buckets(options.max_tokens, options.max_requests, drafts)
+    )  # fmt: skip
 
 
 def numerics(program: Program, options: Options) -> tuple[str, ...]:

@@ -183,13 +183,15 @@ def _no_quantise_after(program: Program) -> list[fx.Node]:
 
 COUNTS, LAST_TOKENS = "sampling.counts", "sampling.last_tokens"
 """State of sampling on the device: how often each seat's request generated each token, and its last one."""
+PENDING, LENGTH = "sampling.pending", "sampling.length"
+"""Where a step verifies drafts: each seat's last token with the drafts behind it, and the tokens that are computed."""
 
 
 def _hosted_sampling(program: Program) -> list[fx.Node]:
     """What still needs the host between two steps: a reader of the token ids as given, or logits without tokens."""
     graph = program.graphs["step"]
     ids = [n for n in graph.nodes if n.op == "placeholder" and n.meta["value"].name == "token_ids"]
-    readers = [user for node in ids for user in node.users if not is_op(user, "feed_tokens")]
+    readers = [user for node in ids for user in node.users if not is_op(user, "feed_tokens") and not is_op(user, "feed_drafts")]
     return readers if "tokens" in graph.output_node().meta["outputs"] else [*readers, graph.output_node()]
 
 

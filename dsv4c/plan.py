@@ -168,10 +168,12 @@ class _Planner:
         """The choice for a node, by schedules that know rows as `T` whatever the program calls them."""
         key = repr(node)
         if key not in self.memo:
-            if "S" in _symbols(node) and "T" not in _symbols(node):
-                symbols = {**self.symbols, "T": self.symbols["S"]}
-                choice = select(_renamed(node, "S", "T"), self.target, symbols, self.tuned)
-                workspace = tuple(_resized(value, "T", "S") for value in choice.workspace)
+            rows = [size for size in ("T", "S", "D") if size in _symbols(node)]
+            if len(rows) == 1 and rows != ["T"]:
+                (size,) = rows
+                symbols = {**self.symbols, "T": self.symbols[size]}
+                choice = select(_renamed(node, size, "T"), self.target, symbols, self.tuned)
+                workspace = tuple(_resized(value, "T", size) for value in choice.workspace)
                 self.memo[key] = replace(choice, workspace=workspace)
             else:
                 self.memo[key] = select(node, self.target, self.symbols, self.tuned)
@@ -322,7 +324,7 @@ def plan(
     planner.run()
     results = results_of(planner.graph)
     outputs: dict[str, str] = {
-        key: planner.names[results[key]] for key in ("logits", "tokens", "replaced") if key in results
+        key: planner.names[results[key]] for key in ("logits", "tokens", "replaced", "accepted") if key in results
     }
     if hidden:
         outputs["hidden"] = planner.names[results["streams"]]

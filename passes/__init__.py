@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dsv4c.passes.append_drafts import AppendDrafts
 from dsv4c.passes.append_sampling import AppendSampling
 from dsv4c.passes.canonicalize import Canonicalize
 from dsv4c.passes.check_lowered import CheckLowered
@@ -67,14 +68,19 @@ STORE: tuple[Pass, ...] = (
     StoreExperts(),
     FuseQuantise(),
     NarrowActivations(),
-    AppendSampling(),
 )
 """For targets that compute on what the checkpoint stores (GPUs)."""
 
 
-def default_pipeline(formats: Mapping[str, str], arch: str = "cpu") -> Pipeline:
-    """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight."""
-    return Pipeline((*RAISE, *FUSE, *(WIDEN if arch == "cpu" else STORE), Quantise(formats=formats), CheckLowered()))
+def default_pipeline(formats: Mapping[str, str], arch: str = "cpu", drafts: int = 0) -> Pipeline:
+    """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight.
+
+    `drafts`: the most that a step on a GPU verifies; on a CPU the host drafts with the program `mtp`.
+    """
+    lower: tuple[Pass, ...] = WIDEN
+    if arch != "cpu":
+        lower = (*STORE, AppendDrafts(max_tokens=drafts) if drafts else AppendSampling())
+    return Pipeline((*RAISE, *FUSE, *lower, Quantise(formats=formats), CheckLowered()))
 
 
 def reference_pipeline(formats: Mapping[str, str]) -> Pipeline:

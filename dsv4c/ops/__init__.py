@@ -12,7 +12,7 @@ from typing import Any
 from dsv4c.model import attention as plain_attention
 from dsv4c.model import compressor, indexer, linear, moe, mtp, norm, paging, quant, rope, transformer
 from dsv4c.model import hyper as plain_hyper
-from dsv4c.ops import attention, compress, experts, fused, hyper, index, linears, rows, sampling
+from dsv4c.ops import attention, compress, experts, fused, hyper, index, linears, rows, sampling, speculation
 from dsv4c.ops._op import DTYPE_BYTES, Index, Op, TensorType
 
 __all__ = ["DTYPE_BYTES", "LEAVES", "OPS", "VIEWS", "Index", "Op", "TensorType"]
@@ -127,6 +127,7 @@ _ALL = (
     *experts.OPS,
     *linears.OPS,
     *sampling.OPS,
+    *speculation.OPS,
 )
 
 OPS: Mapping[str, Op] = {op.name: op for op in _ALL}
