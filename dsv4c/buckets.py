@@ -39,7 +39,7 @@ class Bucket:
 
     def symbols(self, config: ModelConfig, shared: Mapping[str, int]) -> dict[str, int]:
         """Sizes of this program; `shared` holds those of state and page tables."""
-        out = {**shared, "T": self.tokens, "S": self.rows, "D": self.requests, "M": EDITS_PER_ROW * self.requests}
+        out = {**shared, "T": self.tokens, "S": self.rows, "D": self.requests, "M": EDITS_PER_ROW * self.rows}
         for ratio in config.ratios:  # a chunk completes a window more than its length holds
             out[f"E_{ratio}"] = min(self.tokens, self.tokens // ratio + self.requests)
         return out

@@ -132,7 +132,8 @@ def launch_engine(
     drafts = options.speculative_tokens
     limits = Limits(
         requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows,
-        speculative_tokens=drafts_of(manifest) if drafts is None else drafts, prefix_cache=options.prefix_cache,
+        speculative_tokens=drafts_of(manifest) if drafts is None else drafts,
+        mixed_drafts=manifest.target == "cpu", prefix_cache=options.prefix_cache,
     )  # fmt: skip
     if manifest.target == "cpu":
         if options.executor not in ("graph", "shadow") or options.breaks:

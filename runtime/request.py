@@ -153,12 +153,15 @@ class Request:
         """The token at a position; -1 while it is in flight."""
         return int(self._tokens[position])
 
-    def expect(self, drafts: int = 0) -> None:
-        """Records that a step was launched which chooses the next token, and verifies so many drafts of more."""
+    def expect(self, drafts: int = 0, wanted: int = 0) -> None:
+        """Records that a step was launched which chooses the next token, verifies `drafts` of more, and makes new ones.
+
+        `wanted`: how many of these; `drafts` will say which, if the host gets to know.
+        """
         self._extend()
         self.num_inflight += 1
         self.num_uncertain += drafts
-        self.drafts, self.num_drafts = (), 0
+        self.drafts, self.num_drafts = (), wanted
 
     def arrive(self, count: int, drafts: int = 0) -> None:
         """Records that the oldest step in flight, launched with `drafts`, brought `count` tokens: `append` is due."""

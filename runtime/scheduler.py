@@ -45,6 +45,8 @@ class Limits:
     """Rows of logits in a step; None: as many as tokens. Bounds the chunks of prompts whose logprobs are wanted."""
     speculative_tokens: int = 0
     """Most drafts of a request that a step verifies."""
+    mixed_drafts: bool = True
+    """Whether a step that computes prompts verifies drafts too."""
     prefix_cache: bool = True
     """Whether requests share the prefixes they have computed; needs `PoolSizes.snapshots`."""
 
@@ -243,6 +245,10 @@ class Scheduler:
             if not self._has_room(first, match):
                 break
             self._extend(self._admit(match), spans)
+        if not self.limits.mixed_drafts and any(s.length != 1 + s.drafts for s in spans.values()):
+            for span in spans.values():
+                span.end -= span.drafts
+                span.drafts = 0
         return list(spans.values())
 
     def copies(self) -> Iterator[Sequence[Pair]]:
@@ -265,7 +271,7 @@ class Scheduler:
         for span in spans:
             span.request.num_computed = computed = span.end - span.drafts
             if span.samples:
-                span.request.expect(span.drafts)
+                span.request.expect(span.drafts, span.wanted)
             self.pool.evict(span.request.slot, computed)
 
     def _decode(self, spans: dict[str, Span]) -> list[Request]:
