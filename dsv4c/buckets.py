@@ -40,6 +40,8 @@ class Bucket:
     def symbols(self, config: ModelConfig, shared: Mapping[str, int]) -> dict[str, int]:
         """Sizes of this program; `shared` holds those of state and page tables."""
         out = {**shared, "T": self.tokens, "S": self.rows, "D": self.requests, "M": EDITS_PER_ROW * self.rows}
+        if self.drafts:
+            out |= {"T_streams": config.hc_mult * self.tokens, "D_streams": config.hc_mult * self.requests}
         for ratio in config.ratios:  # a chunk completes a window more than its length holds
             out[f"E_{ratio}"] = min(self.tokens, self.tokens // ratio + self.requests)
         return out

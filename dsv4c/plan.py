@@ -31,6 +31,7 @@ from dsv4c.weights import constant, weight
 ALIGNMENT = 64  # one cache line; also the widest vector load of a CPU
 DEVICE_ALIGNMENT = 256  # of a GPU's own allocations; tensor maps need 16
 LANE_TOKENS = 64  # measured on an H200: 16 tokens gain 80 us of 1,680, 64 gain 20 of 3,600, 128 and 256 lose as much
+ROWS = ("T", "S", "D", "T_streams", "D_streams")  # what a program may call the rows of an op; schedules say T
 VECTOR = 16  # bytes that a GPU thread loads at once: every argument starts at a multiple
 
 
@@ -168,7 +169,7 @@ class _Planner:
         """The choice for a node, by schedules that know rows as `T` whatever the program calls them."""
         key = repr(node)
         if key not in self.memo:
-            rows = [size for size in ("T", "S", "D") if size in _symbols(node)]
+            rows = [size for size in ROWS if size in _symbols(node)]
             if len(rows) == 1 and rows != ["T"]:
                 (size,) = rows
                 symbols = {**self.symbols, "T": self.symbols[size]}
@@ -253,6 +254,10 @@ class _Planner:
         offset, strides = base.element_offset, base.strides
         if node.target.name == "columns":
             offset += int(str(node.kwargs["start"])) * strides[-1]
+        elif node.target.name in ("stream_rows", "row_streams"):
+            if strides != _dense(base.type.shape):
+                raise CompileError(f"`{node.format_node()}` is a view of `{base.name}`, which is not dense")
+            strides = _dense(kind.shape)
         else:
             strides = (*strides[:-1], int(kind.shape[-1]) * strides[-1], strides[-1])
         if self.target != "cpu" and offset * DTYPE_BYTES[kind.dtype] % VECTOR:

@@ -8,6 +8,7 @@ from dsv4c.passes.append_drafts import AppendDrafts
 from dsv4c.passes.append_sampling import AppendSampling
 from dsv4c.passes.canonicalize import Canonicalize
 from dsv4c.passes.check_lowered import CheckLowered
+from dsv4c.passes.flatten_streams import FlattenStreams
 from dsv4c.passes.fuse_hc_head_norm import FuseHcHeadNorm
 from dsv4c.passes.fuse_hc_norm import FuseHcNorm
 from dsv4c.passes.fuse_hc_post_pre import FuseHcPostPre
@@ -79,7 +80,7 @@ def default_pipeline(formats: Mapping[str, str], arch: str = "cpu", drafts: int 
     """
     lower: tuple[Pass, ...] = WIDEN
     if arch != "cpu":
-        lower = (*STORE, AppendDrafts(max_tokens=drafts) if drafts else AppendSampling())
+        lower = (*STORE, *((FlattenStreams(), AppendDrafts(max_tokens=drafts)) if drafts else (AppendSampling(),)))
     return Pipeline((*RAISE, *FUSE, *lower, Quantise(formats=formats), CheckLowered()))
 
 

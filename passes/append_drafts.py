@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from dsv4c.artifact import Size
 from dsv4c.errors import PassError
-from dsv4c.facts import COUNTS, LENGTH, PENDING
+from dsv4c.facts import COUNTS, LENGTH, PENDING, STREAM_ROWS
 from dsv4c.ops import Op, TensorType
 from dsv4c.passes._rewriting import call_before, output_of
 from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
@@ -39,6 +40,9 @@ DRAFT_INPUTS = {
 """What accepting and drafting ask for each request that samples."""
 
 
+_PER_REQUEST: Mapping[Size, Size] = {"T": "D", "S": "D", STREAM_ROWS: "D_streams"}
+
+
 def graph_name(drafts: int) -> str:
     """The graph that makes so many drafts."""
     return f"step+{drafts}" if drafts else "step"
@@ -48,7 +52,7 @@ def graph_name(drafts: int) -> str:
 class AppendDrafts(Pass):
     max_tokens: int
     name: ClassVar[str] = "append-drafts"
-    needs: ClassVar[frozenset[str]] = frozenset({"activations-narrow"})
+    needs: ClassVar[frozenset[str]] = frozenset({"activations-narrow", "streams-flat"})
     gives: ClassVar[frozenset[str]] = frozenset({"samples-inside"})
     breaks: ClassVar[frozenset[str]] = frozenset({"stitched"})
 
@@ -212,7 +216,9 @@ class _Builder:
             values = {"positions": at, "request_rows": seats, "next_ids": token}
             found = self.inline(scope, values, streams, one_row=True)
 
-    def inline(self, scope: str, values: Mapping[str, fx.Node], streams: fx.Node, *, one_row: bool) -> dict[str, fx.Node]:
+    def inline(
+        self, scope: str, values: Mapping[str, fx.Node], streams: fx.Node, *, one_row: bool
+    ) -> dict[str, fx.Node]:
         """The MTP graph before the end: its logits and streams; the state that it writes becomes the step's.
 
         `one_row`: for one row a request, whose logits are all wanted: its sizes T and S are D.
@@ -264,7 +270,12 @@ class _Builder:
 
     def _same(self, node: fx.Node, here: Mapping[fx.Node, Any]) -> fx.Node | None:
         """The step's own call of the prelude, if it is the same one."""
-        if not is_op(node) or not isinstance(node.target, Op) or node.target.in_place or node.target is operator.getitem:
+        if (
+            not is_op(node)
+            or not isinstance(node.target, Op)
+            or node.target.in_place
+            or node.target is operator.getitem
+        ):
             return None
         args, attrs = fx.map_arg(node.args, lambda n: here[n]), dict(node.kwargs)
         known = next(iter(args[0].users), None) if args and isinstance(args[0], fx.Node) else None
@@ -273,4 +284,4 @@ class _Builder:
 
 
 def _resized(kind: TensorType) -> TensorType:
-    return TensorType(tuple("D" if size in ("T", "S") else size for size in kind.shape), kind.dtype)
+    return TensorType(tuple(_PER_REQUEST.get(size, size) for size in kind.shape), kind.dtype)

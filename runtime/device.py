@@ -254,7 +254,9 @@ class DeviceRunner:
         if "seq_starts" in views:
             views["seq_starts"][slots] = np.where(step.floating, -1, starts)
             views["seq_ends"][slots] = np.where(step.floating, -step.lengths, starts + step.lengths)
-        loose = -2 - step.firsts[step.floating]  # a span that floats has at most one end, as none is longer than a window
+        loose = (
+            -2 - step.firsts[step.floating]
+        )  # a span that floats has at most one end, as none is longer than a window
         for name, ratio in self._ratios.items():
             ends = np.flatnonzero((positions >= 0) & ((positions + 1) % ratio == 0))
             views[name][: ends.size] = ends

@@ -118,6 +118,8 @@ _ALL = (
     Op("norm_rope_write", fused.norm_rope_write, in_place={0: "pool"}, indices=_SLOTS),
     Op("swiglu_pair", fused.swiglu_pair),
     Op("columns", fused.columns),
+    Op("stream_rows", fused.stream_rows),
+    Op("row_streams", fused.row_streams),
     # of stored formats
     *hyper.OPS,
     *rows.OPS,
@@ -132,7 +134,7 @@ _ALL = (
 
 OPS: Mapping[str, Op] = {op.name: op for op in _ALL}
 
-VIEWS: frozenset[str] = frozenset({"columns", "split_heads"})
+VIEWS: frozenset[str] = frozenset({"columns", "row_streams", "split_heads", "stream_rows"})
 
 LEAVES: Mapping[str, str] = {
     f"{cls.__module__}.{cls.__qualname__}": name

@@ -14,6 +14,7 @@ from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Work
 HOPPER = frozenset({"sm_90a"})
 _KERNELS = "dsv4c.schedules.triton.speculation"
 _THREADS = 128
+_CHANNELS = 1024  # 8 a thread: 16 bytes
 
 _PARAMETERS: Mapping[str, tuple[int, str]] = {
     "feed_drafts": (0, "token_ids positions seats pending length out_ids out_positions"),
@@ -73,4 +74,40 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     return Work(8.0 * rows * len(_PARAMETERS[node.op][1].split()), 0.0, "gpu")
 
 
-SCHEDULES = tuple(Schedule(f"{op}.triton_rows", op, HOPPER, _build, _cost, tolerance=0.0) for op in _PARAMETERS)
+# add_embedding: the MTP block's input, two reads and a write of the streams
+
+
+def _add_accepts(node: OpNode) -> str | None:
+    for value in (*node.inputs, *node.outputs):
+        assert value is not None
+        if value.dtype != "bfloat16" or value.strides is not None:
+            return "streams that are strided, or not bfloat16"
+    return None
+
+
+def _add_build(node: OpNode, config: Config) -> Build:
+    streams = node.inputs[1]
+    assert streams is not None
+    count, channels = int(streams.shape[1]), int(streams.shape[2])
+    launch = TritonLaunch(
+        f"{_KERNELS}:add_embedding",
+        {"embedding": ptr(0), "streams": ptr(1), "out": ptr(2)},
+        {"D": channels, "N": count, "BLOCK": _CHANNELS},
+        ("a0_0", -(-channels // _CHANNELS), 1),
+        num_warps=4,
+        pdl=True,
+    )
+    return Build("gpu", launches=(launch,))
+
+
+def _add_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+    streams = node.inputs[1]
+    assert streams is not None
+    channels = int(streams.shape[2])
+    return Work(2.0 * symbols["T"] * channels * (1 + 2 * int(streams.shape[1])), 0.0, "gpu")
+
+
+SCHEDULES = (
+    *(Schedule(f"{op}.triton_rows", op, HOPPER, _build, _cost, tolerance=0.0) for op in _PARAMETERS),
+    Schedule("add_embedding.triton_rows", "add_embedding", HOPPER, _add_build, _add_cost, _add_accepts, tolerance=0.0),
+)

@@ -134,3 +134,18 @@ def keep_draft(pending, seats, drafts, count, K1: tl.constexpr, AT: tl.constexpr
     live = d < count
     seat = tl.load(seats + d, live, 0)
     tl.store(pending + seat * K1 + AT, tl.maximum(tl.load(drafts + d, live, 0), 0), live & (seat != 0))
+
+
+@triton.jit
+def add_embedding(embedding, streams, out, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t, n] = embedding[t] + streams[t, n] for the N streams of token t, BLOCK channels at a time."""
+    gdc_wait()
+    gdc_launch_dependents()
+    t = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = at < D
+    added = tl.load(embedding + t * D + at, live, 0.0).to(tl.float32)
+    for n in tl.static_range(N):
+        to = (t * N + n) * D + at
+        total = added + tl.load(streams + to, live, 0.0).to(tl.float32)
+        tl.store(out + to, total.to(tl.bfloat16), live)
