@@ -97,8 +97,8 @@ InputKind = Literal[
     # of programs that draft:
     "hidden",  # [T, ...] what the main model's step left of each row, or the draft step before; as its dtype says
     "next_ids",  # [T] the token that follows each row's, where no row of logits gives it
-    # of programs that verify drafts; a token id -1 - i is then pending i of its slot (0: its last token, then drafts), a
-    # position -1 - i is i behind the slot's length, as is a seq_starts of -1 and a seq_ends of -i, and an end -2 - f is
+    # of programs that verify drafts; a token id -1 - i is then pending i of its slot (0: its last token, then drafts),
+    # a position -1 - i is i behind the slot's length, as is a seq_starts of -1 and a seq_ends of -i, and an end -2 - f is
     # the row that completes a window in the span that begins at row f, if one does. For each row of logits [S]:
     "chain",  # how many drafts of the same request lie before the row
     "noise_shifts",  # what the row's position lacks to the counter of its noise

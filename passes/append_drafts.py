@@ -1,11 +1,12 @@
 """The step verifies drafts and makes the next ones: from token ids to accepted tokens and new drafts, without the host.
 
     step:  logits                     ->  feed_drafts, feed_spans, feed_ends, row_facts; the model; edit_logits,
-    mtp:   streams, next_ids              sample_drafted, accept_drafts; place_tokens, the mtp graph, sample, keep_draft;
-                                          for every draft more: the mtp graph on one row a request, sample, keep_draft
+    mtp:   streams, next_ids              sample_drafted, accept_drafts; place_tokens, the mtp graph, sample,
+                                          keep_draft; for every draft more: the mtp graph on one row a request,
+                                          sample, keep_draft
 
-One graph for every number of drafts, 0 to `max_tokens`, named `step`, `step+1`, ...: a step is captured whole. The first
-pass of the MTP block runs over all rows of the step, because later queries see its window entries; the others over one
+One graph for every number of drafts, 0 to `max_tokens`, named `step`, `step+1`, ...: a step is captured whole. The
+first pass of the MTP block runs over all rows of the step, because later queries see its window entries; the others over one
 row a request, on the streams that the pass before left there. In place of `append-sampling`.
 """
 
@@ -40,7 +41,8 @@ DRAFT_INPUTS = {
 """What accepting and drafting ask for each request that samples."""
 
 
-_PER_REQUEST: Mapping[Size, Size] = {"T": "D", "S": "D", STREAM_ROWS: "D_streams"}
+_LAST_ROWS: Mapping[Size, Size] = {"S": "D"}  # of all rows of the step, logits are wanted of one a request
+_ROW_EACH: Mapping[Size, Size] = {"T": "D", "S": "D", STREAM_ROWS: "D_streams"}
 
 
 def graph_name(drafts: int) -> str:
@@ -263,9 +265,12 @@ class _Builder:
         with self.graph.inserting_before(self.end):
             new = self.graph.node_copy(node, lambda n: here[n])
         new.meta = {**copy.copy(node.meta), "scope": f"{scope}.{node.meta.get('scope', '')}"}
-        if one_row:
-            kinds = new.meta["type"]
-            new.meta["type"] = _resized(kinds) if isinstance(kinds, TensorType) else tuple(map(_resized, kinds))
+        sizes = _ROW_EACH if one_row else _LAST_ROWS
+        kinds = new.meta["type"]
+        if isinstance(kinds, TensorType):
+            new.meta["type"] = _resized(kinds, sizes)
+        else:
+            new.meta["type"] = tuple(_resized(kind, sizes) for kind in kinds)
         return new
 
     def _same(self, node: fx.Node, here: Mapping[fx.Node, Any]) -> fx.Node | None:
@@ -283,5 +288,5 @@ class _Builder:
         return next((u for u in users if u.target is node.target and u.args == args and dict(u.kwargs) == attrs), None)
 
 
-def _resized(kind: TensorType) -> TensorType:
-    return TensorType(tuple(_PER_REQUEST.get(size, size) for size in kind.shape), kind.dtype)
+def _resized(kind: TensorType, sizes: Mapping[Size, Size]) -> TensorType:
+    return TensorType(tuple(sizes.get(size, size) for size in kind.shape), kind.dtype)

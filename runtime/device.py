@@ -272,7 +272,8 @@ class DeviceRunner:
         lasts = np.cumsum(step.rows) - 1
         sampled = step.rows_chosen()
         views["logit_rows"][sampled] = _runs(step.firsts + step.lengths - step.sampled, step.sampled)
-        views["token_seats"][sampled] = np.repeat(step.slots, step.sampled)
+        if "token_seats" in views:
+            views["token_seats"][sampled] = np.repeat(step.slots, step.sampled)
         for i, span in enumerate(step.spans) if step.scored else ():
             if span.prompt_rows:
                 begin = int(lasts[i] + 1 - step.rows[i])

@@ -77,9 +77,10 @@ class Seats:
             views["draft_starts"][:count] = sampled[starts_D]
             views["draft_limits"][:count] = drafts_D
             views["draft_seats"][:count] = seats_D
-            for name in ("temperature", "top_k", "top_p", "min_p"):
+            for name in ("temperature", "top_k", "top_p", "min_p") if "draft_keys" in views else ():
                 views[f"draft_{name}"][:count] = self._arrays[name][seats_D]
-            views["draft_keys"][:count] = self._arrays["noise_keys"][seats_D]
+            if "draft_keys" in views:
+                views["draft_keys"][:count] = self._arrays["noise_keys"][seats_D]
         else:
             views["noise_counters"][sampled] = counters_D
         if not self._edits[seats_D].any():

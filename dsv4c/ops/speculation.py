@@ -10,8 +10,8 @@ it gave that token. So a step's tokens start where the one before left its reque
     place_tokens                         the tokens that follow each row, for the drafter
     advance_rows, keep_draft             one row further; a draft for the next step
 
-State by seat (slot): `pending` [Z, K + 1], the last token, not computed yet, and the drafts behind it; `length` [Z], the
-tokens computed, which is the position of the first. Seat 0 is nobody's. Integers are int64 where nothing else is said.
+State by seat (slot): `pending` [Z, K + 1], the last token, not computed yet, and the drafts behind it; `length` [Z],
+the tokens computed, which is the position of the first. Seat 0 is nobody's. Integers are int64 where nothing else is said.
 
 Legend: T tokens of the step, S rows of logits, D requests that sample, K most drafts, Z seats, R rows of tables, V
 vocabulary, E window ends.
@@ -116,8 +116,8 @@ def accept_drafts(
     """(accepted, rows, next positions, next counters) [D], then pending, length and counts (in place on a device).
 
     Request d has rows starts[d] ... starts[d] + limits[d] of logits. The first counts; the next does if the one before
-    gave the token that is there. `rows`: the last that counts, as a row of the batch. Its token becomes the seat's last,
-    and is not yet computed; tokens of rows that count are counted, where the request penalises.
+    gave the token that is there. `rows`: the last that counts, as a row of the batch. Its token becomes the seat's
+    last, and is not yet computed; tokens of rows that count are counted, where the request penalises.
     """
     pending_ZK, length_Z, counts_ZV = pending_ZK.clone(), length_Z.clone(), counts_ZV.clone()
     accepted, rows, positions, counters = [], [], [], []
