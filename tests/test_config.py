@@ -54,7 +54,7 @@ def test_other_models_say_nothing_of_dspark() -> None:
         ({"dspark_target_layer_ids": [-1, 42]}, "[-1, 42] must lie within the 43 layers"),
         ({"dspark_target_layer_ids": [42, 41]}, "[42, 41] must be ascending"),
         ({"dspark_target_layer_ids": []}, "[] must be ascending"),
-        ({"compress_ratios": [*PUBLISHED["compress_ratios"][:43], 0, 4, 0]}, "ends with [0, 4, 0] behind its 43 layers"),
+        ({"compress_ratios": [*PUBLISHED["compress_ratios"][:43], 0, 4, 0]}, "ends with [0, 4, 0] behind its 43"),
         ({"compress_ratios": PUBLISHED["compress_ratios"][:43]}, "ends with [] behind its 43 layers"),
     ],
 )  # fmt: skip

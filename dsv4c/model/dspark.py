@@ -183,7 +183,11 @@ class DSparkAttention(Attention):
 class DSparkStage(Block):
     """Stage `stage` of the drafter: the first one reads the tap, the last one chooses the drafts."""
 
-    def __init__(self, config: ModelConfig, layout: StateLayout, spark: DSpark, stage: int, *, fake_quant: bool) -> None:
+    attn: DSparkAttention
+
+    def __init__(
+        self, config: ModelConfig, layout: StateLayout, spark: DSpark, stage: int, *, fake_quant: bool
+    ) -> None:
         layer = config.num_hidden_layers + stage
         super().__init__(config, layout, layer, fake_quant=fake_quant)
         n, dim, eps = config.hc_mult, config.hidden_size, config.rms_norm_eps

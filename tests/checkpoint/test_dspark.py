@@ -76,8 +76,8 @@ def test_a_model_read_back_drafts(tmp_path: Path) -> None:
     "name",
     [
         "mtp.0.main_proj.weight", "mtp.0.main_proj.scale", "mtp.0.main_norm.weight", "mtp.1.attn.wkv.weight",
-        "mtp.1.ffn.experts.2.w3.weight", "mtp.2.norm.weight", "mtp.2.hc_head_base", "mtp.2.markov_head.markov_w2.weight",
-        "mtp.2.confidence_head.proj.weight",
+        "mtp.1.ffn.experts.2.w3.weight", "mtp.2.norm.weight", "mtp.2.hc_head_base",
+        "mtp.2.markov_head.markov_w2.weight", "mtp.2.confidence_head.proj.weight",
     ],
 )  # fmt: skip
 def test_a_stage_that_lacks_a_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None:

@@ -97,13 +97,14 @@ class ByHand:
         streams = [self.w["embed.weight"][token].repeat(4, 1) for token in [accepted, 95, 95, 95, 95]]
         for stage in range(3):
             p = f"mtp.{stage}."
-            mixes = [self.mix(x, p + "hc_attn") for x in streams]
-            xs = [self.norm(pre @ x, p + "attn_norm.weight") for (pre, _, _), x in zip(mixes, streams, strict=True)]
-            ys = self.attend(stage, xs, first)
-            streams = [torch.outer(post, y) + m.T @ x for (_, post, m), y, x in zip(mixes, ys, streams, strict=True)]
-            mixes = [self.mix(x, p + "hc_ffn") for x in streams]
-            ys = [self.moe(stage, self.norm(pre @ x, p + "ffn_norm.weight")) for (pre, _, _), x in zip(mixes, streams, strict=True)]  # fmt: skip
-            streams = [torch.outer(post, y) + m.T @ x for (_, post, m), y, x in zip(mixes, ys, streams, strict=True)]
+            for part in ("attn", "ffn"):
+                mixed = [self.mix(x, f"{p}hc_{part}") for x in streams]
+                inputs = [pre @ x for (pre, _, _), x in zip(mixed, streams, strict=True)]
+                xs = [self.norm(x, f"{p}{part}_norm.weight") for x in inputs]
+                ys = self.attend(stage, xs, first) if part == "attn" else [self.moe(stage, x) for x in xs]
+                old, streams = streams, []
+                for (_, post, m), y, x in zip(mixed, ys, old, strict=True):
+                    streams.append(torch.outer(post, y) + m.T @ x)
         drafts, confidences, token = [], [], accepted
         for x in streams:
             flat = x.flatten()
