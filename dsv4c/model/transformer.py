@@ -190,10 +190,14 @@ class Transformer(nn.Module):
     def draft(self, step: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Drafts int64 [R, B] and confidences float32 [R, B] of a step made by `make_draft`; state does not change."""
         step = {**step, "rope_window": self.prelude.rope_window(step["positions"])}
-        x, stages = self.embed_tokens(step), self._stages()
-        for i, stage in enumerate(stages):
+        x = self.embed_tokens(step)
+        for i, stage in enumerate(self._stages()):
             x, _ = stage(x, {"window": state[f"mtp.{i}.window"]}, step)
-        return stages[-1].choose(x, self.head, step)
+        return self.draft_head(x, step)
+
+    def draft_head(self, x_TND: Tensor, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Drafts and confidences, from the last stage's streams."""
+        return self._stages()[-1].choose(x_TND, self.head, step)
 
 
 def _drafter(config: ModelConfig, layout: StateLayout, *, fake_quant: bool) -> list[Block]:
