@@ -55,24 +55,26 @@ def capture(
     layout: StateLayout | None = None,
     *,
     fake_quant: bool = False,
+    drafter: bool = True,
     only: Collection[str] | None = None,
 ) -> Program:
     """The program of the whole model, not yet stitched.
 
-    Its entry points are `step` and those of its drafter: `mtp`, or `dspark.absorb` and `dspark.draft`.
-
+    Its entry points are `step` and, with `drafter`, those of what drafts: `mtp`, or `dspark.absorb` and `dspark.draft`.
     `only` names the pieces to capture (`attention.csa`, ...): such a program can be raised but not stitched.
     """
     layout = layout or StateLayout()
     with torch.device("meta"):
         model = Transformer(config, layout, fake_quant=fake_quant)
     symbols = _symbols(config, layout)
-    pieces = _pieces(model, config, layout)
-    program = Program(config, layout, {}, _recipes(model, config), symbols, {}, {})
-    for name, piece in pieces.items():
-        if only is not None and name not in only:
-            continue
-        program.graphs[name] = _export(name, piece, symbols)
+    recipes = _recipes(model, config)
+    if not drafter:
+        recipes = {"step": tuple(instance for instance in recipes["step"] if not instance.piece.startswith("tap."))}
+    used = {instance.piece for recipe in recipes.values() for instance in recipe}
+    program = Program(config, layout, {}, recipes, symbols, {}, {})
+    for name, piece in _pieces(model, config, layout).items():
+        if name in used and (only is None or name in only):
+            program.graphs[name] = _export(name, piece, symbols)
     program.constants = _constants(config, layout)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         program.weight_types[name] = TensorType(tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
