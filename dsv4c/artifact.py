@@ -353,6 +353,10 @@ class Drafter:
     kind: Literal["mtp", "dspark"]
     max_tokens: int
     """Most drafts of a request in one step."""
+    block_size: int | None = None
+    """Of a drafter of whole blocks: tokens of one pass."""
+    placeholder_id: int | None = None
+    """Of a drafter of whole blocks: the token that stands for those not known yet."""
 
 
 @dataclass(frozen=True)

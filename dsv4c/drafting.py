@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsv4c.artifact import Input
+from dsv4c.artifact import Drafter, Input
 from dsv4c.capturing import dspark_inputs
-from dsv4c.config import ModelConfig
-from dsv4c.errors import CompileError
+from dsv4c.config import DSpark, ModelConfig
+from dsv4c.errors import CompileError, ConfigError
 from dsv4c.plan import Plan, plan
 from dsv4c.program import Program
 
@@ -24,6 +24,20 @@ def block_inputs(config: ModelConfig) -> tuple[Input, ...]:
     )
 
 
+def block_drafter(config: ModelConfig, max_tokens: int) -> Drafter:
+    """What the manifest says of a DSpark drafter of which a step verifies at most `max_tokens` drafts.
+
+    Raises ConfigError for more than a block.
+    """
+    spark = _spark(config)
+    if max_tokens > spark.block_size:
+        raise ConfigError(
+            f"`--speculative-tokens` is {max_tokens}, DSpark drafts {spark.block_size} at once",
+            hint=f"it can be 0 to {spark.block_size}",
+        )
+    return Drafter("dspark", max_tokens, spark.block_size, spark.noise_token_id)
+
+
 def block_plans(
     program: Program, target: str, symbols: Mapping[str, int], inputs: tuple[Input, ...]
 ) -> tuple[Plan, Plan]:
@@ -31,12 +45,16 @@ def block_plans(
 
     `symbols` and `inputs` are the step's. Raises CompileError if the model has no DSpark drafter.
     """
-    spark = program.config.dspark
-    if spark is None:
-        raise CompileError("the model has no DSpark drafter", hint="its config has no `dspark_*` keys")
+    spark = _spark(program.config)
     inputs = (*inputs, *block_inputs(program.config))
     blocks = {**symbols, "T": symbols["R"] * spark.block_size}
     return (
         plan(program, "dspark.absorb", "dspark.absorb", "draft", target, symbols, inputs),
         plan(program, "dspark.draft", "dspark.draft", "draft", target, blocks, inputs),
     )
+
+
+def _spark(config: ModelConfig) -> DSpark:
+    if config.dspark is None:
+        raise CompileError("the model has no DSpark drafter", hint="its config has no `dspark_*` keys")
+    return config.dspark
