@@ -154,14 +154,6 @@ class ModelConfig:
         has_mtp = self.num_nextn_predict_layers == 1 and len(self.compress_ratios) > self.num_hidden_layers
         return "mtp" if has_mtp else None
 
-    @property
-    def window_horizon(self) -> int:
-        """Last entries of the window pools that somebody still reads, the next token's own included.
-
-        A DSpark stage reads `sliding_window` committed entries from behind them: one more than a layer does.
-        """
-        return self.sliding_window + (self.dspark is not None)
-
     def attention_kind(self, layer: int) -> AttentionKind:
         """`window` (ratio 0), `csa` (overlapping, with the indexer; ratio below 16) or `hca` (ratio 16 and up)."""
         ratio = self.compress_ratios[layer]

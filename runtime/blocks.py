@@ -9,7 +9,9 @@ step that verifies k drafts gives N(k) = 1 + P_1 + ... + P_k tokens in 1 + k c. 
 while P_(k+1) > c N(k) / (1 + k c): that is the threshold. P_i never grows with i, so the first draft below it ends
 the block. What is verified never changes a token, only when it comes.
 
-Rows are absorbed even in steps after which nothing is drafted: it costs little, and a gap would spoil later drafts.
+Rows are absorbed even in steps after which nothing is drafted: it costs little, and a gap would spoil later drafts. A
+block reads one entry more of the past than its first row's layer would; the first row of the step before it has read
+that one, and its page is given back only when that step is committed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +102,6 @@ def engine_of(made: Plan, program: Program, tmp_path: Path, request: pytest.Fixt
         checkpoint: Path, drafts: int, *, price: float = 0.05, prefix_cache: bool = True
     ) -> tuple[Engine, Watched | None]:
         groups, states = kv_groups(program, made.states)
-        groups = tuple(dataclasses.replace(g, horizon=g.horizon and TINY.window_horizon) for g in groups)
         sizes = PoolSizes.for_requests(groups, REQUESTS, CONTEXT, STEP_TOKENS, snapshots=24 if prefix_cache else 0)
         pool, rows = KVPool(groups, sizes), {g.name: sizes.pages[g.name] * g.entries_per_page for g in groups}
         state = {p.name: torch.zeros(rows[g.name], *p.entry_shape) for g in groups for p in g.pools}
@@ -240,7 +238,8 @@ def test_drafts_are_the_plain_models(engine_of: Make, untrained: Path) -> None:
     model = Transformer(TINY, LAYOUT).eval()
     model.load_state_dict(load_model_state(Checkpoint(untrained)))
     assert watched is not None and len(watched.seen) > 50
-    for tokens, drafts in watched.seen[::7]:
+    at_a_pages_end = [one for one in watched.seen if len(one[0]) % LAYOUT.window_page == 0]
+    for tokens, drafts in [*watched.seen[::9], *at_a_pages_end]:
         step = make_step(TINY, LAYOUT, [(0, 0, torch.tensor(tokens[:-1]))], CONTEXT)
         streams, state = model.run(step, init_state(TINY, LAYOUT, 1, CONTEXT))
         state = model.absorb(model.tap(streams), step, state)
