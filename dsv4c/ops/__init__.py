@@ -13,19 +13,7 @@ from dsv4c.model import attention as plain_attention
 from dsv4c.model import compressor, indexer, linear, moe, mtp, norm, paging, quant, rope, transformer
 from dsv4c.model import dspark as plain_dspark
 from dsv4c.model import hyper as plain_hyper
-from dsv4c.ops import (
-    attention,
-    compress,
-    dspark,
-    experts,
-    fused,
-    hyper,
-    index,
-    linears,
-    rows,
-    sampling,
-    speculation,
-)
+from dsv4c.ops import attention, compress, dspark, experts, fused, hyper, index, linears, rows, sampling, speculation
 from dsv4c.ops._op import DTYPE_BYTES, Index, Op, TensorType
 
 __all__ = ["DTYPE_BYTES", "LEAVES", "OPS", "VIEWS", "Index", "Op", "TensorType"]
