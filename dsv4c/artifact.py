@@ -97,8 +97,9 @@ InputKind = Literal[
     # of programs that draft:
     "hidden",  # [T, ...] what the main model's step left of each row, or the draft step before; as its dtype says
     "next_ids",  # [T] the token that follows each row's, where no row of logits gives it
+    "block_rows",  # [R] the row of T where a request's block begins: its last token, then placeholders
     # of programs that verify drafts; a token id -1 - i is then pending i of its slot (0: its last token, then drafts),
-    # a position -1 - i is i behind the slot's length, as is a seq_starts of -1 and a seq_ends of -i, and an end -2 - f is
+    # a position -1 - i is i behind the slot's length, as is a seq_starts of -1 and a seq_ends of -i; an end -2 - f is
     # the row that completes a window in the span that begins at row f, if one does. For each row of logits [S]:
     "chain",  # how many drafts of the same request lie before the row
     "noise_shifts",  # what the row's position lacks to the counter of its noise
@@ -206,7 +207,8 @@ class Program:
     id below 0 is the last token of its slot. A decode step has one token a request.
 
     Phase `draft` (CPU) is one pass of the drafter, of any sizes: it reads `hidden` and `next_ids` of rows that the main
-    model has computed, or of what it drafted itself, and its logits are of the token after next.
+    model has computed, or of what it drafted itself, and its logits are of the token after next. One that drafts whole
+    blocks has two programs: the first takes in rows of `hidden` and gives nothing, the second gives `drafts`.
     """
 
     phase: Literal["mixed", "draft", "decode", "prefill"]
@@ -217,7 +219,9 @@ class Program:
     outputs: dict[str, str]
     """Meaning -> value name. `logits` is [S, vocab_size] float32, after edits. Programs that sample also have `tokens`
     int64 [S], -1 where the logits are no numbers, and `replaced` [M]: the logits that edits changed. `hidden` [T, ...]:
-    what a drafter reads. Programs that verify drafts have `accepted` int64 [D]: the rows of each request that count."""
+    what a drafter reads. Programs that verify drafts have `accepted` int64 [D]: the rows of each request that count.
+    `drafts` int64 [R, B] and `confidences` float32 [R, B]: the tokens that may follow a block's first row, and how sure
+    each one is if those before it are right, as the logit of a probability."""
     arena_bytes: int
 
     @property
@@ -346,9 +350,13 @@ class PassRecord:
 class Drafter:
     """What guesses the next tokens, for the model to verify several in one step."""
 
-    kind: Literal["mtp"]
+    kind: Literal["mtp", "dspark"]
     max_tokens: int
     """Most drafts of a request in one step."""
+    block_size: int | None = None
+    """Of a drafter of whole blocks: tokens of one pass."""
+    placeholder_id: int | None = None
+    """Of a drafter of whole blocks: the token that stands for those not known yet."""
 
 
 @dataclass(frozen=True)

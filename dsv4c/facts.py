@@ -16,8 +16,9 @@ from dsv4c.program import Program, is_op, types_of
 Checker = Callable[[Program], list[fx.Node]]
 
 FAMILIES: dict[str, frozenset[str]] = {
-    "attention": frozenset({"attend_window", "attend_csa", "attend_hca"}),
+    "attention": frozenset({"attend_window", "attend_csa", "attend_hca", "attend_block"}),
     "compressor": frozenset({"compress"}),
+    "dspark": frozenset({"mean_streams", "extend_tap", "markov_draft"}),
     "embedding": frozenset({"embed", "embed_streams", "take_rows"}),
     "hyper": frozenset({"hc_pre", "hc_post", "hc_head"}),
     "indexer": frozenset({"index_topk", "split_heads"}),

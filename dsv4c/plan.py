@@ -329,10 +329,12 @@ def plan(
     planner.run()
     results = results_of(planner.graph)
     outputs: dict[str, str] = {
-        key: planner.names[results[key]] for key in ("logits", "tokens", "replaced", "accepted") if key in results
+        key: planner.names[results[key]]
+        for key in ("logits", "tokens", "replaced", "accepted", "drafts", "confidences")
+        if key in results
     }
     if hidden:
-        outputs["hidden"] = planner.names[results["streams"]]
+        outputs["hidden"] = planner.names[results.get("tap", results["streams"])]
     for value in outputs.values():
         root = planner.buffers[value].of or value
         planner.buffers[root].uses.add(len(planner.calls))

@@ -22,6 +22,7 @@ from dsv4c.passes.pack_state import PackState
 from dsv4c.passes.quantise import Quantise
 from dsv4c.passes.raise_attention import RaiseAttention
 from dsv4c.passes.raise_compressor import RaiseCompressor
+from dsv4c.passes.raise_dspark import RaiseDspark
 from dsv4c.passes.raise_embedding import RaiseEmbedding
 from dsv4c.passes.raise_hyper import RaiseHyper
 from dsv4c.passes.raise_indexer import RaiseIndexer
@@ -51,6 +52,7 @@ RAISE: tuple[Pass, ...] = (
     RaiseAttention(),
     RaiseMoe(),
     RaiseMtp(),
+    RaiseDspark(),
     Stitch(),
 )
 FUSE: tuple[Pass, ...] = (

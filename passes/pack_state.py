@@ -66,6 +66,11 @@ class _Packer:
             self._index(topk)
         for attend in [n for n in self.graph.nodes if any(is_op(n, name) for name in ATTEND)]:
             self._attend(attend)
+        for attend in [n for n in self.graph.nodes if is_op(n, "attend_block")]:
+            raise PassError(
+                f"`{attend.format_node()}` has no form that reads packed entries",
+                hint="DSpark drafts on `cpu` only: capture without the drafter",
+            )
         return self.count
 
     def _group(self, state: fx.Node) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsv4c.errors import ScheduleError
-from dsv4c.schedules import attention, compress, gate, hopper, hyper, inductor, linear, moe, norm, paging
+from dsv4c.schedules import attention, compress, dspark, gate, hopper, hyper, inductor, linear, moe, norm, paging
 from dsv4c.schedules._roofline import busy_seconds, seconds
 from dsv4c.schedules._schedule import Choice, Config, OpNode, Schedule, apply_layout
 from dsv4c.schedules._tuned import Tuned
@@ -20,6 +20,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     *hyper.SCHEDULES,
     *compress.SCHEDULES,
     *attention.SCHEDULES,
+    *dspark.SCHEDULES,
     *gate.SCHEDULES,
     *moe.SCHEDULES,
     *inductor.SCHEDULES,

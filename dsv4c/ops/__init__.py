@@ -11,8 +11,9 @@ from typing import Any
 
 from dsv4c.model import attention as plain_attention
 from dsv4c.model import compressor, indexer, linear, moe, mtp, norm, paging, quant, rope, transformer
+from dsv4c.model import dspark as plain_dspark
 from dsv4c.model import hyper as plain_hyper
-from dsv4c.ops import attention, compress, experts, fused, hyper, index, linears, rows, sampling, speculation
+from dsv4c.ops import attention, compress, dspark, experts, fused, hyper, index, linears, rows, sampling, speculation
 from dsv4c.ops._op import DTYPE_BYTES, Index, Op, TensorType
 
 __all__ = ["DTYPE_BYTES", "LEAVES", "OPS", "VIEWS", "Index", "Op", "TensorType"]
@@ -109,6 +110,7 @@ _ALL = (
     Op("swiglu", moe.swiglu),
     Op("experts", moe.experts, flops=_experts_flops, indices={"experts_TK": Index("w1_EID")}),
     Op("add_embedding", mtp.add_embedding),
+    *dspark.OPS,
     # fused
     Op("hc_pre_norm", fused.hc_pre_norm, outputs=3, flops=_hc_flops),
     Op("hc_post_pre_norm", fused.hc_post_pre_norm, outputs=4, flops=_hc_flops),
@@ -169,5 +171,9 @@ LEAVES: Mapping[str, str] = {
         (moe.Swiglu, "swiglu"),
         (moe.Experts, "experts"),
         (mtp.AddEmbedding, "add_embedding"),
+        (plain_dspark.StreamMean, "mean_streams"),
+        (plain_dspark.ExtendTap, "extend_tap"),
+        (plain_dspark.AttendBlock, "attend_block"),
+        (plain_dspark.MarkovDraft, "markov_draft"),
     )
 }
