@@ -72,8 +72,8 @@ STORE: tuple[Pass, ...] = (
 """For targets that compute on what the checkpoint stores (GPUs)."""
 
 
-def default_pipeline(formats: Mapping[str, str], arch: str = "cpu") -> Pipeline:
-    """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight."""
+def default_pipeline(formats: Mapping[str, str] | None = None, arch: str = "cpu") -> Pipeline:
+    """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight (None: as usual)."""
     return Pipeline((*RAISE, *FUSE, *(WIDEN if arch == "cpu" else STORE), Quantise(formats=formats), CheckLowered()))
 
 
