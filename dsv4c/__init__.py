@@ -20,14 +20,16 @@ if TYPE_CHECKING:
         RaiseError,
         ScheduleError,
     )
-    from dsv4c.pipeline import Pass, Pipeline, Step
+    from dsv4c.pipeline import Change, Pass, Pipeline, Step
     from dsv4c.program import Program
+    from dsv4c.work import Sizes, Work, node_work, work_of
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
     "ArtifactError",
+    "Change",
     "CheckpointError",
     "CompileError",
     "ConfigError",
@@ -41,12 +43,16 @@ __all__ = [
     "Program",
     "RaiseError",
     "ScheduleError",
+    "Sizes",
     "Step",
     "Target",
+    "Work",
     "capture",
     "compile_artifact",
     "lower",
+    "node_work",
     "preset",
+    "work_of",
 ]
 
 _HOMES = {
@@ -57,8 +63,9 @@ _HOMES = {
         "ArtifactError", "CheckpointError", "CompileError", "ConfigError", "Dsv4cError", "InputError", "PassError",
         "RaiseError", "ScheduleError",
     ),
-    "dsv4c.pipeline": ("Pass", "Pipeline", "Step"),
+    "dsv4c.pipeline": ("Change", "Pass", "Pipeline", "Step"),
     "dsv4c.program": ("Program",),
+    "dsv4c.work": ("Sizes", "Work", "node_work", "work_of"),
 }  # fmt: skip
 """Module -> the public names that live there. No name is a module's own: an import of it would hide the name."""
 

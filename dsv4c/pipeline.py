@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
@@ -21,8 +21,9 @@ from dsv4c.errors import ConfigError
 from dsv4c.facts import Checker
 from dsv4c.ordering import order
 from dsv4c.program import Program
+from dsv4c.work import Sizes, Work, work_of
 
-__all__ = ["Pass", "Pipeline", "Step", "order"]
+__all__ = ["Change", "Pass", "Pipeline", "Step", "order"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Change:
+    """The work of a program before and after a pass."""
+
+    before: Work
+    after: Work
+
+
+@dataclass(frozen=True)
 class Step:
     """One pass as it ran: the program before and after."""
 
@@ -59,6 +68,8 @@ class Step:
     record: PassRecord
     before: Program
     after: Program
+    machine: str = "cpu"
+    """Whose roofline `work` predicts by, if it is not asked for another."""
 
     @property
     def changed(self) -> bool:
@@ -70,8 +81,18 @@ class Step:
         """The facts that hold after the pass, each checked."""
         return self.after.facts
 
+    @property
+    def work(self) -> Change:
+        """Kernels, bytes, operations and predicted microseconds before and after, at the usual sizes: `Sizes.usual`."""
+        return self.work_at()
+
+    def work_at(self, sizes: Sizes | None = None, machine: str | None = None, entry: str = "step") -> Change:
+        """The same for a step of these sizes on this machine (`cpu`, `sm_90a`). Raises ConfigError as `work_of`."""
+        on = machine or self.machine
+        return Change(work_of(self.before, sizes, on, entry), work_of(self.after, sizes, on, entry))
+
     def diff(self) -> str:
-        """Unified diff of the program's text."""
+        """Unified diff of the program's text; a value's new number is no change."""
         return self.before.diff(self.after)
 
 
@@ -84,6 +105,8 @@ class Pipeline:
     """(pass, the pass that it runs directly after)."""
     waived: frozenset[str] = frozenset()
     """Facts that nobody needs any more: those that only removed passes gave."""
+    machine: str = "cpu"
+    """Whose roofline `Step.work` predicts by: `cpu` (one core) or `sm_90a` (one H200)."""
 
     @classmethod
     def default(cls, target: str | Target) -> Pipeline:
@@ -112,7 +135,7 @@ class Pipeline:
             if progress:
                 progress(one.name)
             before, program = program, program.clone()
-            yield Step(one.name, run_checked(one, before, program, checkers), before, program)
+            yield Step(one.name, run_checked(one, before, program, checkers), before, program, self.machine)
 
     def ordered(self, facts: Iterable[str] = ()) -> tuple[Pass, ...]:
         """The passes in the order in which they run on a program of these facts. Raises PassError if there is none."""
@@ -141,7 +164,8 @@ class Pipeline:
             )
         left = tuple(p for p in self.passes if p is not gone)
         orphans = gone.gives.difference(*(p.gives for p in left))
-        return Pipeline(left, tuple(pair for pair in self.after if pair[0] != name), self.waived | orphans)
+        places = tuple(pair for pair in self.after if pair[0] != name)
+        return replace(self, passes=left, after=places, waived=self.waived | orphans)
 
     def with_(self, one: Pass, *, after: str | None = None) -> Pipeline:
         """The pipeline with one pass more: directly after another, or where its needs put it.
@@ -155,4 +179,4 @@ class Pipeline:
         if after is not None:
             self.named(after)
         places = self.after if after is None else (*self.after, (one.name, after))
-        return Pipeline((*self.passes, one), places, self.waived - one.gives)
+        return replace(self, passes=(*self.passes, one), after=places, waived=self.waived - one.gives)

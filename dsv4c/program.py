@@ -10,7 +10,6 @@ source line) and, on aten nodes of a leaf module, `leaf`. A placeholder carries 
 from __future__ import annotations
 
 import copy
-import difflib
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import fx
 
 from dsv4c.artifact import PassRecord
 from dsv4c.config import ModelConfig, StateLayout
+from dsv4c.irdiff import unified
 from dsv4c.irtext import graph_text
 from dsv4c.ops import Op, TensorType
 
@@ -125,8 +125,8 @@ class Program:
         return "\n".join(graph_text(graph, name) for name, graph in self.graphs.items())
 
     def diff(self, other: Program) -> str:
-        """Unified diff of the two programs' text, from self to other."""
-        return "".join(difflib.unified_diff(self.dump().splitlines(True), other.dump().splitlines(True), n=2))
+        """Unified diff of the two programs' text, from self to other; a value's new number is no change."""
+        return unified(self.dump(), other.dump())
 
 
 def target_name(target: Any) -> str:

@@ -74,7 +74,8 @@ STORE: tuple[Pass, ...] = (
 
 def default_pipeline(formats: Mapping[str, str] | None = None, arch: str = "cpu") -> Pipeline:
     """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight (None: as usual)."""
-    return Pipeline((*RAISE, *FUSE, *(WIDEN if arch == "cpu" else STORE), Quantise(formats=formats), CheckLowered()))
+    lower = WIDEN if arch == "cpu" else STORE
+    return Pipeline((*RAISE, *FUSE, *lower, Quantise(formats=formats), CheckLowered()), machine=arch)
 
 
 def reference_pipeline(formats: Mapping[str, str]) -> Pipeline:
