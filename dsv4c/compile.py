@@ -10,7 +10,7 @@ import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,16 +23,18 @@ from dsv4c.capturing import capture, step_inputs
 from dsv4c.config import ModelConfig, StateLayout, Target
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.facts import COUNTS, LAST_TOKENS
+from dsv4c.irfiles import StageWriter
 from dsv4c.model.state import group_ratios, min_columns, page_tokens, state_tensors
 from dsv4c.ops import TensorType
 from dsv4c.passes import default_pipeline
 from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
-from dsv4c.pipeline import Step
+from dsv4c.pipeline import Pipeline, Step
 from dsv4c.plan import Plan, plan
 from dsv4c.program import Program
 from dsv4c.schedules._gpu import ptxas_version
-from dsv4c.schedules._schedule import Progress
+from dsv4c.schedules._schedule import Progress, Schedule
 from dsv4c.schedules.emit import emit, records
+from dsv4c.schedules.select import SCHEDULES
 from dsv4c.weights import stored_formats
 
 
@@ -48,11 +50,18 @@ class Options:
 
 
 def lower(
-    config: ModelConfig, options: Options, watch: Callable[[Step], None] | None = None, arch: str = "cpu"
+    config: ModelConfig,
+    options: Options,
+    watch: Callable[[Step], None] | None = None,
+    arch: str = "cpu",
+    pipeline: Pipeline | None = None,
 ) -> Program:
-    """The lowered program of a model: capture, then every pass of the default pipeline."""
+    """The lowered program of a model: capture, then every pass of the pipeline (by default that of `arch`).
+
+    `watch` is called after every pass. Raises PassError where a pass breaks its contract.
+    """
     program = capture(config, StateLayout(), fake_quant=options.fake_quant)
-    for step in default_pipeline(stored_formats(config), arch).steps(program):
+    for step in (pipeline or default_pipeline(stored_formats(config), arch)).steps(program):
         program = step.after
         if watch:
             watch(step)
@@ -133,17 +142,23 @@ def _pool(name: str, kind: TensorType) -> artifact.Pool:
     return artifact.Pool(name, tuple(int(s) for s in kind.shape[1:]), kind.dtype)
 
 
-def plan_artifact(program: Program, target: Target, options: Options) -> Plan:
-    """Schedules, buffers and segments: of `step` for a CPU, of every bucket for a GPU."""
+def plan_artifact(program: Program, target: Target, options: Options, schedules: Sequence[Schedule] = ()) -> Plan:
+    """Schedules, buffers and segments: of `step` for a CPU, of every bucket for a GPU.
+
+    `schedules` are to choose from besides dsv4c's own. Raises ScheduleError if none accepts an op.
+    """
+    choose_from = (*SCHEDULES, *schedules)
     config, layout = program.config, program.layout
     inputs = artifact_inputs(config, layout)
     if target.arch == "cpu":
         symbols = largest_symbols(config, layout, options)
-        return plan(program, "step", "step", "mixed", target.arch, symbols, inputs)
+        return plan(program, "step", "step", "mixed", target.arch, symbols, inputs, choose_from)
     inputs = (*inputs, *sampling_inputs())
     shared = state_symbols(config, layout, options)
     return Plan.joined(
-        plan(program, "step", bucket.name, bucket.phase, target.arch, bucket.symbols(config, shared), inputs)
+        plan(
+            program, "step", bucket.name, bucket.phase, target.arch, bucket.symbols(config, shared), inputs, choose_from
+        )
         for bucket in gpu_buckets(options.max_tokens, options.max_requests)
     )
 
@@ -175,27 +190,30 @@ def compile_artifact(
     cache: Path | None = None,
     watch: Callable[[Step], None] | None = None,
     progress: Progress | None = None,
+    pipeline: Pipeline | None = None,
+    schedules: Sequence[Schedule] = (),
 ) -> artifact.Manifest:
     """Compiles `config` for `target` into the directory `output`, with the checkpoint's files if one is given.
 
+    `pipeline`: other passes than the target's default; `schedules`: more to choose from.
     `truncated_from`: layers of the model if `config` is only its first ones (`ModelConfig.truncated`).
     The directory appears whole or not at all: it is written beside `output` and moved into place. Raises ConfigError
     for options out of range, ArtifactError if `output` holds something else than an artifact.
     """
     _check_options(config, options, output)
-    program = lower(config, options, watch, target.arch)
-    made = plan_artifact(program, target, options)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         directory = Path(scratch) / "artifact"
         (directory / "kernels").mkdir(parents=True)
+        stages = StageWriter(directory)
+        program = lower(config, options, _both(stages.watch, watch), target.arch, pipeline)
+        made = plan_artifact(program, target, options, schedules)
         kernels = emit(made.choices, directory, cache or output.parent / ".dsv4c-cache", progress, arch=target.arch)
         tools, embedded = _tools(target), checkpoint is not None
         manifest = _manifest(
             program, made, kernels, target, options, tools, embedded=embedded, truncated_from=truncated_from
         )
-        (directory / "ir").mkdir()
-        (directory / "ir" / "step.txt").write_text(program.dump() + "\n", encoding="utf-8")
+        stages.finish(made.sources)
         if checkpoint is not None:
             _embed(checkpoint, directory)
         artifact.save_manifest(manifest, directory)
@@ -203,6 +221,15 @@ def compile_artifact(
             shutil.rmtree(output)
         directory.rename(output)
     return manifest
+
+
+def _both(first: Callable[[Step], None], second: Callable[[Step], None] | None) -> Callable[[Step], None]:
+    def watch(step: Step) -> None:
+        first(step)
+        if second is not None:
+            second(step)
+
+    return watch
 
 
 def _check_options(config: ModelConfig, options: Options, output: Path) -> None:
