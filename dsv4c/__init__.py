@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RaiseError,
         ScheduleError,
     )
+    from dsv4c.opened import Artifact, load
     from dsv4c.pipeline import Change, Pass, Pipeline, Step
     from dsv4c.program import Program
     from dsv4c.work import Sizes, Work, node_work, work_of
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Artifact",
     "ArtifactError",
     "Change",
     "CheckpointError",
@@ -49,6 +51,7 @@ __all__ = [
     "Work",
     "capture",
     "compile_artifact",
+    "load",
     "lower",
     "node_work",
     "preset",
@@ -63,6 +66,7 @@ _HOMES = {
         "ArtifactError", "CheckpointError", "CompileError", "ConfigError", "Dsv4cError", "InputError", "PassError",
         "RaiseError", "ScheduleError",
     ),
+    "dsv4c.opened": ("Artifact", "load"),
     "dsv4c.pipeline": ("Change", "Pass", "Pipeline", "Step"),
     "dsv4c.program": ("Program",),
     "dsv4c.work": ("Sizes", "Work", "node_work", "work_of"),
