@@ -319,7 +319,9 @@ class PassRecord:
     nodes_after: int
     exact: bool
     why: str = ""
-    """For an inexact pass: its tolerance and the reason."""
+    """For an inexact pass: the reason."""
+    tolerance: float = 0.0
+    """For an inexact pass: the largest error of a row of what any call gives, on the inputs it had before."""
 
 
 @dataclass(frozen=True)

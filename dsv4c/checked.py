@@ -29,6 +29,8 @@ class Runnable(Contract, Protocol):
     @property
     def exact(self) -> bool: ...
     @property
+    def tolerance(self) -> float: ...
+    @property
     def why(self) -> str: ...
     def apply(self, program: Program) -> int: ...
 
@@ -40,6 +42,8 @@ def run_checked(one: Runnable, before: Program, program: Program, checkers: Mapp
     """
     ran = tuple(record.name for record in before.history)
     hint = f"ran before: {', '.join(ran) or 'nothing'}"
+    if not one.exact and not one.tolerance > 0:
+        raise PassError(f"pass `{one.name}` is not exact and states no `tolerance`", hint="see `dsv4c.pipeline.Pass`")
     watch = Watch(program)
     try:
         rewrites = _apply(one, program, hint)
@@ -50,7 +54,8 @@ def run_checked(one: Runnable, before: Program, program: Program, checkers: Mapp
     _check_rewrites(one, rewrites, before, program, hint)
     program.facts = (program.facts - one.breaks) | one.gives
     _check_facts(one, program, {**CHECKERS, **checkers}, hint)
-    record = PassRecord(one.name, rewrites, before.num_nodes(), program.num_nodes(), one.exact, one.why)
+    nodes = before.num_nodes(), program.num_nodes()
+    record = PassRecord(one.name, rewrites, *nodes, one.exact, one.why, one.tolerance)
     program.history = (*program.history, record)
     return record
 

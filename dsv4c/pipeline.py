@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
@@ -25,14 +25,19 @@ from dsv4c.work import Sizes, Work, work_of
 
 __all__ = ["Change", "Pass", "Pipeline", "Step", "order"]
 
+if TYPE_CHECKING:
+    from dsv4c.inputs import Inputs
+    from dsv4c.numerics import Check
+
 
 @dataclass(frozen=True)
 class Pass:
     """A rewrite of graphs. Fields are its options; class variables its contract.
 
     `needs` must hold before, `gives` holds after, `breaks` may no longer hold. An `exact` pass changes no bit of any
-    result; another one says `why` and by how much. A fact of its own comes with its checker: `checkers`, by name, a
-    function from the program to the nodes where the fact does not hold.
+    result. Another one says `why`, and its `tolerance`: the largest error of a row of what any call gives, relative to
+    the row's size, where everything before reads what it read without the pass (`dsv4c verify` measures it). A fact of
+    its own comes with its checker: `checkers`, by name, a function from the program to the nodes where it does not hold.
     """
 
     name: ClassVar[str]
@@ -40,6 +45,7 @@ class Pass:
     gives: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 0.0
     why: ClassVar[str] = ""
     checkers: ClassVar[Mapping[str, Checker]] = {}
 
@@ -94,6 +100,15 @@ class Step:
     def diff(self) -> str:
         """Unified diff of the program's text; a value's new number is no change."""
         return self.before.diff(self.after)
+
+    def check(self, inputs: Inputs | None = None, seed: int = 0) -> Check:
+        """The program before and after on the references of their ops: bit-equal, or how far apart and from where on.
+
+        `inputs`: token ids and weights; by default seeded random ones. Costs two to six runs of the whole program.
+        """
+        from dsv4c.numerics import check_step  # it runs programs, which needs the passes
+
+        return check_step(self, inputs, seed)
 
 
 @dataclass(frozen=True)
