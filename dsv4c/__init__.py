@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         RaiseError,
         ScheduleError,
     )
+    from dsv4c.inputs import Inputs
+    from dsv4c.numerics import Check, Runs
     from dsv4c.opened import Artifact, load
     from dsv4c.pipeline import Change, Pass, Pipeline, Step
     from dsv4c.program import Program
@@ -32,11 +34,13 @@ __all__ = [
     "Artifact",
     "ArtifactError",
     "Change",
+    "Check",
     "CheckpointError",
     "CompileError",
     "ConfigError",
     "Dsv4cError",
     "InputError",
+    "Inputs",
     "ModelConfig",
     "Options",
     "Pass",
@@ -44,6 +48,7 @@ __all__ = [
     "Pipeline",
     "Program",
     "RaiseError",
+    "Runs",
     "ScheduleError",
     "Sizes",
     "Step",
@@ -66,6 +71,8 @@ _HOMES = {
         "ArtifactError", "CheckpointError", "CompileError", "ConfigError", "Dsv4cError", "InputError", "PassError",
         "RaiseError", "ScheduleError",
     ),
+    "dsv4c.inputs": ("Inputs",),
+    "dsv4c.numerics": ("Check", "Runs"),
     "dsv4c.opened": ("Artifact", "load"),
     "dsv4c.pipeline": ("Change", "Pass", "Pipeline", "Step"),
     "dsv4c.program": ("Program",),

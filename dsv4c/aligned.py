@@ -8,6 +8,7 @@ Values of one run, EqualInputs of the other           errors that do not add up:
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 
 from dsv4c.agreement import Seen, measure
 from dsv4c.apart import quantised_rows_apart, rows_apart
+from dsv4c.model.paging import entry_rows
 from dsv4c.ops import Op
 from dsv4c.program import Program, target_name, types_of
 
@@ -193,8 +195,12 @@ class EqualInputs:
         was, op = self.before.seen[at, known], known.target
         values, others = (v if isinstance(v, tuple) else (v,) for v in (value, was))
         if isinstance(op, Op) and op.name in _CHOICES:
-            seen = Seen(op, known.kwargs, self.before.args[at, known], values, others, [0] * len(values))
-            return max(apart.error for apart in measure(seen))
+            args = self.before.args[at, known]
+            seen = Seen(op, known.kwargs, args, values, others, [0] * len(values))
+            error = max(apart.error for apart in measure(seen))
+            if op.name == "index_topk" and 0 < error < math.inf:
+                return _lost(value, *args, ratio=seen.attrs["ratio"], entries_per_page=seen.attrs["entries_per_page"])
+            return error
         if isinstance(op, Op) and op.name == "index_query":  # a scale may move between its outputs
             return rows_apart(*(data.view(torch.float8_e4m3fn).float() * w.unsqueeze(-1) for data, w in (value, was)))
         in_place = op.in_place if isinstance(op, Op) else {}
@@ -223,3 +229,20 @@ def _in_place_of(value: Any, known: Any) -> Any:
     if value.dtype == known.dtype:
         return known
     return value if bytes_ or value.is_floating_point() != known.is_floating_point() else known.to(value.dtype)
+
+
+def _lost(
+    picks_TK: Tensor, q_TIC: Tensor, weight_TI: Tensor, pool_NC: Tensor, pages_RP: Tensor, request_rows: Tensor,
+    positions: Tensor, *, ratio: int, entries_per_page: int,
+) -> float:  # fmt: skip
+    """What valid picks lose to the best ones, over the size that a row's scores could have had: their terms cancel."""
+    entry = torch.arange(pages_RP.shape[1] * entries_per_page)
+    keys = pool_NC[entry_rows(pages_RP, request_rows.unsqueeze(1), entry, entries_per_page)]
+    scores = torch.einsum("ti,tie->te", weight_TI, torch.einsum("tic,tec->tie", q_TIC, keys).relu())
+    seen = entry < ((positions + 1) // ratio).unsqueeze(1)
+    taken = (picks_TK.unsqueeze(-1) == entry).any(1)
+    size = (weight_TI.abs() * q_TIC.norm(dim=-1)).sum(-1) * (keys.norm(dim=-1) * seen).amax(-1)
+    best_left = scores.masked_fill(taken | ~seen, -math.inf).amax(-1)
+    worst_taken = scores.masked_fill(~taken, math.inf).amin(-1)
+    lost = (best_left - worst_taken).clamp(min=0) / size.clamp(min=1e-30)
+    return float(lost.masked_fill(~taken.any(-1), 0.0).max())

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from dsv4c.errors import ArtifactError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Size = int | str
 Shape = tuple[Size, ...]
@@ -319,9 +319,8 @@ class PassRecord:
     nodes_after: int
     exact: bool
     why: str = ""
-    """For an inexact pass: the reason."""
     tolerance: float = 0.0
-    """For an inexact pass: the largest error of a row of what any call gives, on the inputs it had before."""
+    """Of an inexact pass, with the reason above: the largest error of a row that any call gives, on equal inputs."""
 
 
 @dataclass(frozen=True)
@@ -365,7 +364,6 @@ def _shape_error(path: str, expected: str, value: Any) -> ArtifactError:
 
 
 def _decode(kind: Any, value: Any, path: str) -> Any:
-    """JSON value -> annotated type, strictly. Errors name the path inside the manifest."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value

@@ -9,7 +9,7 @@ one token of each. So every run has prefill, chunks that begin inside a window, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,18 +23,25 @@ from dsv4c.errors import ConfigError
 from dsv4c.model.state import make_step
 
 FIRST_CHUNK = 0.6  # of a request; the rest begins inside a window of every compressor
-_REACH = 3  # powers of two: activations of deviation 8 meet a clamp at 10 in one place of five
+_EMBEDDED = (1.0, 2.0**-10, 2.0**-20)  # sizes of embeddings: an eps of 1e-6 under a root is nothing, as much, or all
+_POWERS: Mapping[tuple[str, ...], int] = {
+    (".w1.scale", ".w3.scale"): 3,  # activations of deviation 8 meet a clamp at 10 in one place of five
+    (".w2.scale", ".wo_b.scale"): -14,  # what a sublayer adds to the streams leaves small tokens small
+}
 
 
 class ReachingSource(DummySource):
-    """Dummy weights whose experts' gates are 8 times as large, so that activations meet their clamp."""
+    """Dummy weights that reach the corners: experts' gates meet their clamp, and some tokens' rows every norm's eps."""
 
     def raw(self, name: str) -> Tensor:
         """See DummySource."""
         found = super().raw(name)
-        if not name.endswith((".w1.scale", ".w3.scale")):
-            return found
-        return (found.view(torch.uint8) + _REACH).view(torch.float8_e8m0fnu)
+        for ends, powers in _POWERS.items():
+            if name.endswith(ends):
+                return (found.view(torch.uint8).int() + powers).to(torch.uint8).view(torch.float8_e8m0fnu)
+        if name == "embed.weight":
+            return found * torch.tensor(_EMBEDDED)[torch.arange(len(found)) % len(_EMBEDDED)].unsqueeze(1).to(found)
+        return found
 
 
 @dataclass(frozen=True)

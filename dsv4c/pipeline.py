@@ -36,8 +36,8 @@ class Pass:
 
     `needs` must hold before, `gives` holds after, `breaks` may no longer hold. An `exact` pass changes no bit of any
     result. Another one says `why`, and its `tolerance`: the largest error of a row of what any call gives, relative to
-    the row's size, where everything before reads what it read without the pass (`dsv4c verify` measures it). A fact of
-    its own comes with its checker: `checkers`, by name, a function from the program to the nodes where it does not hold.
+    the row's size, where every call reads what it read without the pass (`dsv4c verify` measures it). A fact of its own
+    comes with its checker: `checkers`, by name, a function from the program to the nodes where it does not hold.
     """
 
     name: ClassVar[str]

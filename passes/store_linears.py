@@ -31,7 +31,7 @@ class StoreLinears(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"stored-linears-fused", "state-packed"})
     gives: ClassVar[frozenset[str]] = frozenset({"linears-stored"})
     exact: ClassVar[bool] = False
-    tolerance: ClassVar[float] = 0.25  # an input is off by 2^-4 at most; where a row's sums cancel, it counts for more
+    tolerance: ClassVar[float] = 0.25  # a channel is off by 2^-4 at most; where a row's sums cancel, it counts for more
     why: ClassVar[str] = "inputs of FP8 weights are rounded to FP8 in groups of 128 channels, as in training"
 
     def apply(self, program: Program) -> int:

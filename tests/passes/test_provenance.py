@@ -91,6 +91,7 @@ class SwapNorms(Pass):
 
     name: ClassVar[str] = "swap-norms"
     exact: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 1.0
 
     def run(self, graph: fx.Graph) -> int:
         norms = [n for n in graph.nodes if is_op(n, "rms_norm")]
@@ -109,6 +110,7 @@ class SetEps(Pass):
 
     name: ClassVar[str] = "set-eps"
     exact: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 1.0
 
     def run(self, graph: fx.Graph) -> int:
         norms = [n for n in graph.nodes if is_op(n, "rms_norm")]
@@ -124,6 +126,7 @@ class AddSwiglu(Pass):
 
     name: ClassVar[str] = "add-swiglu"
     exact: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 1.0
 
     def run(self, graph: fx.Graph) -> int:
         attends = [n for n in graph.nodes if is_op(n, "attend_window")]
