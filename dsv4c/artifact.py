@@ -343,7 +343,8 @@ class PassRecord:
     nodes_after: int
     exact: bool
     why: str = ""
-    """For an inexact pass: its tolerance and the reason."""
+    tolerance: float = 0.0
+    """Of an inexact pass, with the reason above: the largest error of a row that any call gives, on equal inputs."""
 
 
 @dataclass(frozen=True)
@@ -402,7 +403,6 @@ def _shape_error(path: str, expected: str, value: Any) -> ArtifactError:
 
 
 def _decode(kind: Any, value: Any, path: str) -> Any:
-    """JSON value -> annotated type, strictly. Errors name the path inside the manifest."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value

@@ -23,6 +23,7 @@ from dsv4c.model.state import group_ratios, min_columns, state_tensors
 from dsv4c.model.transformer import Prelude, Transformer, groups_of_ratio
 from dsv4c.ops import LEAVES, OPS, Op, TensorType
 from dsv4c.program import Instance, Leaf, Program, Symbol, Value
+from dsv4c.provenance import calling_place, traced_place
 
 Spec = dict[str, TensorType]
 
@@ -291,7 +292,7 @@ def _export(name: str, piece: Piece, symbols: Mapping[str, Symbol]) -> fx.Graph:
                     device="meta") for _, _, t in piece.inputs
     )  # fmt: skip
     shapes = tuple({i: dims[d] for i, d in enumerate(t.shape) if isinstance(d, str)} for _, _, t in piece.inputs)
-    calls: dict[str, tuple[Tensor, ...]] = {}
+    calls: dict[str, _LeafCall] = {}
     hooks = []
     for path, module in piece.module.named_modules():
         if f"{type(module).__module__}.{type(module).__qualname__}" in LEAVES:
@@ -304,11 +305,19 @@ def _export(name: str, piece: Piece, symbols: Mapping[str, Symbol]) -> fx.Graph:
     return _Importer(name, piece, exported, calls).graph()
 
 
-def _recorder(calls: dict[str, tuple[Tensor, ...]], path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+@dataclass(frozen=True)
+class _LeafCall:
+    """What a leaf module was given, and the line of the model that gave it."""
+
+    args: tuple[Tensor, ...]
+    place: str
+
+
+def _recorder(calls: dict[str, _LeafCall], path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         if path in calls:
             raise CompileError(f"leaf module `{path}` runs twice in one sublayer", hint="give each use its own module")
-        calls[path] = args
+        calls[path] = _LeafCall(args, calling_place())
 
     return record
 
@@ -316,7 +325,7 @@ def _recorder(calls: dict[str, tuple[Tensor, ...]], path: str) -> Callable[[nn.M
 class _Importer:
     """Copies an exported graph into ours: values named and typed, leaf modules attributed."""
 
-    def __init__(self, name: str, piece: Piece, exported: Any, calls: dict[str, tuple[Tensor, ...]]) -> None:
+    def __init__(self, name: str, piece: Piece, exported: Any, calls: dict[str, _LeafCall]) -> None:
         self.name, self.piece, self.exported = name, piece, exported
         self.names: dict[sympy.Symbol, sympy.Symbol] = {}
         signature = exported.graph_signature
@@ -325,7 +334,8 @@ class _Importer:
         for placeholder, (kind, value, spec) in zip(signature.user_inputs, piece.inputs, strict=True):
             self.values[placeholder] = Value(kind, value)  # type: ignore[arg-type]
             self._name_symbols(placeholder, spec)
-        self.leaves = {path: self._leaf(path, args) for path, args in calls.items()}
+        self.leaves = {path: self._leaf(path, call.args) for path, call in calls.items()}
+        self.places = {path: call.place for path, call in calls.items()}
 
     def _name_symbols(self, placeholder: str, spec: TensorType) -> None:
         node = next(n for n in self.exported.graph.nodes if n.name == placeholder)
@@ -376,10 +386,11 @@ class _Importer:
         if node.op == "placeholder":
             meta["value"] = self.values[node.name]
             return meta
+        meta["origin"], meta["passes"] = traced_place(node.meta.get("stack_trace")), ()
         stack = node.meta.get("nn_module_stack")
         if stack:
             path, _ = list(stack.values())[-1]
             if path in self.leaves:
-                meta["leaf"] = self.leaves[path]
+                meta["leaf"], meta["origin"] = self.leaves[path], (self.places[path],)
             meta["path"] = path.removeprefix(self.piece.strip)
         return meta

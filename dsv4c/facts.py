@@ -63,7 +63,7 @@ def _raised(family: str) -> Checker:
 
 
 def _stitched(program: Program) -> list[fx.Node]:
-    return [] if set(program.graphs) == set(program.recipes) else [g.output_node() for g in program.graphs.values()]
+    return [] if program.stitched else [g.output_node() for g in program.graphs.values()]
 
 
 def reads(node: fx.Node, index: int, name: str, output: int | None = None) -> fx.Node | None:

@@ -18,13 +18,15 @@ from dsv4c import artifact
 from dsv4c.arena import Need, place
 from dsv4c.checkpoint.names import parameter_sources
 from dsv4c.errors import CompileError
+from dsv4c.irfiles import Source
 from dsv4c.lanes import settle, tasks_of
 from dsv4c.ops import DTYPE_BYTES, VIEWS, Op, TensorType
 from dsv4c.overlap import assign
 from dsv4c.program import Program, results_of, types_of
-from dsv4c.schedules._schedule import Choice, OpNode, Value
+from dsv4c.provenance import origin_of, passes_of
+from dsv4c.schedules._schedule import Choice, OpNode, Schedule, Value
 from dsv4c.schedules._tuned import Tuned
-from dsv4c.schedules.select import select
+from dsv4c.schedules.select import SCHEDULES, select
 from dsv4c.segments import index_ranges, padded_symbols, segments_of
 from dsv4c.weights import constant, weight
 
@@ -43,6 +45,8 @@ class Plan:
     choices: dict[str, Choice]
     weights: dict[str, artifact.Weight]
     states: set[str]
+    sources: dict[str, tuple[Source, ...]] = field(default_factory=dict)
+    """Of each program: where every call comes from, in order."""
 
     @property
     def arena_bytes(self) -> int:
@@ -65,6 +69,7 @@ class Plan:
             for choice in one.choices.values():
                 record(out.choices, choice)
             out.states |= one.states
+            out.sources.update(one.sources)
         return out
 
 
@@ -109,6 +114,8 @@ class _Planner:
     inputs: set[str] = field(default_factory=set)
     memo: dict[str, Choice] = field(default_factory=dict)
     costs: list[Choice] = field(default_factory=list)
+    origins: list[Source] = field(default_factory=list)
+    schedules: Sequence[Schedule] = SCHEDULES
 
     def run(self) -> None:
         for node in self.graph.nodes:
@@ -153,6 +160,7 @@ class _Planner:
         self.ranges.append(self._ranges(op, node, results))
         self.calls.append(artifact.Call(choice.kernel, tuple(args), len(written), node.meta.get("scope", "")))
         self.costs.append(choice)
+        self.origins.append(Source(origin_of(node), passes_of(node)))
 
     def _ranges(self, op: Op, node: fx.Node, results: Mapping[int, str]) -> tuple[artifact.IndexRange, ...]:
         operands = [(self.names[a], self._type(a)) if isinstance(a, fx.Node) else None for a in node.args]
@@ -173,11 +181,11 @@ class _Planner:
             if len(rows) == 1 and rows != ["T"]:
                 (size,) = rows
                 symbols = {**self.symbols, "T": self.symbols[size]}
-                choice = select(_renamed(node, size, "T"), self.target, symbols, self.tuned)
+                choice = select(_renamed(node, size, "T"), self.target, symbols, self.tuned, self.schedules)
                 workspace = tuple(_resized(value, "T", size) for value in choice.workspace)
                 self.memo[key] = replace(choice, workspace=workspace)
             else:
-                self.memo[key] = select(node, self.target, self.symbols, self.tuned)
+                self.memo[key] = select(node, self.target, self.symbols, self.tuned, self.schedules)
         return self.memo[key]
 
     def _operand(self, arg: Any) -> Value | None:
@@ -317,15 +325,18 @@ def plan(
     target: str,
     symbols: Mapping[str, int],
     inputs: tuple[artifact.Input, ...],
+    schedules: Sequence[Schedule] = SCHEDULES,
     *,
     hidden: bool = False,
 ) -> Plan:
     """Plans a lowered program's graph as the program `name`. `symbols`: the largest (GPU: the) value of every symbol.
 
-    `hidden`: whether the program gives what a drafter reads. Raises ScheduleError if no schedule accepts an op.
+    `schedules` are those to choose from; `hidden`: whether the program gives what a drafter reads. Raises
+    ScheduleError if no schedule accepts an op.
     """
     tuned = None if target == "cpu" else Tuned.of(target)
-    planner = _Planner(program, program.graphs[graph_name], target, symbols, parameter_sources(program.config), tuned)
+    sources = parameter_sources(program.config)
+    planner = _Planner(program, program.graphs[graph_name], target, symbols, sources, tuned, schedules=schedules)
     planner.run()
     results = results_of(planner.graph)
     outputs: dict[str, str] = {
@@ -352,4 +363,4 @@ def plan(
     padded = () if phase in ("mixed", "draft") else tuple(sorted(padded_symbols(used)))
     segments = segments_of(planner.calls, planner.ranges, planner.choices, buffers, padded)
     made = artifact.Program(phase, dict(symbols), used, buffers, segments, outputs, arena)
-    return Plan({name: made}, planner.choices, planner.weights, planner.states)
+    return Plan({name: made}, planner.choices, planner.weights, planner.states, {name: tuple(planner.origins)})

@@ -75,15 +75,17 @@ STORE: tuple[Pass, ...] = (
 """For targets that compute on what the checkpoint stores (GPUs)."""
 
 
-def default_pipeline(formats: Mapping[str, str], arch: str = "cpu", drafts: int = 0) -> Pipeline:
-    """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight.
+def default_pipeline(
+    formats: Mapping[str, str] | None = None, arch: str = "cpu", drafts: int = 0
+) -> Pipeline:  # fmt: skip
+    """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight (None: as usual).
 
-    `drafts`: the most that a step on a GPU verifies; on a CPU the host drafts with the program `mtp`.
+    `drafts`: the most that a step on a GPU verifies; on a CPU the host drafts with a program of its own.
     """
     lower: tuple[Pass, ...] = WIDEN
     if arch != "cpu":
         lower = (*STORE, *((FlattenStreams(), AppendDrafts(max_tokens=drafts)) if drafts else (AppendSampling(),)))
-    return Pipeline((*RAISE, *FUSE, *lower, Quantise(formats=formats), CheckLowered()))
+    return Pipeline((*RAISE, *FUSE, *lower, Quantise(formats=formats), CheckLowered()), machine=arch)
 
 
 def reference_pipeline(formats: Mapping[str, str]) -> Pipeline:

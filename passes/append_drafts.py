@@ -6,8 +6,8 @@
                                           sample, keep_draft
 
 One graph for every number of drafts, 0 to `max_tokens`, named `step`, `step+1`, ...: a step is captured whole. The
-first pass of the MTP block runs over all rows of the step, because later queries see its window entries; the others over one
-row a request, on the streams that the pass before left there. In place of `append-sampling`.
+first pass of the MTP block runs over all rows of the step, because later queries see its window entries; the others
+over one row a request, on the streams that the pass before left there. In place of `append-sampling`.
 """
 
 from __future__ import annotations

@@ -112,9 +112,4 @@ class _Joiner:
             if value not in self.values:
                 raise PassError(f"`{instance.scope}` reads `{value.name}` before anything computes it")
             return self.values[value]
-        if value.kind == "input":
-            return self._placeholder(value, kind)
-        name = instance.prefix + value.name
-        if value.kind == "weight" and name in self.program.constants:
-            return self._placeholder(Value("constant", name), kind)
-        return self._placeholder(Value(value.kind, name), kind)
+        return self._placeholder(self.program.whole(value, instance.prefix), kind)

@@ -25,7 +25,7 @@ from torch import Tensor
 from dsv4c.artifact import Drafter as Described
 from dsv4c.artifact import Input
 from dsv4c.errors import ArtifactError
-from dsv4c.runtime.drafts import HiddenExecutor
+from dsv4c.runtime.drafts import HiddenExecutor, goes_on
 from dsv4c.runtime.sampler import SamplerState
 from dsv4c.runtime.scheduler import Span
 from dsv4c.runtime.speculation import StepCost, linear_cost
@@ -76,7 +76,7 @@ class BlockDrafter:
                 found = next(given)
                 length += len(found) - 1 - span.drafts
                 token = found[-1]
-                wanted.append(min(span.wanted, self.block_size) if _goes_on(span, found) else 0)
+                wanted.append(min(span.wanted, self.block_size) if goes_on(span, found) else 0)
                 if wanted[-1] and token is not None:
                     blocks.append((i, token, span.start + length))
             rows += range(first, first + length)
@@ -127,11 +127,3 @@ def worth_verifying(confidences_RB: Tensor, price: float) -> list[int]:
     threshold_RB = price * tokens_RB / (1.0 + price * torch.arange(kept_RB.shape[1]))
     counts: list[int] = (kept_RB > threshold_RB).long().cumprod(1).sum(1).tolist()
     return counts
-
-
-def _goes_on(span: Span, tokens: Sequence[int | None]) -> bool:
-    """Whether the request surely has two tokens more to come: fewer need no draft."""
-    request = span.request
-    if None in tokens or not request.stop_ids.isdisjoint(tokens):
-        return False
-    return request.num_tokens + len(tokens) + 1 < request.max_tokens_total

@@ -82,7 +82,7 @@ class MtpDrafter:
         last = torch.from_numpy(lasts)
         logits = self._pass(tables, positions, owners, following, last, hidden)
         sampling = [span for span in spans if span.samples]
-        wanted = [s.wanted if _goes_on(s, t) else 0 for s, t in zip(sampling, tokens, strict=True)]
+        wanted = [s.wanted if goes_on(s, t) else 0 for s, t in zip(sampling, tokens, strict=True)]
         alive = list(range(len(sampling)))
         while True:
             going = [n for n, i in enumerate(alive) if len(drafts[i]) < wanted[i]]
@@ -149,7 +149,7 @@ def _known(tokens: Sequence[int | None]) -> list[int]:
     return [token for token in tokens if token is not None]
 
 
-def _goes_on(span: Span, tokens: Sequence[int | None]) -> bool:
+def goes_on(span: Span, tokens: Sequence[int | None]) -> bool:
     """Whether the request surely has two tokens more to come: fewer need no draft."""
     request = span.request
     if None in tokens or not request.stop_ids.isdisjoint(tokens):

@@ -31,7 +31,8 @@ from typing import NamedTuple
 from dsv4c.artifact import Manifest
 from dsv4c.errors import Dsv4cError, EngineError, RequestError, RunnerBroken
 from dsv4c.runtime.batch import step_inputs
-from dsv4c.runtime.drafts import MtpDrafter
+from dsv4c.runtime.blocks import BlockDrafter
+from dsv4c.runtime.drafts import Drafter, MtpDrafter
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
@@ -81,6 +82,18 @@ class EngineStats:
     def host_s(self) -> float:
         """Seconds in steps outside waiting; divided by `steps`, what the host spends on one."""
         return self.step_s - self.wait_s
+
+
+def _drafter(executor: ArtifactExecutor, manifest: Manifest) -> Drafter:
+    """The drafter of an artifact that is run on the host."""
+    assert manifest.drafter is not None
+    programs = manifest.programs
+    if manifest.drafter.kind == "mtp":
+        return MtpDrafter(executor, executor.beside(programs["mtp"]), programs["mtp"].inputs)
+    absorb, draft = (programs[f"dspark.{name}"] for name in ("absorb", "draft"))
+    inputs = {item.name: item for item in (*absorb.inputs, *draft.inputs)}.values()
+    run = (executor.beside(program).outputs for program in (absorb, draft))
+    return BlockDrafter(executor, *run, inputs, manifest.drafter)
 
 
 class _Flight(NamedTuple):
@@ -141,8 +154,7 @@ class Engine:
         drafter = None
         if limits.speculative_tokens:
             assert isinstance(executor, ArtifactExecutor)
-            program = manifest.programs["mtp"]
-            drafter = MtpDrafter(executor, executor.beside(program), program.inputs)
+            drafter = _drafter(executor, manifest)
         runner = HostRunner(
             executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states, drafter=drafter
         )

@@ -1,8 +1,8 @@
 """The live part of a padded step: how many rows of each size are real, and tensors cut down to them.
 
 A GPU program runs at the sizes of its bucket. A step's tokens come first, then padding of slot 0; entries that windows
-complete (or may, where a span floats) come first, then ends of -1; edits are those that a row of logits names. For checks and references, which look
-at the values: the launched kernels never need the counts.
+complete (or may, where a span floats) come first, then ends of -1; edits are those that a row of logits names. For
+checks and references, which look at the values: the launched kernels never need the counts.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from dsv4c.commands.arguments import not_negative, positive
-from dsv4c.commands.models import preset_or_folder
+from dsv4c.commands.models import chosen_model
 from dsv4c.commands.terminal import console, progress_bars
 from dsv4c.errors import ConfigError
 
@@ -34,28 +34,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compiles, or with `--dry-run` lowers and plans; 0 when done."""
-    from dsv4c.checkpoint.reader import Checkpoint
     from dsv4c.compile import Options, compile_artifact, lower, plan_artifact
-    from dsv4c.config import PRESETS, Target
+    from dsv4c.config import Target
     from dsv4c.describe import PassTable, plan_table
 
     target = Target(args.target)
-    folder = Path(args.model) if args.model not in PRESETS and Path(args.model).exists() else None
-    if folder is not None:
-        checkpoint = Checkpoint(folder)
-        checkpoint.validate()
-        config = checkpoint.config
-    else:
-        config = preset_or_folder(args.model)
-    whole = config.num_hidden_layers
-    truncated = args.num_layers is not None and args.num_layers != whole
-    if truncated:
-        if folder is not None:
-            raise ConfigError(
-                "`--num-layers` is for presets", hint="compile flash, pro or nano, and give it `--weights`"
-            )
-        config = config.truncated(args.num_layers)
-        print(f"a truncated model: the first {args.num_layers} of {whole} layers, for measurement", file=sys.stderr)
+    model = chosen_model(args.model, args.num_layers)
+    config = model.config
     max_tokens = args.max_tokens or (512 if target.arch == "cpu" else 8192)
     options = Options(
         max_context=args.max_context or min(config.max_position_embeddings, 131072),
@@ -82,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
             progress.update(kernels, completed=done, total=total, detail=name)
 
         compile_artifact(
-            config, target, args.output, options, checkpoint=folder, cache=args.cache,
-            truncated_from=whole if truncated else None,
+            config, target, args.output, options, checkpoint=model.folder, cache=args.cache,
+            truncated_from=model.truncated_from,
             watch=lambda step: progress.update(passes, advance=1, detail=step.name), progress=built,
         )  # fmt: skip
     print(f"wrote {args.output} in {table.seconds:.1f} s", file=sys.stderr)

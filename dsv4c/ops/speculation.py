@@ -11,7 +11,8 @@ it gave that token. So a step's tokens start where the one before left its reque
     advance_rows, keep_draft             one row further; a draft for the next step
 
 State by seat (slot): `pending` [Z, K + 1], the last token, not computed yet, and the drafts behind it; `length` [Z],
-the tokens computed, which is the position of the first. Seat 0 is nobody's. Integers are int64 where nothing else is said.
+the tokens computed, which is the position of the first. Seat 0 is nobody's. Integers are int64 where nothing else is
+said.
 
 Legend: T tokens of the step, S rows of logits, D requests that sample, K most drafts, Z seats, R rows of tables, V
 vocabulary, E window ends.
@@ -133,7 +134,7 @@ def accept_drafts(
         counters.append(int(counters_S[last]) + 1)
         if seat:
             pending_ZK[seat, 0], length_Z[seat] = tokens_S[last], positions[-1]
-        counted = int(penalty_seats_S[first])
+        counted = int(penalty_seats_S[first]) if seat else 0  # nobody's first row is somebody else's
         for token in tokens_S[first : last + 1].tolist() if counted else ():
             if token >= 0:
                 counts_ZV[counted, token] += (counts_ZV[counted, token] & MOST) < MOST

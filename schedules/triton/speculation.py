@@ -79,7 +79,7 @@ def accept_drafts(
     first = tl.load(starts + d, live, 0)
     limit = tl.load(limits + d, live, 0)
     seat = tl.load(seats + d, live, 0)
-    counted = tl.load(penalty_seats + first, live, 0)
+    counted = tl.load(penalty_seats + first, live & (seat != 0), 0)  # nobody's first row is somebody else's
     kept = tl.zeros([N], tl.int64)
     same = live
     for i in tl.static_range(K1 - 1):
