@@ -360,7 +360,7 @@ def plan(
         for b in planner.buffers.values()
     )
     used = tuple(i for i in inputs if i.name in planner.inputs)
-    padded = () if phase in ("mixed", "draft") else tuple(sorted(padded_symbols(used)))
+    padded = () if phase in ("mixed", "draft") else tuple(sorted(padded_symbols(used, symbols)))
     segments = segments_of(planner.calls, planner.ranges, planner.choices, buffers, padded)
     made = artifact.Program(phase, dict(symbols), used, buffers, segments, outputs, arena)
     return Plan({name: made}, planner.choices, planner.weights, planner.states, {name: tuple(planner.origins)})

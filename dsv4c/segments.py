@@ -13,7 +13,7 @@ from dsv4c.artifact import Buffer, Call, Contract, IndexRange, Input, Segment
 from dsv4c.ops import Op, TensorType
 from dsv4c.schedules._schedule import Choice
 
-PADDED_KINDS = frozenset({"token_ids", "window_ends", "edit_tokens"})
+PADDED_KINDS = frozenset({"token_ids", "window_ends", "edit_tokens", "draft_seats"})
 """Inputs whose size a bucket rounds up. Rows of logits are padded too, with copies of a live row."""
 
 Ranges = tuple[IndexRange, ...]
@@ -40,9 +40,10 @@ def segments_of(
     return tuple(out)
 
 
-def padded_symbols(inputs: Iterable[Input]) -> set[str]:
-    """Sizes that hold live rows and padding behind them."""
-    return {size for item in inputs if item.kind in PADDED_KINDS for size in item.shape if isinstance(size, str)}
+def padded_symbols(inputs: Iterable[Input], symbols: Iterable[str] = ()) -> set[str]:
+    """Sizes that hold live rows and padding behind them. Of all `symbols` also those that count streams of such rows."""
+    found = {size for item in inputs if item.kind in PADDED_KINDS for size in item.shape if isinstance(size, str)}
+    return found | {name for name in symbols if name.removesuffix("_streams") in found}
 
 
 def index_ranges(

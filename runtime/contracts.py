@@ -15,6 +15,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ class ContractExecutor(GraphExecutor):
         """Runs one step, checked. Raises ContractError."""
         program, bound, twins = self.programs[name], self._bound[name], self._twins[name]
         given = {i.name: bound.values[i.name].cpu().numpy() for i in program.inputs}
-        check_step(program, given, self._bounds)
+        check_step(program, given, self._bounds, self._lengths())
         live, shapes = live_sizes(program, bound.values), declared_shapes(program)
         for number, segment in enumerate(program.segments):
             for wanted in segment.contract.ranges:
@@ -125,6 +127,11 @@ class ContractExecutor(GraphExecutor):
             a, b = (live_part(values[value], shapes[value], live) for values in (bound.values, twins))
             _check_same(f"the step's `{meaning}`", value, a, b)
         return bound.outputs
+
+    def _lengths(self) -> npt.NDArray[np.int64] | None:
+        """Tokens of each slot, where the device keeps them."""
+        lengths = self.states.get("sampling.length")
+        return None if lengths is None else lengths.cpu().numpy()
 
     def _poison(
         self, program: Program, values: Mapping[str, Tensor], twins: Mapping[str, Tensor], live: Mapping[str, int]

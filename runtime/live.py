@@ -31,6 +31,12 @@ def live_sizes(program: Program, values: Mapping[str, Tensor]) -> dict[str, int]
         elif item.kind == "edit_stops":
             edits = next(i for i in program.inputs if i.kind == "edit_tokens")
             out[str(edits.shape[0])] = int(values[item.name].max())
+        elif item.kind == "draft_seats":
+            out[size] = max(1, int((values[item.name] != 0).sum()))
+    for name, rows in program.symbols.items():  # of the streams of each row
+        base = name.removesuffix("_streams")
+        if base != name and base in out:
+            out[name] = out[base] * (rows // program.symbols[base])
     return out
 
 

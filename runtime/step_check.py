@@ -2,7 +2,8 @@
 
 Tokens of a request in a row, at the positions that its sequence says; pages behind everything they read and write, and
 nobody else's pages behind what they write; ends, rows of logits, seats and edits that belong to live tokens; padding
-that is the null slot's. For debugging: the values are read back to the host.
+that is the null slot's. Where a step verifies drafts, what the host could not know is looked up as the device will.
+For debugging: the values are read back to the host.
 """
 
 from __future__ import annotations
@@ -32,14 +33,22 @@ class StepBounds:
     vocab_size: int
 
 
-def check_step(program: Program, inputs: Arrays, bounds: StepBounds) -> None:
-    """Raises ContractError that names the first input at fault, its row and its value."""
-    _Check(program, inputs, bounds).run()
+def check_step(program: Program, inputs: Arrays, bounds: StepBounds, lengths: Int64Array | None = None) -> None:
+    """Raises ContractError that names the first input at fault, its row and its value.
+
+    `lengths`: of each slot the tokens computed, as the device knows them, for programs that keep them there.
+    """
+    _Check(program, inputs, bounds, lengths).run()
 
 
 class _Check:
-    def __init__(self, program: Program, inputs: Arrays, bounds: StepBounds) -> None:
-        self.program, self.bounds = program, bounds
+    def __init__(self, program: Program, inputs: Arrays, bounds: StepBounds, lengths: Int64Array | None) -> None:
+        self.program, self.bounds, self.lengths = program, bounds, lengths
+        kinds = {item.kind: item for item in program.inputs}
+        self.drafts = 0
+        """Most drafts of a request that the program verifies."""
+        if "draft_seats" in kinds and program.phase == "decode":
+            self.drafts = program.symbols["S"] // program.symbols["D"] - 1
         self.by_kind: dict[str, list[tuple[Input, npt.NDArray[Any]]]] = {}
         for item in program.inputs:
             self.by_kind.setdefault(item.kind, []).append((item, inputs[item.name]))
@@ -52,23 +61,34 @@ class _Check:
         self.inside("request_rows", rows, 0, self.bounds.slots)
         self.live = int((rows != 0).sum())
         self.all("request_rows", rows, (rows != 0) == (np.arange(rows.size) < self.live), "padding comes last")
-        self.rows, self.positions = rows[: self.live], self.one("positions")[: self.live]
+        self.rows, given = rows[: self.live], self.one("positions")[: self.live]
+        self.floating = given < 0
+        self.positions = given
+        if self.lengths is not None:
+            self.inside("positions", -given[self.floating], 1, 2 + self.drafts)
+            self.positions = np.where(self.floating, self.lengths[self.rows] - 1 - given, given)
         self.tokens()
         self.sequences()
         for item, ends in self.by_kind.get("window_ends", []):
-            wanted = np.flatnonzero((self.positions + 1) % int(item.ratio or 1) == 0)
-            padded = np.concatenate([wanted, np.full(max(0, ends.size - wanted.size), -1)])
+            wanted = np.flatnonzero(~self.floating & ((self.positions + 1) % int(item.ratio or 1) == 0))
+            # of a span whose place is not known: its first row, as it may complete a window
+            may = np.flatnonzero(self.floating & (given == -1))
+            expected = np.concatenate([wanted, -2 - may])
+            padded = np.concatenate([expected, np.full(max(0, ends.size - expected.size), -1)])
             self.all(item.name, ends, ends == padded[: ends.size], "rows that complete a window, ascending, then -1")
         self.inside("logit_rows", self.one("logit_rows"), 0, max(1, self.live))
         for item, table in self.by_kind.get("page_table", []):
             self.pages(item, table)
         if "token_seats" in self.by_kind:
             self.seats()
-            self.sampling()
+            self.sampling("")
+        if "draft_seats" in self.by_kind:
+            self.requests()
+            self.sampling("draft_")
 
     def tokens(self) -> None:
         ids, positions = self.one("token_ids"), self.one("positions")
-        self.inside("token_ids", ids[: self.live], -1, self.bounds.vocab_size)
+        self.inside("token_ids", ids[: self.live], -1 - self.drafts, self.bounds.vocab_size)
         self.inside("token_ids", ids[self.live :], 0, self.bounds.vocab_size, self.live)
         self.inside("positions", self.positions, 0, self.bounds.max_context)
         padding = positions[self.live :]
@@ -85,12 +105,14 @@ class _Check:
         expected = np.arange(self.live) - np.repeat(begins, lengths) + np.repeat(self.positions[begins], lengths)
         self.all("positions", self.positions, self.positions == expected, "one behind the other")
         if self.program.phase == "decode":
-            self.all("request_rows", slots, lengths == 1, "one token a request", begins)
+            wanted = "one token a request" + (f", and {self.drafts} drafts at most" if self.drafts else "")
+            self.all("request_rows", slots, lengths <= 1 + self.drafts, wanted, begins)
         if "seq_starts" in self.by_kind:
             starts, ends = self.one("seq_starts"), self.one("seq_ends")
-            firsts = self.positions[begins]
-            self.all("seq_starts", starts[slots], starts[slots] == firsts, "the position of its first token", slots)
-            self.all("seq_ends", ends[slots], ends[slots] == firsts + lengths, "behind its last token", slots)
+            firsts, loose = self.positions[begins], self.floating[begins]
+            begin, end = np.where(loose, -1, firsts), np.where(loose, -lengths, firsts + lengths)
+            self.all("seq_starts", starts[slots], starts[slots] == begin, "the position of its first token", slots)
+            self.all("seq_ends", ends[slots], ends[slots] == end, "behind its last token", slots)
             self.all("seq_ends", ends[:1], ends[:1] > self.bounds.max_context, "far away for the null slot")
 
     def pages(self, item: Input, table: Int64Array) -> None:
@@ -117,21 +139,40 @@ class _Check:
 
     def seats(self) -> None:
         owners = self.one("request_rows")[self.one("logit_rows")]
+        rows = "one row" + (f", and {self.drafts} for drafts at most" if self.drafts else "")
         for kind in ("token_seats", "penalty_seats"):
             seats = self.one(kind)
             used = seats[seats != 0]
-            once = np.array([np.count_nonzero(used == seat) == 1 for seat in used], dtype=bool)
-            self.all(kind, used, once, "a seat has one row", np.flatnonzero(seats != 0))
+            few = np.array([np.count_nonzero(used == seat) <= 1 + self.drafts for seat in used], dtype=bool)
+            self.all(kind, used, few, f"a seat has {rows}", np.flatnonzero(seats != 0))
             self.all(kind, seats, (seats == 0) | (seats == owners), "the slot of the row's token")
 
-    def sampling(self) -> None:
-        for kind, low, high in (
+    def requests(self) -> None:
+        """What accepting and drafting ask: a row of each request that samples, and its drafts behind it."""
+        seats, starts, limits = (self.one(f"draft_{name}") for name in ("seats", "starts", "limits"))
+        live = int((seats != 0).sum())
+        self.all("draft_seats", seats, (seats != 0) == (np.arange(seats.size) < live), "padding comes last")
+        self.inside("draft_starts", starts, 0, self.one("logit_rows").size)
+        self.inside("draft_limits", limits, 0, 1 + self.drafts)
+        owners = self.one("token_seats")
+        self.all("draft_seats", seats[:live], seats[:live] == owners[starts[:live]], "the seat of its first row")
+        chains = np.zeros(owners.size, np.int64)
+        for first, limit, seat in zip(starts[:live], limits[:live], seats[:live], strict=True):
+            self.all("token_seats", owners[first : first + limit + 1], owners[first : first + limit + 1] == seat,
+                     "the seat of the request", int(first))  # fmt: skip
+            chains[first : first + limit + 1] = np.arange(limit + 1)
+        self.all("chain", self.one("chain"), self.one("chain") == chains, "drafts before the row")
+
+    def sampling(self, prefix: str) -> None:
+        for name, low, high in (
             ("temperature", 0.0, np.inf), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0), ("top_k", 0, np.inf),
-            ("repetition", 0.0, np.inf), ("frequency", -2.0, 2.0), ("presence", -2.0, 2.0),
         ):  # fmt: skip
-            values = self.one(kind)
-            fits = (values >= low) & (values <= high) & np.isfinite(values)
-            self.all(kind, values, fits, f"from {low} to {high}")
+            if prefix + name in self.by_kind:  # a step that makes no draft asks nothing
+                self.numbers(prefix + name, low, high)
+        if prefix:
+            return
+        for name, low, high in (("repetition", 0.0, np.inf), ("frequency", -2.0, 2.0), ("presence", -2.0, 2.0)):
+            self.numbers(name, low, high)
         starts, stops, tokens = self.one("edit_starts"), self.one("edit_stops"), self.one("edit_tokens")
         self.all("edit_starts", starts, (starts >= 0) & (starts <= stops), "at most its stop")
         self.inside("edit_stops", stops, 0, tokens.size + 1)
@@ -142,6 +183,11 @@ class _Check:
                 raise ContractError(f"input `edit_tokens`: row {row} of logits edits a token twice")
             values = self.one("edit_values")[starts[row] : stops[row]]
             self.all("edit_values", values, ~np.isnan(values), "numbers", int(starts[row]))
+
+    def numbers(self, kind: str, low: float, high: float) -> None:
+        values = self.one(kind)
+        fits = (values >= low) & (values <= high) & np.isfinite(values)
+        self.all(kind, values, fits, f"from {low} to {high}")
 
     def inside(self, name: str, values: npt.NDArray[Any], low: int, below: int, first: int = 0) -> None:
         self.all(name, values, (values >= low) & (values < below), f"at least {low} and below {below}", first)

@@ -332,8 +332,9 @@ def test_lengths_follow_cost_and_acceptance() -> None:
     assert served(Speculation(3), 1, cheap, 0.02, 4000)[-200:].count(0) > 180
     # each size of step has its own: cheap alone, dear in company
     policy = Speculation(3)
-    assert served(policy, 1, cheap, 0.8, 1500)[-1] >= 2 and served(policy, 32, dear, 0.8, 1500)[-1] == 0
-    assert policy.length(1) >= 2
+    assert min(served(policy, 1, cheap, 0.8, 1500)[-50:]) >= 1
+    assert served(policy, 32, dear, 0.6, 1500)[-100:].count(0) > 80
+    assert policy.length(1) >= 1
 
 
 def test_trials_find_that_drafts_pay_again() -> None:

@@ -1,0 +1,134 @@
+"""Drafts made and verified inside a GPU program, by references: no token changes, and every promise is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dsv4c.compile import Options
+from dsv4c.errors import ContractError
+from dsv4c.runtime.contracts import ContractExecutor
+from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.request import Request
+from dsv4c.runtime.scheduler import Limits
+from dsv4c.runtime.step_check import StepBounds, check_step
+from tests.runtime.devices import PatientRunner, Planned, RowByRow, device_engine, drain, gathered, tokens_of
+
+DRAFTS = 2
+SIZES = {"max_context": 256, "max_tokens": 64, "max_requests": 2}
+
+
+@pytest.fixture(scope="module")
+def planned(nano_dir: Path) -> Planned:
+    return Planned.of(nano_dir, Options(speculative_tokens=DRAFTS, **SIZES))
+
+
+def engine_of(planned: Planned, drafts: int, **options: Any) -> Engine:
+    limits = Limits(
+        max_requests=2, max_step_tokens=64, max_logit_rows=64, speculative_tokens=drafts, mixed_drafts=False
+    )
+    return device_engine(planned, requests=2, context=256, limits=limits, **options)
+
+
+def requests(prompts: list[list[int]], **params: Any) -> list[Request]:
+    params = {"max_tokens": 14, "temperature": 0.0, "ignore_eos": True, "logprobs": 2, "seed": 3, **params}
+    return [Request(str(i), prompts[i][:n], SamplingParams(**params)) for i, n in enumerate((5, 77, 30))]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "drawn": {"temperature": 0.8, "top_p": 0.95, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    "masked": {"temperature": 0.6, "min_tokens": 5, "stop_token_ids": (260, 300), "logit_bias": {260: 3.0}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_logprobs_are_those_without_speculation(
+    planned: Planned, nano_prompts: list[list[int]], kind: str
+) -> None:
+    def run(drafts: int, **options: Any) -> tuple[Any, Engine]:
+        engine = engine_of(planned, drafts, binder=planned.references(RowByRow), **options)
+        return drain(engine, requests(nano_prompts, **KINDS[kind])), engine
+
+    expected, plain = run(0)
+    found, engine = run(DRAFTS)
+    assert gathered(found) == gathered(expected)
+    stats = engine.stats().speculation
+    assert stats.accepted > 0 and engine.stats().steps < plain.stats().steps
+    if kind == "greedy":
+        late, _ = run(DRAFTS, runner=PatientRunner)
+        assert gathered(late) == gathered(expected)
+
+
+def test_contracts_hold_and_change_nothing(planned: Planned, nano_prompts: list[list[int]]) -> None:
+    checked = engine_of(planned, DRAFTS, make=ContractExecutor, manifest=planned.manifest)
+    found = drain(checked, requests(nano_prompts, temperature=0.7))
+    assert tokens_of(found) == tokens_of(drain(engine_of(planned, DRAFTS), requests(nano_prompts, temperature=0.7)))
+    contracts = [s.contract for p in planned.manifest.programs.values() for s in p.segments]
+    assert all({"D", "T"} <= set(contract.padded) for contract in contracts)
+
+
+def test_a_step_of_nobody_changes_nothing_that_is_somebodys(planned: Planned) -> None:
+    engine = engine_of(planned, DRAFTS)
+    executor: Any = engine.runner.executor  # type: ignore[attr-defined]
+    for state in executor.states.values():
+        state.random_(0, 2) if not state.dtype.is_floating_point else state.fill_(1)
+    before = {name: state.clone() for name, state in executor.states.items()}
+    for name in executor.programs:
+        executor.staging.begin(name)
+        executor.staging.send(name)
+        executor.launch(name)
+    for name in ("sampling.pending", "sampling.length", "sampling.counts"):
+        assert torch.equal(executor.states[name][1:], before[name][1:]), name
+
+
+# --- inputs that break the contract of a step ---------------------------------------------------------------------
+
+Change = Callable[[dict[str, np.ndarray]], object]
+
+
+def _set(name: str, row: int, value: float) -> Change:
+    return lambda views: views[name].__setitem__(row, value)
+
+
+FAULTS: Mapping[str, tuple[Change, str]] = {
+    "a draft too many": (_set("token_ids", 1, -4), "`token_ids` row 1 is -4"),
+    "a place left out": (_set("positions", 1, -3), "one behind the other"),
+    "a place behind the context": (_set("positions", 1, -9), "wanted: at least 1 and below 4"),
+    "no end where one may be": (_set("ends_4", 0, -1), "`ends_4` row 0 is -1"),
+    "a start that is known": (_set("seq_starts", 1, 30), "`seq_starts` row 1 is 30"),
+    "rows of nobody": (_set("draft_seats", 0, 0), "padding comes last"),
+    "a row that is none": (_set("draft_starts", 0, 99), "`draft_starts` row 0 is 99"),
+    "more drafts than there are": (_set("draft_limits", 0, 3), "`draft_limits` row 0 is 3"),
+    "a chain that skips": (_set("chain", 1, 2), "drafts before the row"),
+    "another's seat": (_set("draft_seats", 1, 1), "the seat of its first row"),
+    "a temperature below 0": (_set("draft_temperature", 1, -1.0), "`draft_temperature` row 1 is -1.0"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_inputs_that_break_their_contract_are_named(planned: Planned, name: str) -> None:
+    change, message = FAULTS[name]
+    engine = engine_of(planned, DRAFTS)
+    for i in range(2):
+        engine.submit(Request(str(i), [5, 6, 7 + i], SamplingParams(max_tokens=20, ignore_eos=True)))
+    executor: Any = engine.runner.executor  # type: ignore[attr-defined]
+    for _ in range(4):
+        engine.step()
+    program = next(n for n, p in executor.programs.items() if p.phase == "decode" and p.symbols["T"] == 2 * 3)
+    manifest = planned.manifest
+    pools = {g.name: executor.states[g.pools[0].name].shape[0] // g.entries_per_page for g in manifest.kv_groups}
+    bounds = StepBounds(manifest.kv_groups, pools, executor.rows["R"], 256, manifest.vocab_size)
+    views = {i.name: executor._bound[program].values[i.name].numpy().copy() for i in executor.programs[program].inputs}
+    lengths = executor.states["sampling.length"].numpy() - 1  # as they were before the step, or less
+    check_step(executor.programs[program], views, bounds, lengths)
+    change(views)
+    with pytest.raises(ContractError) as error:
+        check_step(executor.programs[program], views, bounds, lengths)
+    assert message in str(error.value)
