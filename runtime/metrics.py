@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.speculation import SpeculationStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds; from one CPU decode step of a tiny model to a long queue.
@@ -38,6 +39,32 @@ class _EngineCollector(Collector):
             for group, count in pages.items():
                 gauge.add_metric([group], count)
             yield gauge
+        if stats.speculation.tried:
+            yield from _speculation(stats.speculation)
+
+
+def _speculation(stats: SpeculationStats) -> Iterator[Metric]:
+    """Of an engine that verifies drafts. Positions count from 0, the first draft."""
+    for name, text, counts in (
+        ("draft", "Drafts verified", stats.tried), ("accepted", "Drafts kept", stats.kept)
+    ):  # fmt: skip
+        counter = CounterMetricFamily(f"dsv4c_spec_decode_{name}_tokens", f"{text}, by position", labels=["position"])
+        for position, count in enumerate(counts):
+            counter.add_metric([str(position)], count)
+        yield counter
+    acceptance = GaugeMetricFamily(
+        "dsv4c_spec_decode_acceptance", "Share of the drafts verified at a position that was kept", labels=["position"]
+    )
+    for position, (kept, tried) in enumerate(zip(stats.kept, stats.tried, strict=True)):
+        acceptance.add_metric([str(position)], kept / max(1, tried))
+    yield acceptance
+    yield CounterMetricFamily(
+        "dsv4c_spec_decode_steps", "Steps that verified drafts, once for each sequence in them", value=stats.steps
+    )
+    yield GaugeMetricFamily(
+        "dsv4c_spec_decode_tokens_per_step", "Tokens that such a step gave a sequence",
+        value=1.0 + stats.accepted / max(1, stats.steps),
+    )  # fmt: skip
 
 
 class Metrics:
