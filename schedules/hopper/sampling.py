@@ -49,18 +49,22 @@ def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
 
 
 def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
-    """Of chunks: bests, sums, bins; of rows: best, total, bound, mode; of chunks: listed logits, their ids, numbers."""
+    """Of chunks: bests, sums, bins; of rows: best, total, bound, mode; of chunks: listed logits, their ids, numbers,
+    the time of the first arrival, and which token that is."""
     chunks = _chunks(node)
     return (
         Value(("T", chunks), "float32"), Value(("T", chunks), "float32"), Value(("T", chunks, BINS), "int32"),
         Value(("T",), "float32"), Value(("T",), "float32"), Value(("T",), "float32"), Value(("T",), "int32"),
         Value(("T", chunks, LISTED), "float32"), Value(("T", chunks, LISTED), "int32"), Value(("T", chunks), "int32"),
+        Value(("T", chunks), "float32"), Value(("T", chunks), "int32"),
     )  # fmt: skip
 
 
 def _build(node: OpNode, config: Config) -> Build:
     vocab, chunks, inputs = _vocab(node), _chunks(node), len(node.inputs)
-    bests, sums, bins, best, total, bound, mode, listed, places, numbers, out = (ptr(inputs + i) for i in range(11))
+    (bests, sums, bins, best, total, bound, mode, listed, places, numbers, times, firsts, out) = (
+        ptr(inputs + i) for i in range(13)
+    )
     penalised = node.op == "sample_penalised"
     rows: dict[str, LaunchArg] = {"logits": ptr(0)}
     constants: dict[str, Any] = {"V": vocab, "C": chunks, "W": CHUNK, "PENALISED": penalised}
@@ -69,10 +73,11 @@ def _build(node: OpNode, config: Config) -> Build:
     else:
         constants |= dict.fromkeys(_PENALTIES)
     asked: dict[str, LaunchArg] = {"temperature": ptr(1), **{name: ptr(2 + i) for i, name in enumerate(_FILTERS)}}
+    noise: dict[str, LaunchArg] = {"keys": ptr(5), "counters": ptr(6)}
     padded = {"PC": _power(chunks)}
     scan = TritonLaunch(
         f"{_KERNELS}:scan_rows",
-        {**rows, **asked, "bests": bests, "sums": sums, "bins": bins},
+        {**rows, **asked, **noise, "bests": bests, "sums": sums, "bins": bins, "times": times, "firsts": firsts},
         {**constants, "B": BINS},
         ("a0_0", chunks, 1),
         num_warps=config["scan"],
@@ -100,7 +105,7 @@ def _build(node: OpNode, config: Config) -> Build:
     draw = TritonLaunch(
         f"{_KERNELS}:draw_rows",
         {
-            **rows, **asked, "keys": ptr(5), "counters": ptr(6), "bests": bests, "sums": sums, "best_in": best,
+            **rows, **asked, **noise, "bests": bests, "times": times, "firsts": firsts, "best_in": best,
             "total_in": total, "modes": mode, "listed": listed, "places": places, "numbers": numbers, "out": out,
         },
         {**constants, "L": LISTED, **padded},
@@ -154,7 +159,7 @@ def _feed_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
     return Work(32.0 * symbols["T"], 0.0, "gpu")
 
 
-# how far outside its interval of the distribution a draw may fall: float32 weights and sums of a row
+# nats by which a drawn token may arrive later than the first: float32 weights and noise
 _TOLERANCE = 1e-5
 
 SCHEDULES = (

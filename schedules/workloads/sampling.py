@@ -1,7 +1,7 @@
 """Sampling workloads: rows of logits with every kind of parameters, alone and mixed, and rows that cannot be sampled.
 
-A draw is right if the uniform number of its row falls into the token's interval of the float64 distribution over what
-the filters keep; the error is how far outside it falls, as a share of the whole.
+A draw is right if its token arrives first of those that the filters keep, in float64; the error is by how much it is
+late, as the logarithm of a ratio of times.
 
 Legend: T rows, V vocabulary, Z seats, M edits.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.config import preset
-from dsv4c.ops.sampling import IN_PROMPT, kept, penalise, uniform
+from dsv4c.ops.sampling import IN_PROMPT, exponentials, kept, penalise
 from dsv4c.schedules._schedule import OpNode, Value
 from dsv4c.schedules._workload import Args, Workload
 
@@ -36,7 +36,7 @@ class Kind:
     """With rows of equal logits, infinities and NaN."""
 
 
-_KINDS = (
+KINDS = (
     Kind("greedy", temperature=(0.0,)),
     Kind("temperature"),
     Kind("top_k", top_k=(50,)),
@@ -108,21 +108,21 @@ def make(kind: Kind, rows: int, vocab: int, penalised: bool, generator: torch.Ge
 
 
 def judged_by(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What a draw is judged by: kept weights, uniform numbers, sound rows; and the seats and counts, if there are."""
+    """What a draw is judged by: times of arrival, sound rows; and the seats and counts, if there are."""
     logits, temperature, top_k, top_p, min_p, keys, counters, *rest = tensors
     if rest:
         slots, counts, *penalties = rest
         penalised = penalise(logits, counts[slots], *penalties)
         logits = torch.where((slots == 0).unsqueeze(1), logits, penalised)
     p, sound = kept(logits, temperature, top_k, top_p, min_p)
-    return p, uniform(keys, counters), sound, *rest[:2]
+    return exponentials(keys, counters, p.shape[1]).div_(p), sound, *rest[:2]
 
 
 def draw_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    tokens, (p, number, sound, *rest) = outputs[0], expected
+    tokens, (times, sound, *rest) = outputs[0], expected
     if not tokens.numel():
         return 0.0
-    if not torch.equal(tokens >= 0, sound) or tokens.min() < -1 or tokens.max() >= p.shape[1]:
+    if not torch.equal(tokens >= 0, sound) or tokens.min() < -1 or tokens.max() >= times.shape[1]:
         return math.inf
     if rest:
         slots, counts = rest
@@ -132,12 +132,8 @@ def draw_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         counts[slots[live], tokens[live]] = torch.where((old & (IN_PROMPT - 1)) < IN_PROMPT - 1, old + 1, old)
         if not torch.equal(outputs[1], counts):
             return math.inf
-    cdf = p.cumsum(-1)
-    end = cdf.gather(1, tokens.clamp(min=0).unsqueeze(1))[:, 0]
-    begin = end - p.gather(1, tokens.clamp(min=0).unsqueeze(1))[:, 0]
-    target = number * cdf[:, -1]
-    apart = torch.maximum(begin - target, target - end).clamp(min=0) / cdf[:, -1]
-    return float(apart[sound].max()) if bool(sound.any()) else 0.0
+    late = (times.gather(1, tokens.clamp(min=0).unsqueeze(1))[:, 0] / times.amin(-1)).log()
+    return float(late[sound].max()) if bool(sound.any()) else 0.0
 
 
 def _node(vocab: int, penalised: bool) -> OpNode:
@@ -179,9 +175,11 @@ def _baselines(kind: Kind) -> dict[str, Callable[[Args], Callable[[], object]]]:
     return {"torch eager": torch_eager}
 
 
-def workload(model: str, kind: Kind, rows: int, penalised: bool = False, *, bench: bool = True) -> Workload:
-    """The workload of a batch of rows with parameters of one kind."""
-    vocab = preset(model).vocab_size
+def workload(
+    model: str, kind: Kind, rows: int, penalised: bool = False, *, bench: bool = True, vocab: int | None = None
+) -> Workload:
+    """The workload of a batch of rows with parameters of one kind; `vocab` is the model's."""
+    vocab = preset(model).vocab_size if vocab is None else vocab
     return Workload(
         label=f"{model} {kind.name} {rows}",
         node=_node(vocab, penalised),
@@ -254,11 +252,11 @@ def _seats(rows: int, feeds: bool) -> Workload:
 
 
 def workloads() -> tuple[Workload, ...]:
-    plain, mixed = _KINDS[1], _KINDS[-1]
+    plain, mixed = KINDS[1], KINDS[-1]
     out = [workload("nano", mixed, rows, penalised, bench=False) for rows in (0, 1, 64) for penalised in (False, True)]
     out += [_edits("nano", 64), _edits("flash", 64)]
     out += [_seats(rows, feeds) for rows in (0, 1, 200) for feeds in (True, False)]
-    out += [workload("flash", kind, rows) for kind in _KINDS for rows in (1, 64)]
+    out += [workload("flash", kind, rows) for kind in KINDS for rows in (1, 64)]
     out += [workload("flash", kind, 256) for kind in (plain, mixed)]
     out += [workload("flash", kind, rows, True) for kind in (plain, mixed) for rows in (1, 64)]
     return tuple(out)
