@@ -20,19 +20,27 @@ if TYPE_CHECKING:
         RaiseError,
         ScheduleError,
     )
-    from dsv4c.pipeline import Pass, Pipeline, Step
+    from dsv4c.inputs import Inputs
+    from dsv4c.numerics import Check, Runs
+    from dsv4c.opened import Artifact, load
+    from dsv4c.pipeline import Change, Pass, Pipeline, Step
     from dsv4c.program import Program
+    from dsv4c.work import Sizes, Work, node_work, work_of
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Artifact",
     "ArtifactError",
+    "Change",
+    "Check",
     "CheckpointError",
     "CompileError",
     "ConfigError",
     "Dsv4cError",
     "InputError",
+    "Inputs",
     "ModelConfig",
     "Options",
     "Pass",
@@ -40,13 +48,19 @@ __all__ = [
     "Pipeline",
     "Program",
     "RaiseError",
+    "Runs",
     "ScheduleError",
+    "Sizes",
     "Step",
     "Target",
+    "Work",
     "capture",
     "compile_artifact",
+    "load",
     "lower",
+    "node_work",
     "preset",
+    "work_of",
 ]
 
 _HOMES = {
@@ -57,8 +71,12 @@ _HOMES = {
         "ArtifactError", "CheckpointError", "CompileError", "ConfigError", "Dsv4cError", "InputError", "PassError",
         "RaiseError", "ScheduleError",
     ),
-    "dsv4c.pipeline": ("Pass", "Pipeline", "Step"),
+    "dsv4c.inputs": ("Inputs",),
+    "dsv4c.numerics": ("Check", "Runs"),
+    "dsv4c.opened": ("Artifact", "load"),
+    "dsv4c.pipeline": ("Change", "Pass", "Pipeline", "Step"),
     "dsv4c.program": ("Program",),
+    "dsv4c.work": ("Sizes", "Work", "node_work", "work_of"),
 }  # fmt: skip
 """Module -> the public names that live there. No name is a module's own: an import of it would hide the name."""
 

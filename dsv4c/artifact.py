@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from dsv4c.errors import ArtifactError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Size = int | str
 Shape = tuple[Size, ...]
@@ -94,6 +94,18 @@ InputKind = Literal[
     "noise_keys", "noise_counters",  # the stream of its request, and how many tokens were drawn from it
     "penalty_seats", "repetition", "frequency", "presence",  # penalties; the slot of its counts, 0: none
     "edit_starts", "edit_stops", "edit_tokens", "edit_values",  # which edits are the row's; [M] token and addend
+    # of programs that draft:
+    "hidden",  # [T, ...] what the main model's step left of each row, or the draft step before; as its dtype says
+    "next_ids",  # [T] the token that follows each row's, where no row of logits gives it
+    "block_rows",  # [R] the row of T where a request's block begins: its last token, then placeholders
+    # of programs that verify drafts; a token id -1 - i is then pending i of its slot (0: its last token, then drafts),
+    # a position -1 - i is i behind the slot's length, as is a seq_starts of -1 and a seq_ends of -i; an end -2 - f is
+    # the row that completes a window in the span that begins at row f, if one does. For each row of logits [S]:
+    "chain",  # how many drafts of the same request lie before the row
+    "noise_shifts",  # what the row's position lacks to the counter of its noise
+    # and for each request that samples [D]:
+    "draft_starts", "draft_limits", "draft_seats",  # its first row of logits, the drafts to verify behind it, its slot
+    "draft_temperature", "draft_top_k", "draft_top_p", "draft_min_p", "draft_keys",  # as the rows' own
 ]
 # fmt: on
 
@@ -193,17 +205,29 @@ class Program:
     be captured once: a step is padded with tokens of slot 0 at position 0, ends of -1 and logit rows of slot 0, and
     per-request inputs have a row for every slot, in place of one for every request of the step. They sample: a token
     id below 0 is the last token of its slot. A decode step has one token a request.
+
+    Phase `draft` (CPU) is one pass of the drafter, of any sizes: it reads `hidden` and `next_ids` of rows that the main
+    model has computed, or of what it drafted itself, and its logits are of the token after next. One that drafts whole
+    blocks has two programs: the first takes in rows of `hidden` and gives nothing, the second gives `drafts`.
     """
 
-    phase: Literal["mixed", "decode", "prefill"]
+    phase: Literal["mixed", "draft", "decode", "prefill"]
     symbols: dict[str, int]
     inputs: tuple[Input, ...]
     buffers: tuple[Buffer, ...]
     segments: tuple[Segment, ...]
     outputs: dict[str, str]
     """Meaning -> value name. `logits` is [S, vocab_size] float32, after edits. Programs that sample also have `tokens`
-    int64 [S], -1 where the logits are no numbers, and `replaced` [M]: the logits that edits changed."""
+    int64 [S], -1 where the logits are no numbers, and `replaced` [M]: the logits that edits changed. `hidden` [T, ...]:
+    what a drafter reads. Programs that verify drafts have `accepted` int64 [D]: the rows of each request that count.
+    `drafts` int64 [R, B] and `confidences` float32 [R, B]: the tokens that may follow a block's first row, and how sure
+    each one is if those before it are right, as the logit of a probability."""
     arena_bytes: int
+
+    @property
+    def any_size(self) -> bool:
+        """Whether it takes any sizes up to its symbols, and so is not captured."""
+        return self.phase in ("mixed", "draft")
 
 
 Expr = int | str
@@ -319,7 +343,21 @@ class PassRecord:
     nodes_after: int
     exact: bool
     why: str = ""
-    """For an inexact pass: its tolerance and the reason."""
+    tolerance: float = 0.0
+    """Of an inexact pass, with the reason above: the largest error of a row that any call gives, on equal inputs."""
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """What guesses the next tokens, for the model to verify several in one step."""
+
+    kind: Literal["mtp", "dspark"]
+    max_tokens: int
+    """Most drafts of a request in one step."""
+    block_size: int | None = None
+    """Of a drafter of whole blocks: tokens of one pass."""
+    placeholder_id: int | None = None
+    """Of a drafter of whole blocks: the token that stands for those not known yet."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +386,8 @@ class Manifest:
     embedded_weights: bool
     truncated_from: int | None = None
     """Layers of the model of which this one is the first few, made for measurement; None for a whole model."""
+    drafter: Drafter | None = None
+    """None: every step gives a request one token."""
 
 
 def decode(kind: Any, value: Any) -> Any:
@@ -363,7 +403,6 @@ def _shape_error(path: str, expected: str, value: Any) -> ArtifactError:
 
 
 def _decode(kind: Any, value: Any, path: str) -> Any:
-    """JSON value -> annotated type, strictly. Errors name the path inside the manifest."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value

@@ -18,10 +18,12 @@ from torch.export import Dim
 
 from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.errors import CompileError
+from dsv4c.model.dspark import DSparkStage
 from dsv4c.model.state import group_ratios, min_columns, state_tensors
 from dsv4c.model.transformer import Prelude, Transformer, groups_of_ratio
 from dsv4c.ops import LEAVES, OPS, Op, TensorType
 from dsv4c.program import Instance, Leaf, Program, Symbol, Value
+from dsv4c.provenance import calling_place, traced_place
 
 Spec = dict[str, TensorType]
 
@@ -54,22 +56,26 @@ def capture(
     layout: StateLayout | None = None,
     *,
     fake_quant: bool = False,
+    drafter: bool = True,
     only: Collection[str] | None = None,
 ) -> Program:
-    """The program of the whole model (entry point `step`, and `mtp` if the model has it), not yet stitched.
+    """The program of the whole model, not yet stitched.
 
+    Its entry points are `step` and, with `drafter`, those of what drafts: `mtp`, or `dspark.absorb` and `dspark.draft`.
     `only` names the pieces to capture (`attention.csa`, ...): such a program can be raised but not stitched.
     """
     layout = layout or StateLayout()
     with torch.device("meta"):
         model = Transformer(config, layout, fake_quant=fake_quant)
     symbols = _symbols(config, layout)
-    pieces = _pieces(model, config, layout)
-    program = Program(config, layout, {}, _recipes(model, config), symbols, {}, {})
-    for name, piece in pieces.items():
-        if only is not None and name not in only:
-            continue
-        program.graphs[name] = _export(name, piece, symbols)
+    recipes = _recipes(model, config)
+    if not drafter:
+        recipes = {"step": tuple(instance for instance in recipes["step"] if not instance.piece.startswith("tap."))}
+    used = {instance.piece for recipe in recipes.values() for instance in recipe}
+    program = Program(config, layout, {}, recipes, symbols, {}, {})
+    for name, piece in _pieces(model, config, layout).items():
+        if name in used and (only is None or name in only):
+            program.graphs[name] = _export(name, piece, symbols)
     program.constants = _constants(config, layout)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         program.weight_types[name] = TensorType(tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
@@ -95,6 +101,15 @@ def step_inputs(config: ModelConfig) -> Spec:
     out.update({f"ends_{ratio}": TensorType((f"E_{ratio}",), "int64") for ratio in config.ratios})
     out["logit_rows"] = TensorType(("S",), "int64")
     return out
+
+
+def dspark_inputs(config: ModelConfig) -> Spec:
+    """What DSpark's entry points ask for besides a step's inputs: `absorb` the tap, `draft` the block rows."""
+    spark = config.dspark
+    if spark is None:
+        return {}
+    tap = TensorType(("T", len(spark.target_layer_ids) * config.hidden_size), "float32")
+    return {"tap": tap, "block_rows": TensorType(("R",), "int64")}
 
 
 def _derived(config: ModelConfig) -> Spec:
@@ -133,7 +148,7 @@ def _pieces(model: Transformer, config: ModelConfig, layout: StateLayout) -> dic
     )  # fmt: skip
     for layer, block, prefix in _blocks(model):
         kind, ratio = config.attention_kind(layer), config.compress_ratios[layer]
-        if f"attention.{kind}" not in out:
+        if f"attention.{kind}" not in out and not isinstance(block, DSparkStage):
             out[f"attention.{kind}"] = _attention_piece(block, kind, ratio, streams, inputs, derived, states, prefix)
         gate = config.gate_kind(layer)
         if f"ffn.{gate}" not in out:
@@ -145,7 +160,9 @@ def _pieces(model: Transformer, config: ModelConfig, layout: StateLayout) -> dic
         _Call(model, lambda part, x, rows: (part.logits(x, rows),)),
         "part.", (streams, ("input", "logit_rows", inputs["logit_rows"])), ("logits",),
     )  # fmt: skip
-    if len(model.mtp):
+    if config.drafter == "dspark":
+        out.update(_dspark_pieces(model, config, streams, inputs, derived, states))
+    if config.drafter == "mtp":
         out["mtp.merge"] = Piece(
             _Call(model, lambda part, x, ids: (part.mtp_streams(x, ids),)),
             "part.", (streams, ("input", "next_ids", inputs["token_ids"])), ("streams",),
@@ -163,7 +180,7 @@ def _in_order(values: Mapping[str, Tensor], names: Mapping[str, object]) -> tupl
 
 def _blocks(model: Transformer) -> list[tuple[int, Any, str]]:
     main = [(i, block, f"layers.{i}.") for i, block in enumerate(model.layers)]
-    return main + [(len(main), block, "mtp.0.") for block in model.mtp]
+    return main + [(len(main) + i, block, f"mtp.{i}.") for i, block in enumerate(model.mtp)]
 
 
 def _attention_piece(
@@ -193,6 +210,45 @@ def _attention_piece(
     return Piece(_Call(block, run), "part.", tuple(values), ("streams", *(f"state.{k}" for k in state_keys)))
 
 
+def _dspark_pieces(
+    model: Transformer, config: ModelConfig, streams: tuple[str, str, TensorType], inputs: Spec, derived: Spec,
+    states: Spec,
+) -> dict[str, Piece]:  # fmt: skip
+    """A tap for every target layer, and what `dspark.absorb` and `dspark.draft` are made of besides."""
+    spark, first, given = config.dspark, model.mtp[0], dspark_inputs(config)
+    assert spark is not None
+    pool, rope = ("state", "window", states["mtp.0.window"]), ("derived", "rope_window", derived["rope_window"])
+    main_x = ("derived", "main_x", TensorType(("T", config.hidden_size), "float32"))
+    slots = ("derived", "slots_window", derived["slots_window"])
+    ids, rows = ("input", "token_ids", inputs["token_ids"]), ("input", "block_rows", given["block_rows"])
+    where = [("input", k, inputs[k]) for k in ("positions", "request_rows", "pages_window")]
+    keys = ("positions", "request_rows", "pages_window", "block_rows", "rope_window")
+    out = {"tap.0": Piece(_Call(model, lambda part, x: (part.tap_first(x),)), "part.", (streams,), ("derived.tap",))}
+    for i in range(1, len(spark.target_layer_ids)):
+        tap = ("derived", "tap", TensorType(("T", i * config.hidden_size), "float32"))
+        run = _Call(model, lambda part, tap, x: (part.tap_next(tap, x),))
+        out[f"tap.{i}"] = Piece(run, "part.", (tap, streams), ("derived.tap",))
+    out["dspark.main"] = Piece(
+        _Call(first, lambda part, tap: (part.main(tap),)), "part.", (("input", "tap", given["tap"]),),
+        ("derived.main_x",),
+    )  # fmt: skip
+    out["dspark.absorb"] = Piece(
+        _Call(first, lambda part, x, pool, slots, rope: (
+            part.attn.absorb(x, pool, {"slots_window": slots, "rope_window": rope}),)),
+        "part.", (main_x, pool, slots, rope), ("state.window",),
+    )  # fmt: skip
+    out["dspark.attention"] = Piece(
+        _Call(first, lambda part, x, pool, *t: (
+            part.attention(x, {"window": pool}, dict(zip(keys, t, strict=True)))[0],)),
+        "part.", (streams, pool, *where, rows, rope), ("streams",),
+    )  # fmt: skip
+    out["dspark.head"] = Piece(
+        _Call(model, lambda part, x, ids, rows: part.draft_head(x, {"token_ids": ids, "block_rows": rows})),
+        "part.", (streams, ids, rows), ("drafts", "confidences"),
+    )  # fmt: skip
+    return out
+
+
 def _recipes(model: Transformer, config: ModelConfig) -> dict[str, tuple[Instance, ...]]:
     def layer(index: int, scope: str, prefix: str) -> list[Instance]:
         return [
@@ -201,11 +257,22 @@ def _recipes(model: Transformer, config: ModelConfig) -> dict[str, tuple[Instanc
         ]
 
     prelude = Instance("prelude", "prelude", "prelude.")
+    spark = config.dspark
     step = [prelude, Instance("embed", "embed", "")]
     for i in range(config.num_hidden_layers):
         step += layer(i, f"L{i:02d}", f"layers.{i}.")
+        if spark is not None and i in spark.target_layer_ids:
+            step.append(Instance(f"tap.{spark.target_layer_ids.index(i)}", f"L{i:02d}.tap", ""))
     out = {"step": (*step, Instance("head", "head", ""))}
-    if len(model.mtp):
+    if spark is not None:
+        absorb, draft = [Instance("dspark.main", "dspark.main", "mtp.0.")], [Instance("embed", "embed", "")]
+        for i in range(spark.num_stages):
+            absorb.append(Instance("dspark.absorb", f"S{i}.absorb", f"mtp.{i}."))
+            draft.append(Instance("dspark.attention", f"S{i}.attn", f"mtp.{i}."))
+            draft.append(Instance("ffn.bias", f"S{i}.ffn", f"mtp.{i}."))
+        out["dspark.absorb"] = (prelude, *absorb)
+        out["dspark.draft"] = (prelude, *draft, Instance("dspark.head", "dspark.head", ""))
+    if config.drafter == "mtp":
         mtp = [prelude, Instance("mtp.merge", "mtp.merge", "")]
         mtp += layer(config.num_hidden_layers, "MTP", "mtp.0.")
         out["mtp"] = (*mtp, Instance("mtp.head", "mtp.head", ""))
@@ -225,7 +292,7 @@ def _export(name: str, piece: Piece, symbols: Mapping[str, Symbol]) -> fx.Graph:
                     device="meta") for _, _, t in piece.inputs
     )  # fmt: skip
     shapes = tuple({i: dims[d] for i, d in enumerate(t.shape) if isinstance(d, str)} for _, _, t in piece.inputs)
-    calls: dict[str, tuple[Tensor, ...]] = {}
+    calls: dict[str, _LeafCall] = {}
     hooks = []
     for path, module in piece.module.named_modules():
         if f"{type(module).__module__}.{type(module).__qualname__}" in LEAVES:
@@ -238,11 +305,19 @@ def _export(name: str, piece: Piece, symbols: Mapping[str, Symbol]) -> fx.Graph:
     return _Importer(name, piece, exported, calls).graph()
 
 
-def _recorder(calls: dict[str, tuple[Tensor, ...]], path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+@dataclass(frozen=True)
+class _LeafCall:
+    """What a leaf module was given, and the line of the model that gave it."""
+
+    args: tuple[Tensor, ...]
+    place: str
+
+
+def _recorder(calls: dict[str, _LeafCall], path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         if path in calls:
             raise CompileError(f"leaf module `{path}` runs twice in one sublayer", hint="give each use its own module")
-        calls[path] = args
+        calls[path] = _LeafCall(args, calling_place())
 
     return record
 
@@ -250,7 +325,7 @@ def _recorder(calls: dict[str, tuple[Tensor, ...]], path: str) -> Callable[[nn.M
 class _Importer:
     """Copies an exported graph into ours: values named and typed, leaf modules attributed."""
 
-    def __init__(self, name: str, piece: Piece, exported: Any, calls: dict[str, tuple[Tensor, ...]]) -> None:
+    def __init__(self, name: str, piece: Piece, exported: Any, calls: dict[str, _LeafCall]) -> None:
         self.name, self.piece, self.exported = name, piece, exported
         self.names: dict[sympy.Symbol, sympy.Symbol] = {}
         signature = exported.graph_signature
@@ -259,7 +334,8 @@ class _Importer:
         for placeholder, (kind, value, spec) in zip(signature.user_inputs, piece.inputs, strict=True):
             self.values[placeholder] = Value(kind, value)  # type: ignore[arg-type]
             self._name_symbols(placeholder, spec)
-        self.leaves = {path: self._leaf(path, args) for path, args in calls.items()}
+        self.leaves = {path: self._leaf(path, call.args) for path, call in calls.items()}
+        self.places = {path: call.place for path, call in calls.items()}
 
     def _name_symbols(self, placeholder: str, spec: TensorType) -> None:
         node = next(n for n in self.exported.graph.nodes if n.name == placeholder)
@@ -310,10 +386,11 @@ class _Importer:
         if node.op == "placeholder":
             meta["value"] = self.values[node.name]
             return meta
+        meta["origin"], meta["passes"] = traced_place(node.meta.get("stack_trace")), ()
         stack = node.meta.get("nn_module_stack")
         if stack:
             path, _ = list(stack.values())[-1]
             if path in self.leaves:
-                meta["leaf"] = self.leaves[path]
+                meta["leaf"], meta["origin"] = self.leaves[path], (self.places[path],)
             meta["path"] = path.removeprefix(self.piece.strip)
         return meta

@@ -10,7 +10,7 @@ import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,19 +21,26 @@ from dsv4c import __version__, artifact
 from dsv4c.buckets import gpu_buckets
 from dsv4c.capturing import capture, step_inputs
 from dsv4c.config import ModelConfig, StateLayout, Target
+from dsv4c.drafting import block_drafter, block_plans
 from dsv4c.errors import ArtifactError, ConfigError
-from dsv4c.facts import COUNTS, LAST_TOKENS
+from dsv4c.facts import COUNTS, LAST_TOKENS, LENGTH, PENDING
+from dsv4c.irfiles import StageWriter
 from dsv4c.model.state import group_ratios, min_columns, page_tokens, state_tensors
 from dsv4c.ops import TensorType
 from dsv4c.passes import default_pipeline
+from dsv4c.passes.append_drafts import CHAIN_INPUTS, DRAFT_INPUTS, graph_name
 from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
-from dsv4c.pipeline import Step
+from dsv4c.pipeline import Pipeline, Step
 from dsv4c.plan import Plan, plan
 from dsv4c.program import Program
 from dsv4c.schedules._gpu import ptxas_version
-from dsv4c.schedules._schedule import Progress
+from dsv4c.schedules._schedule import Progress, Schedule
 from dsv4c.schedules.emit import emit, records
+from dsv4c.schedules.select import SCHEDULES
 from dsv4c.weights import stored_formats
+
+MAX_DRAFTS = 3  # a step's tokens of one request then complete at most one window of 4
+DRAFT_RING = 16  # rows: an entry's tokens stay while 3 drafts are overwritten, and until a snapshot 8 tokens later
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,30 @@ class Options:
     """Tokens of one step: the chunk size of prefill and the most requests that decode together."""
     max_requests: int = 64
     fake_quant: bool = False
+    speculative_tokens: int = 0
+    """Most drafts of the MTP block that a step verifies for a request; 0 compiles no drafter."""
+
+    def layout(self) -> StateLayout:
+        """Rings are longer by what drafts may overwrite, and by what a snapshot may come late."""
+        return StateLayout(extra_ring=DRAFT_RING if self.speculative_tokens else 0)
 
 
 def lower(
-    config: ModelConfig, options: Options, watch: Callable[[Step], None] | None = None, arch: str = "cpu"
+    config: ModelConfig,
+    options: Options,
+    watch: Callable[[Step], None] | None = None,
+    arch: str = "cpu",
+    pipeline: Pipeline | None = None,
 ) -> Program:
-    """The lowered program of a model: capture, then every pass of the default pipeline."""
-    program = capture(config, StateLayout(), fake_quant=options.fake_quant)
-    for step in default_pipeline(stored_formats(config), arch).steps(program):
+    """The lowered program of a model: capture, then every pass of the pipeline (by default that of `arch`).
+
+    `watch` is called after every pass. Raises PassError where a pass breaks its contract.
+    """
+    drafts = options.speculative_tokens
+    program = capture(
+        config, options.layout(), fake_quant=options.fake_quant, drafter=drafts > 0 or config.drafter != "dspark"
+    )
+    for step in (pipeline or default_pipeline(stored_formats(config), arch, drafts)).steps(program):
         program = step.after
         if watch:
             watch(step)
@@ -99,11 +122,25 @@ def artifact_inputs(config: ModelConfig, layout: StateLayout) -> tuple[artifact.
     return tuple(out)
 
 
-def sampling_inputs() -> tuple[artifact.Input, ...]:
-    """What a program that samples asks for besides; edits, which most steps lack, come last."""
-    rows = [artifact.Input(name, name, ("S",), dtype=dtype) for name, dtype in ROW_INPUTS.items()]  # type: ignore[arg-type]
-    edits = [artifact.Input(name, name, ("M",), dtype=dtype) for name, dtype in EDIT_INPUTS.items()]  # type: ignore[arg-type]
-    return (*rows, *edits)
+def draft_inputs(config: ModelConfig) -> tuple[artifact.Input, ...]:
+    """What one pass of the MTP block asks for besides."""
+    streams = ("T", config.hc_mult, config.hidden_size)
+    return (
+        artifact.Input("streams", "hidden", streams, dtype="float32"),
+        artifact.Input("next_ids", "next_ids", ("T",)),
+    )
+
+
+def sampling_inputs(drafts: int = 0) -> tuple[artifact.Input, ...]:
+    """What a program that samples (and verifies drafts) asks for besides; edits, which most steps lack, come last."""
+    sizes: list[tuple[str, Mapping[str, str]]] = [("S", ROW_INPUTS), ("M", EDIT_INPUTS)]
+    if drafts:
+        sizes = [("T", {"next_ids": "int64"}), ("S", CHAIN_INPUTS), ("D", DRAFT_INPUTS), ("M", EDIT_INPUTS)]
+    return tuple(
+        artifact.Input(name, name, (size,), dtype=dtype)  # type: ignore[arg-type]
+        for size, inputs in sizes
+        for name, dtype in inputs.items()
+    )
 
 
 def kv_groups(
@@ -123,7 +160,7 @@ def kv_groups(
         rings = tuple(pool for t, pool in tensors if t.group is None and (t.ratio, t.overlap) == (ratio, overlap))
         # where windows overlap, the next entry pools the last one's tokens too: such rings are never empty
         states.append(artifact.StateGroup(f"compressor_{ratio}", rings, None if overlap else ratio))
-    sampling = tuple(_pool(name, types[name]) for name in (COUNTS, LAST_TOKENS) if name in names)
+    sampling = tuple(_pool(name, types[name]) for name in (COUNTS, LAST_TOKENS, PENDING, LENGTH) if name in names)
     if sampling:  # the host knows all of it once a request is resumed
         states.append(artifact.StateGroup("sampling", sampling, 1))
     return tuple(groups), tuple(states)
@@ -133,19 +170,35 @@ def _pool(name: str, kind: TensorType) -> artifact.Pool:
     return artifact.Pool(name, tuple(int(s) for s in kind.shape[1:]), kind.dtype)
 
 
-def plan_artifact(program: Program, target: Target, options: Options) -> Plan:
-    """Schedules, buffers and segments: of `step` for a CPU, of every bucket for a GPU."""
+def plan_artifact(program: Program, target: Target, options: Options, schedules: Sequence[Schedule] = ()) -> Plan:
+    """Schedules, buffers and segments: of `step` for a CPU, of every bucket for a GPU.
+
+    `schedules` are to choose from besides dsv4c's own. Raises ScheduleError if none accepts an op.
+    """
+    choose_from = (*SCHEDULES, *schedules)
     config, layout = program.config, program.layout
     inputs = artifact_inputs(config, layout)
     if target.arch == "cpu":
         symbols = largest_symbols(config, layout, options)
-        return plan(program, "step", "step", "mixed", target.arch, symbols, inputs)
-    inputs = (*inputs, *sampling_inputs())
+        drafts = options.speculative_tokens > 0
+        step = plan(program, "step", "step", "mixed", target.arch, symbols, inputs, choose_from, hidden=drafts)
+        if not drafts:
+            return step
+        if config.drafter == "dspark":
+            return Plan.joined((step, *block_plans(program, target.arch, symbols, inputs)))
+        inputs = (*inputs, *draft_inputs(config))
+        block = plan(program, "mtp", "mtp", "draft", target.arch, symbols, inputs, choose_from, hidden=True)
+        return Plan.joined((step, block))
+    drafts = options.speculative_tokens
+    inputs = (*inputs, *sampling_inputs(drafts))
     shared = state_symbols(config, layout, options)
     return Plan.joined(
-        plan(program, "step", bucket.name, bucket.phase, target.arch, bucket.symbols(config, shared), inputs)
-        for bucket in gpu_buckets(options.max_tokens, options.max_requests)
-    )
+        plan(
+            program, graph_name(bucket.drafts), bucket.name, bucket.phase, target.arch,
+            bucket.symbols(config, shared), inputs, choose_from,
+        )
+        for bucket in gpu_buckets(options.max_tokens, options.max_requests, drafts)
+    )  # fmt: skip
 
 
 def numerics(program: Program, options: Options) -> tuple[str, ...]:
@@ -175,27 +228,30 @@ def compile_artifact(
     cache: Path | None = None,
     watch: Callable[[Step], None] | None = None,
     progress: Progress | None = None,
+    pipeline: Pipeline | None = None,
+    schedules: Sequence[Schedule] = (),
 ) -> artifact.Manifest:
     """Compiles `config` for `target` into the directory `output`, with the checkpoint's files if one is given.
 
+    `pipeline`: other passes than the target's default; `schedules`: more to choose from.
     `truncated_from`: layers of the model if `config` is only its first ones (`ModelConfig.truncated`).
     The directory appears whole or not at all: it is written beside `output` and moved into place. Raises ConfigError
     for options out of range, ArtifactError if `output` holds something else than an artifact.
     """
     _check_options(config, options, output)
-    program = lower(config, options, watch, target.arch)
-    made = plan_artifact(program, target, options)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         directory = Path(scratch) / "artifact"
         (directory / "kernels").mkdir(parents=True)
+        stages = StageWriter(directory)
+        program = lower(config, options, _both(stages.watch, watch), target.arch, pipeline)
+        made = plan_artifact(program, target, options, schedules)
         kernels = emit(made.choices, directory, cache or output.parent / ".dsv4c-cache", progress, arch=target.arch)
         tools, embedded = _tools(target), checkpoint is not None
         manifest = _manifest(
             program, made, kernels, target, options, tools, embedded=embedded, truncated_from=truncated_from
         )
-        (directory / "ir").mkdir()
-        (directory / "ir" / "step.txt").write_text(program.dump() + "\n", encoding="utf-8")
+        stages.finish(made.sources)
         if checkpoint is not None:
             _embed(checkpoint, directory)
         artifact.save_manifest(manifest, directory)
@@ -203,6 +259,15 @@ def compile_artifact(
             shutil.rmtree(output)
         directory.rename(output)
     return manifest
+
+
+def _both(first: Callable[[Step], None], second: Callable[[Step], None] | None) -> Callable[[Step], None]:
+    def watch(step: Step) -> None:
+        first(step)
+        if second is not None:
+            second(step)
+
+    return watch
 
 
 def _check_options(config: ModelConfig, options: Options, output: Path) -> None:
@@ -214,6 +279,23 @@ def _check_options(config: ModelConfig, options: Options, output: Path) -> None:
         raise ConfigError(
             f"max requests {options.max_requests} is larger than max tokens {options.max_tokens}",
             hint="every decoding request is one token of a step",
+        )
+    most = MAX_DRAFTS if config.dspark is None else config.dspark.block_size
+    if not 0 <= options.speculative_tokens <= most:
+        raise ConfigError(
+            f"`--speculative-tokens` is {options.speculative_tokens}, it can be 0 to {most}",
+            hint="the MTP block drafts one token a pass, a DSpark drafter `dspark_block_size` at once",
+        )
+    if options.speculative_tokens and config.drafter is None:
+        raise ConfigError(
+            "`--speculative-tokens` needs an MTP block, the model has none",
+            hint="`num_nextn_predict_layers` is 0, or `compress_ratios` has no entry for it",
+        )
+    if options.max_requests * (1 + options.speculative_tokens) > options.max_tokens:
+        raise ConfigError(
+            f"{options.max_requests} requests with {options.speculative_tokens} drafts each are more than max tokens "
+            f"{options.max_tokens}",
+            hint="lower `--max-requests` or `--speculative-tokens`, or raise `--max-tokens`",
         )
     if output.exists() and any(output.iterdir()) and not (output / "manifest.json").is_file():
         raise ArtifactError(f"`{output}` exists and is not an artifact", hint="choose another folder, or remove it")
@@ -251,7 +333,14 @@ def _manifest(
         weights=tuple(made.weights[name] for name in sorted(made.weights)),
         embedded_weights=embedded,
         truncated_from=truncated_from,
+        drafter=_drafter(program.config, options.speculative_tokens),
     )
+
+
+def _drafter(config: ModelConfig, tokens: int) -> artifact.Drafter | None:
+    if not tokens:
+        return None
+    return block_drafter(config, tokens) if config.drafter == "dspark" else artifact.Drafter("mtp", tokens)
 
 
 def _tools(target: Target) -> dict[str, str]:

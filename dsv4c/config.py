@@ -17,6 +17,9 @@ from dsv4c.errors import ConfigError
 
 AttentionKind = Literal["window", "csa", "hca"]
 
+DSPARK_KEYS = ("dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank")
+"""Keys of a checkpoint with a DSpark drafter: all of them or none (model.md 1.4)."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -26,6 +29,20 @@ class RopeScaling:
     original_max_position_embeddings: int = 65536
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class DSpark:
+    """The DSpark drafter that a config's `dspark_*` keys describe."""
+
+    block_size: int
+    """Tokens drafted in one pass."""
+    noise_token_id: int
+    """What stands in the block for tokens not known yet."""
+    target_layer_ids: tuple[int, ...]
+    """Layers of the main model whose outputs it reads."""
+    markov_rank: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,7 @@ class ModelConfig:
     o_lora_rank: int
     sliding_window: int
     compress_ratios: tuple[int, ...]
-    """One ratio a layer (0 window, small csa, large hca), then one 0 for each MTP layer."""
+    """One ratio a layer (0 window, small csa, large hca), then one 0 for each MTP layer or DSpark stage."""
     index_n_heads: int
     index_head_dim: int
     index_topk: int
@@ -66,13 +83,20 @@ class ModelConfig:
     bos_token_id: int = 0
     eos_token_id: int = 1
     expert_dtype: str = "fp4"
+    dspark_block_size: int | None = None
+    dspark_noise_token_id: int | None = None
+    dspark_target_layer_ids: tuple[int, ...] | None = None
+    dspark_markov_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"`{name}` must be positive, not {getattr(self, name)}")
         expected = self.num_hidden_layers + self.num_nextn_predict_layers
-        if len(self.compress_ratios) not in (expected, self.num_hidden_layers):
+        spark = self.dspark
+        if spark is not None:
+            self._check_dspark(spark)
+        elif len(self.compress_ratios) not in (expected, self.num_hidden_layers):
             raise ConfigError(
                 f"`compress_ratios` has {len(self.compress_ratios)} entries, expected {expected}",
                 hint="one for each of num_hidden_layers, then one for each of num_nextn_predict_layers",
@@ -83,6 +107,52 @@ class ModelConfig:
             raise ConfigError(f"`qk_rope_head_dim` {self.qk_rope_head_dim} must be even and at most `head_dim`")
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ConfigError("`num_experts_per_tok` is larger than `n_routed_experts`")
+
+    def _check_dspark(self, spark: DSpark) -> None:
+        """Of a DSpark checkpoint `num_nextn_predict_layers` says nothing: it is 1 whatever the stages."""
+        stages = self.compress_ratios[self.num_hidden_layers :]
+        if not stages or any(stages):
+            raise ConfigError(
+                f"`compress_ratios` ends with {list(stages)} behind its {self.num_hidden_layers} layers, "
+                "expected a 0 for each DSpark stage",
+                hint="stages attend to a window only",
+            )
+        if spark.block_size < 2:
+            raise ConfigError(f"`dspark_block_size` must be at least 2, not {spark.block_size}")
+        if not 0 <= spark.noise_token_id < self.vocab_size:
+            raise ConfigError(
+                f"`dspark_noise_token_id` {spark.noise_token_id} is no token of a vocabulary of {self.vocab_size}"
+            )
+        if spark.markov_rank < 1:
+            raise ConfigError(f"`dspark_markov_rank` must be positive, not {spark.markov_rank}")
+        targets = spark.target_layer_ids
+        if not targets or list(targets) != sorted(set(targets)):
+            raise ConfigError(f"`dspark_target_layer_ids` {list(targets)} must be ascending, without repeats")
+        if targets[0] < 0 or targets[-1] >= self.num_hidden_layers:
+            raise ConfigError(
+                f"`dspark_target_layer_ids` {list(targets)} must lie within the {self.num_hidden_layers} layers"
+            )
+
+    @property
+    def dspark(self) -> DSpark | None:
+        """The DSpark drafter, or None. Raises ConfigError where only some of its keys are given."""
+        values = {key.removeprefix("dspark_"): getattr(self, key) for key in DSPARK_KEYS}
+        missing = [f"dspark_{name}" for name, value in values.items() if value is None]
+        if len(missing) == len(DSPARK_KEYS):
+            return None
+        if missing:
+            raise ConfigError(
+                f"config.json lacks `{'`, `'.join(missing)}`", hint="a DSpark drafter needs all of its `dspark_*` keys"
+            )
+        return DSpark(**values, num_stages=len(self.compress_ratios) - self.num_hidden_layers)
+
+    @property
+    def drafter(self) -> Literal["mtp", "dspark"] | None:
+        """What drafts tokens for the main model, by the config's keys; a checkpoint may lack its tensors."""
+        if self.dspark is not None:
+            return "dspark"
+        has_mtp = self.num_nextn_predict_layers == 1 and len(self.compress_ratios) > self.num_hidden_layers
+        return "mtp" if has_mtp else None
 
     def attention_kind(self, layer: int) -> AttentionKind:
         """`window` (ratio 0), `csa` (overlapping, with the indexer; ratio below 16) or `hca` (ratio 16 and up)."""
@@ -103,7 +173,16 @@ class ModelConfig:
             raise ConfigError(f"`--num-layers` is {layers}, the model has {self.num_hidden_layers}")
         ratios = (*self.compress_ratios[:layers], *self.compress_ratios[self.num_hidden_layers :])
         hashed = min(self.num_hash_layers, layers)  # not the MTP layers, which move up
-        return dataclasses.replace(self, num_hidden_layers=layers, compress_ratios=ratios, num_hash_layers=hashed)
+        targets = self.dspark_target_layer_ids
+        if targets is not None and targets[0] < self.num_hidden_layers - layers:
+            raise ConfigError(
+                f"`--num-layers` is {layers}, DSpark reads layer {targets[0]} of {self.num_hidden_layers}",
+                hint=f"keep at least {self.num_hidden_layers - targets[0]}",
+            )
+        return dataclasses.replace(
+            self, num_hidden_layers=layers, compress_ratios=ratios, num_hash_layers=hashed,
+            dspark_target_layer_ids=targets and tuple(i - (self.num_hidden_layers - layers) for i in targets),
+        )  # fmt: skip
 
     @property
     def ratios(self) -> tuple[int, ...]:
@@ -122,7 +201,9 @@ class ModelConfig:
         ]
         if missing:
             raise ConfigError(f"config.json lacks `{'`, `'.join(missing)}`", hint="is it a DeepSeek-V4 config?")
-        values["compress_ratios"] = tuple(values["compress_ratios"])
+        for name in ("compress_ratios", "dspark_target_layer_ids"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         scaling = values.get("rope_scaling")
         if isinstance(scaling, Mapping):
             kind = scaling.get("type", scaling.get("rope_type", "yarn"))
@@ -145,6 +226,10 @@ class ModelConfig:
         """The config.json mapping, as DeepSeek publishes it."""
         out = dataclasses.asdict(self)
         out["compress_ratios"] = list(self.compress_ratios)
+        if self.dspark is None:
+            out = {key: value for key, value in out.items() if key not in DSPARK_KEYS}
+        else:
+            out["dspark_target_layer_ids"] = list(self.dspark.target_layer_ids)
         out["rope_scaling"] = {"type": "yarn", **out["rope_scaling"]}
         out.update(
             architectures=["DeepseekV4ForCausalLM"],
@@ -207,6 +292,11 @@ FLASH = ModelConfig(
     n_routed_experts=256, num_experts_per_tok=6, moe_intermediate_size=2048, num_hash_layers=3,
     routed_scaling_factor=1.5,
 )  # fmt: skip
+FLASH_0731 = dataclasses.replace(
+    FLASH, compress_ratios=(*FLASH.compress_ratios, 0, 0), dspark_block_size=5, dspark_noise_token_id=128799,
+    dspark_target_layer_ids=(40, 41, 42), dspark_markov_rank=256,
+)  # fmt: skip
+"""Flash with a DSpark drafter of three stages in place of its MTP layer."""
 PRO = ModelConfig(
     vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, head_dim=512,
     qk_rope_head_dim=64, q_lora_rank=1536, o_groups=16, o_lora_rank=1024, sliding_window=128,
@@ -224,7 +314,7 @@ NANO = ModelConfig(
 )  # fmt: skip
 """Small, and with every component: window, csa and hca layers, hash and bias gates, MTP, FP4 experts."""
 
-PRESETS: dict[str, ModelConfig] = {"flash": FLASH, "nano": NANO, "pro": PRO}
+PRESETS: dict[str, ModelConfig] = {"flash": FLASH, "flash-0731": FLASH_0731, "nano": NANO, "pro": PRO}
 
 
 def preset(name: str) -> ModelConfig:

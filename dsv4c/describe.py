@@ -6,15 +6,20 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from dsv4c.artifact import KVGroup, Manifest, StateGroup
 from dsv4c.ops import DTYPE_BYTES
 from dsv4c.pipeline import Step
 from dsv4c.plan import Plan
+
+if TYPE_CHECKING:
+    from dsv4c.compare import Difference
 
 
 def peak_memory_mb() -> float:
@@ -28,7 +33,7 @@ class PassTable:
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
-        self._table = _table(
+        self._table = new_table(
             "pass", "rewrites", "nodes before", "nodes after", "exact", "seconds", "peak MB", text=(0,)
         )
 
@@ -56,10 +61,10 @@ def plan_table(plan: Plan) -> RenderableType:
     """Kernels by op with the schedule chosen, their calls in all programs, and the sizes of what was planned."""
     programs = plan.programs.values()
     calls = Counter(call.kernel for p in programs for segment in p.segments for call in segment.calls)
-    table = _table("op", "schedule", "calls", "reason", text=(0, 1, 3))
+    table = new_table("op", "schedule", "calls", "reason", text=(0, 1, 3))
     for name, choice in sorted(plan.choices.items(), key=lambda c: (c[1].node.op, c[0])):
         table.add_row(choice.node.op, choice.schedule, f"{calls[name]:,}", choice.reason)
-    summary = _table("planned", "", text=(0,))
+    summary = new_table("planned", "", text=(0,))
     for label, value in (
         ("programs", f"{len(plan.programs)}"),
         ("calls a step", _span(sum(len(s.calls) for s in p.segments) for p in programs)),
@@ -87,7 +92,7 @@ def _layers(manifest: Manifest) -> str:
 def manifest_tables(manifest: Manifest) -> RenderableType:
     """The manifest in words: what it is for, pipeline, kernels, memory plan, KV groups, numerics."""
     model = manifest.model
-    head = _table("artifact", "", text=(0, 1))
+    head = new_table("artifact", "", text=(0, 1))
     for label, value in (
         ("model", f"{_layers(manifest)} layers, hidden size {model['hidden_size']}, "
                   f"{model['n_routed_experts']} experts, vocabulary {manifest.vocab_size:,}"),
@@ -99,22 +104,22 @@ def manifest_tables(manifest: Manifest) -> RenderableType:
         ("format version", str(manifest.format_version)),
     ):  # fmt: skip
         head.add_row(label, value)
-    passes = _table("pass", "rewrites", "nodes before", "nodes after", "exact", text=(0,))
+    passes = new_table("pass", "rewrites", "nodes before", "nodes after", "exact", text=(0,))
     for r in manifest.passes:
         row = (f"{r.rewrites:,}", f"{r.nodes_before:,}", f"{r.nodes_after:,}", "yes" if r.exact else "no")
         passes.add_row(r.name, *row)
-    kernels = _table("kernel", "op", "schedule", "calls", "tolerance", "reason", text=(0, 1, 2, 5))
+    kernels = new_table("kernel", "op", "schedule", "calls", "tolerance", "reason", text=(0, 1, 2, 5))
     calls = Counter(c.kernel for p in manifest.programs.values() for s in p.segments for c in s.calls)
     for name, k in manifest.kernels.items():
         kernels.add_row(name, k.op, k.schedule, f"{calls[name]:,}", f"{k.tolerance:g}", k.reason)
-    numerics = _table("numerics", text=(0,))
+    numerics = new_table("numerics", text=(0,))
     for sentence in manifest.numerics:
         numerics.add_row(sentence)
     return Group(head, passes, kernels, _memory(manifest), _state(manifest), numerics)
 
 
 def _memory(manifest: Manifest) -> Table:
-    table = _table("program", "phase", "calls", "segments", "arena MB", "largest sizes", text=(0, 1, 5))
+    table = new_table("program", "phase", "calls", "segments", "arena MB", "largest sizes", text=(0, 1, 5))
     for name, program in manifest.programs.items():
         calls = sum(len(s.calls) for s in program.segments)
         sizes = ", ".join(f"{k}={v}" for k, v in sorted(program.symbols.items()) if k in ("T", "R", "S"))
@@ -124,19 +129,20 @@ def _memory(manifest: Manifest) -> Table:
 
 
 def _state(manifest: Manifest) -> Table:
-    table = _table("state", "pools", "tokens an entry", "tokens a page", "kept", "bytes", text=(0, 4))
+    table = new_table("state", "pools", "tokens an entry", "tokens a page", "kept", "bytes", text=(0, 4))
     for group in manifest.kv_groups:
-        size = f"{_entry_bytes(group) / group.tokens_per_entry:,.0f} a token"
+        size = f"{entry_bytes(group) / group.tokens_per_entry:,.0f} a token"
         kept = "all" if group.horizon is None else f"last {group.horizon} tokens"
         table.add_row(
             group.name, str(len(group.pools)), str(group.tokens_per_entry), str(group.page_tokens), kept, size
         )
     for state in manifest.state_groups:
-        table.add_row(state.name, str(len(state.pools)), "", "", "ring", f"{_entry_bytes(state):,.0f} a request")
+        table.add_row(state.name, str(len(state.pools)), "", "", "ring", f"{entry_bytes(state):,.0f} a request")
     return table
 
 
-def _entry_bytes(group: KVGroup | StateGroup) -> int:
+def entry_bytes(group: KVGroup | StateGroup) -> int:
+    """Bytes of one entry (or one slot) in all pools of a group."""
     total = 0
     for pool in group.pools:
         size = DTYPE_BYTES[pool.dtype]
@@ -146,10 +152,27 @@ def _entry_bytes(group: KVGroup | StateGroup) -> int:
     return total
 
 
-def _table(*columns: str, text: tuple[int, ...]) -> Table:
+def new_table(*columns: str, text: tuple[int, ...]) -> Table:
+    """A table of these columns; those numbered in `text` are flush left, the last one folds."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(
             column, justify="left" if i in text else "right", overflow="fold", no_wrap=i < len(columns) - 1
         )
+    return table
+
+
+def differences_table(found: Sequence[Difference], a: str, b: str) -> RenderableType:
+    """What differs between two artifacts, a row each, by kind; or that nothing does."""
+    if not found:
+        return Text(f"{a} and {b} are the same: model, passes, kernels, plan, state, weights and numerics")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("", "", a, b):
+        table.add_column(column, overflow="fold")
+    kind = ""
+    for one in found:
+        if kind and one.kind != kind:
+            table.add_row()
+        table.add_row(Text(one.kind if one.kind != kind else "", style="bold"), *map(Text, (one.what, one.a, one.b)))
+        kind = one.kind
     return table

@@ -16,8 +16,9 @@ from dsv4c.program import Program, is_op, types_of
 Checker = Callable[[Program], list[fx.Node]]
 
 FAMILIES: dict[str, frozenset[str]] = {
-    "attention": frozenset({"attend_window", "attend_csa", "attend_hca"}),
+    "attention": frozenset({"attend_window", "attend_csa", "attend_hca", "attend_block"}),
     "compressor": frozenset({"compress"}),
+    "dspark": frozenset({"mean_streams", "extend_tap", "markov_draft"}),
     "embedding": frozenset({"embed", "embed_streams", "take_rows"}),
     "hyper": frozenset({"hc_pre", "hc_post", "hc_head"}),
     "indexer": frozenset({"index_topk", "split_heads"}),
@@ -62,7 +63,7 @@ def _raised(family: str) -> Checker:
 
 
 def _stitched(program: Program) -> list[fx.Node]:
-    return [] if set(program.graphs) == set(program.recipes) else [g.output_node() for g in program.graphs.values()]
+    return [] if program.stitched else [g.output_node() for g in program.graphs.values()]
 
 
 def reads(node: fx.Node, index: int, name: str, output: int | None = None) -> fx.Node | None:
@@ -181,15 +182,38 @@ def _no_quantise_after(program: Program) -> list[fx.Node]:
     return [n for n in calls(program) if is_op(n, "quantise_rows") and quantise_source(n)]
 
 
+STREAM_ROWS = "T_streams"
+"""The number of rows of whole streams: hc_mult times the tokens."""
+_BY_ROWS = frozenset({"rms_norm", "rms_norm_quantise", "quantise_rows", "linear_fp8", "linear_mixed"})
+
+
+def of_streams(node: fx.Node) -> bool:
+    """Whether a norm or a linear takes streams of tokens, [T, N, C], whose kernels take rows."""
+    if not isinstance(node.target, Op) or node.target.name not in _BY_ROWS:
+        return False
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    kind = first.meta["type"]
+    return len((kind if isinstance(kind, TensorType) else kind[0]).shape) > 2
+
+
+def _streams_by_rows(program: Program) -> list[fx.Node]:
+    return [n for n in program.nodes() if of_streams(n)]
+
+
 COUNTS, LAST_TOKENS = "sampling.counts", "sampling.last_tokens"
 """State of sampling on the device: how often each seat's request generated each token, and its last one."""
+PENDING, LENGTH = "sampling.pending", "sampling.length"
+"""Where a step verifies drafts: each seat's last token with the drafts behind it, and the tokens that are computed."""
 
 
 def _hosted_sampling(program: Program) -> list[fx.Node]:
     """What still needs the host between two steps: a reader of the token ids as given, or logits without tokens."""
     graph = program.graphs["step"]
     ids = [n for n in graph.nodes if n.op == "placeholder" and n.meta["value"].name == "token_ids"]
-    readers = [user for node in ids for user in node.users if not is_op(user, "feed_tokens")]
+    readers = [
+        user for node in ids for user in node.users if not is_op(user, "feed_tokens") and not is_op(user, "feed_drafts")
+    ]
     return readers if "tokens" in graph.output_node().meta["outputs"] else [*readers, graph.output_node()]
 
 
@@ -260,6 +284,7 @@ CHECKERS: dict[str, Checker] = {
     "gate-fused": _none_of("gate_bias", "gate_hash"),
     "quantise-fused": _no_quantise_after,
     "activations-narrow": _wide_activations,
+    "streams-flat": _streams_by_rows,
     "samples-inside": _hosted_sampling,
     "lowered": _lowered,
 }

@@ -1,60 +1,120 @@
-"""Runs a stitched program on the references of its ops: the slow, sure meaning of a graph at any stage."""
+"""Runs a program on the references of its ops: what a graph means, at any stage, stitched or in pieces."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from dsv4c.artifact import Weight
 from dsv4c.checkpoint.names import parameter_sources
 from dsv4c.checkpoint.source import WeightSource
 from dsv4c.facts import COUNTS, LAST_TOKENS
+from dsv4c.ops import TensorType
 from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
-from dsv4c.program import Program, Value
+from dsv4c.program import Instance, Program, Value
 from dsv4c.runtime.weights import load_weights
 from dsv4c.weights import weight
+
+Watch = Callable[[str, fx.Node, tuple[Any, ...], Any], Any]
+"""Told the scope, the node, the arguments and the value of every call, in order; returns the value to go on with."""
 
 
 def run(
     program: Program,
-    graph_name: str,
+    entry: str,
     inputs: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
+    watch: Watch | None = None,
 ) -> dict[str, Tensor]:
-    """The graph's outputs by name (`logits`, `streams`, `state.<name>`).
+    """The outputs of an entry point (`step`, `mtp`) by name: `logits`, `streams` (of `step`), `state.<name>`.
 
     `inputs` are the step's inputs (and `streams` for entry points that take them), `weights` the plain model's
-    state dict, or the program's own weights by name (`program_weights`). Raises KeyError with the name of a value that
-    is missing.
+    state dict, or the program's own weights by name (`program_weights`). A program in pieces runs as its recipe says.
+    Raises KeyError with the name of a value that is missing.
     """
+    given = {"input": inputs, "state": state, "weight": weights, "derived": {}, "streams": inputs}
+    if program.stitched:
+        return _graph(program, program.graphs[entry], "", given, "", watch)
+    out: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for instance in program.recipes[entry]:
+        results = _graph(program, program.graphs[instance.piece], instance.prefix, given, instance.scope, watch)
+        for name, value in results.items():
+            kind, _, rest = name.partition(".")
+            if kind == "derived":
+                given["derived"] = {**given["derived"], rest: value}
+            elif kind == "streams":
+                given["streams"] = {"streams": value}
+                if entry == "step":
+                    out["streams"] = value
+            elif kind == "state":
+                found[f"state.{instance.prefix}{rest}"] = value
+            else:
+                found[name] = value
+    return {**found, **out}
+
+
+def _graph(
+    program: Program, graph: fx.Graph, prefix: str, given: Mapping[str, Mapping[str, Tensor]], scope: str,
+    watch: Watch | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    device = next(iter(given["input"].values())).device
+
     values: dict[fx.Node, Any] = {}
-    graph = program.graphs[graph_name]
+
+    def here(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return values[argument]
+        return device if isinstance(argument, torch.device) else argument  # graphs are captured on no device
+
     for node in graph.nodes:
         if node.op == "placeholder":
             if node.users:
-                values[node] = _given(program, node.meta["value"], inputs, state, weights)
+                values[node] = _given(program, program.whole(node.meta["value"], prefix), given)
         elif node.op == "output":
             return {k: values[v] for k, v in zip(node.meta["outputs"], node.args[0], strict=True)}
         else:
-            args = fx.map_arg(node.args, lambda n: values[n])
-            attrs = fx.map_arg(node.kwargs, lambda n: values[n])
-            values[node] = operator.getitem(*args) if node.target is operator.getitem else node.target(*args, **attrs)
-    raise KeyError(f"graph `{graph_name}` has no output")
+            args, attrs = map_aggregate(node.args, here), map_aggregate(node.kwargs, here)
+            value = operator.getitem(*args) if node.target is operator.getitem else node.target(*args, **attrs)
+            value = _as_declared(value, node.meta.get("type"))
+            values[node] = watch(scope or node.meta.get("scope", ""), node, args, value) if watch else value
+    raise KeyError("a graph has no output")
+
+
+def _as_declared(value: Any, kind: Any) -> Any:
+    """A result in the float dtype that its node declares, as a kernel would write it."""
+    if isinstance(value, (tuple, list)) and isinstance(kind, tuple):
+        return tuple(_as_declared(v, k) for v, k in zip(value, kind, strict=True))
+    if not isinstance(kind, TensorType) or not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.to(getattr(torch, kind.dtype))
+
+
+def placeholders(program: Program) -> Iterator[tuple[Value, fx.Node]]:
+    """What a program reads: values as the whole names them, once for every use of a piece, and their placeholders."""
+    one = Instance("", "", "")
+    for entry, recipe in program.recipes.items():
+        for instance in (one,) if program.stitched else recipe:
+            for node in program.graphs[instance.piece or entry].nodes:
+                if node.op == "placeholder" and node.users:
+                    yield program.whole(node.meta["value"], instance.prefix), node
 
 
 def read_weights(program: Program) -> tuple[Weight, ...]:
-    """Every weight that the program's graphs read, for kernels without layouts."""
+    """Every weight that the program reads, for kernels without layouts."""
     sources = parameter_sources(program.config)
     made = {}
-    for node in program.nodes():
-        if node.op == "placeholder" and node.users and node.meta["value"].kind == "weight":
-            name, kind = node.meta["value"].name, node.meta["type"]
-            made[name] = weight(program, sources, name, name, (), tuple(int(s) for s in kind.shape), kind.dtype)
+    for value, node in placeholders(program):
+        if value.kind == "weight":
+            kind = node.meta["type"]
+            shape = tuple(int(s) for s in kind.shape)
+            made[value.name] = weight(program, sources, value.name, value.name, (), shape, kind.dtype)
     return tuple(made.values())
 
 
@@ -65,7 +125,7 @@ def program_weights(program: Program, source: WeightSource) -> dict[str, Tensor]
 
 def program_state(program: Program, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Zeroed state with as many rows as the plain model's state, in the formats that the program stores."""
-    types = {n.meta["value"].name: n.meta["type"] for n in program.nodes() if n.op == "placeholder"}
+    types = {value.name: node.meta["type"] for value, node in placeholders(program) if value.kind == "state"}
     return {
         name: torch.zeros(tensor.shape[0], *types[name].shape[1:], dtype=getattr(torch, types[name].dtype))
         for name, tensor in plain.items()
@@ -75,8 +135,7 @@ def program_state(program: Program, plain: Mapping[str, Tensor]) -> dict[str, Te
 
 def greedy_sampling(program: Program, rows: int, slots: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Step inputs and state of a program that samples: `rows` greedy rows without edits or penalties, for nobody."""
-    graph = program.graphs["step"]
-    values = {n.meta["value"].name: n.meta for n in graph.nodes if n.op == "placeholder"}
+    values = {value.name: node.meta for value, node in placeholders(program)}
     inputs = {}
     for name in (*ROW_INPUTS, *EDIT_INPUTS):
         if name in values:
@@ -93,20 +152,13 @@ def greedy_sampling(program: Program, rows: int, slots: int) -> tuple[dict[str, 
     return inputs, state
 
 
-def _given(
-    program: Program,
-    value: Value,
-    inputs: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-) -> Tensor:
-    if value.kind == "state":
-        return state[value.name]
+def _given(program: Program, value: Value, given: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
     if value.kind == "constant":
         return program.constants[value.name]
+    if value.kind != "weight":
+        return given[value.kind][value.name]
+    weights = given["weight"]
     if value.name in weights:
         return weights[value.name]
-    if value.kind == "weight":
-        parts = program.weight_sources.get(value.name, (value.name,))
-        return torch.cat([weights[p] for p in parts]) if len(parts) > 1 else weights[parts[0]]
-    return inputs[value.name]
+    parts = program.weight_sources.get(value.name, (value.name,))
+    return torch.cat([weights[p] for p in parts]) if len(parts) > 1 else weights[parts[0]]

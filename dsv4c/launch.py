@@ -35,7 +35,7 @@ from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.kernels import Binder
 from dsv4c.runtime.kvpool import KVPool
-from dsv4c.runtime.limits import limits_for
+from dsv4c.runtime.limits import drafts_of, limits_for
 from dsv4c.runtime.loader import check_host, load, load_device, weights_on
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.memory import MemoryPlan, Room
@@ -70,6 +70,8 @@ class LaunchOptions:
     gpu_memory_utilization: float | None = None
     """Of the card's memory, the share to fill; what others hold counts. None: the plan's own."""
     prefix_cache: bool = True
+    speculative_tokens: int | None = None
+    """Most drafts of a request in a step; None: what the artifact was compiled for."""
     threads: int | None = None
     executor: Literal["graph", "eager", "contracts", "shadow"] = "graph"
     """How a GPU artifact's segments run: captured; call by call; with every segment's contract checked; or with the
@@ -127,9 +129,12 @@ def launch_engine(
     if planned:
         planned(plan, room, sizes)
     source = _source(directory, manifest, options)
+    drafts = options.speculative_tokens
     limits = Limits(
-        requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows, prefix_cache=options.prefix_cache
-    )
+        requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows,
+        speculative_tokens=drafts_of(manifest) if drafts is None else drafts,
+        mixed_drafts=manifest.target == "cpu", prefix_cache=options.prefix_cache,
+    )  # fmt: skip
     if manifest.target == "cpu":
         if options.executor not in ("graph", "shadow") or options.breaks:
             raise ConfigError(

@@ -18,19 +18,22 @@ from dsv4c import artifact
 from dsv4c.arena import Need, place
 from dsv4c.checkpoint.names import parameter_sources
 from dsv4c.errors import CompileError
+from dsv4c.irfiles import Source
 from dsv4c.lanes import settle, tasks_of
 from dsv4c.ops import DTYPE_BYTES, VIEWS, Op, TensorType
 from dsv4c.overlap import assign
 from dsv4c.program import Program, results_of, types_of
-from dsv4c.schedules._schedule import Choice, OpNode, Value
+from dsv4c.provenance import origin_of, passes_of
+from dsv4c.schedules._schedule import Choice, OpNode, Schedule, Value
 from dsv4c.schedules._tuned import Tuned
-from dsv4c.schedules.select import select
+from dsv4c.schedules.select import SCHEDULES, select
 from dsv4c.segments import index_ranges, padded_symbols, segments_of
 from dsv4c.weights import constant, weight
 
 ALIGNMENT = 64  # one cache line; also the widest vector load of a CPU
 DEVICE_ALIGNMENT = 256  # of a GPU's own allocations; tensor maps need 16
 LANE_TOKENS = 64  # measured on an H200: 16 tokens gain 80 us of 1,680, 64 gain 20 of 3,600, 128 and 256 lose as much
+ROWS = ("T", "S", "D", "T_streams", "D_streams")  # what a program may call the rows of an op; schedules say T
 VECTOR = 16  # bytes that a GPU thread loads at once: every argument starts at a multiple
 
 
@@ -42,6 +45,8 @@ class Plan:
     choices: dict[str, Choice]
     weights: dict[str, artifact.Weight]
     states: set[str]
+    sources: dict[str, tuple[Source, ...]] = field(default_factory=dict)
+    """Of each program: where every call comes from, in order."""
 
     @property
     def arena_bytes(self) -> int:
@@ -64,6 +69,7 @@ class Plan:
             for choice in one.choices.values():
                 record(out.choices, choice)
             out.states |= one.states
+            out.sources.update(one.sources)
         return out
 
 
@@ -108,6 +114,8 @@ class _Planner:
     inputs: set[str] = field(default_factory=set)
     memo: dict[str, Choice] = field(default_factory=dict)
     costs: list[Choice] = field(default_factory=list)
+    origins: list[Source] = field(default_factory=list)
+    schedules: Sequence[Schedule] = SCHEDULES
 
     def run(self) -> None:
         for node in self.graph.nodes:
@@ -119,7 +127,7 @@ class _Planner:
     def _placeholder(self, node: fx.Node) -> None:
         value = node.meta["value"]
         self.names[node] = value.name
-        if value.kind in ("input", "streams"):
+        if value.kind in ("input", "streams") and node.users:  # the MTP block's prelude makes more than it reads
             self.inputs.add(value.name)
         elif value.kind == "state":
             self.states.add(value.name)
@@ -152,6 +160,7 @@ class _Planner:
         self.ranges.append(self._ranges(op, node, results))
         self.calls.append(artifact.Call(choice.kernel, tuple(args), len(written), node.meta.get("scope", "")))
         self.costs.append(choice)
+        self.origins.append(Source(origin_of(node), passes_of(node)))
 
     def _ranges(self, op: Op, node: fx.Node, results: Mapping[int, str]) -> tuple[artifact.IndexRange, ...]:
         operands = [(self.names[a], self._type(a)) if isinstance(a, fx.Node) else None for a in node.args]
@@ -168,13 +177,15 @@ class _Planner:
         """The choice for a node, by schedules that know rows as `T` whatever the program calls them."""
         key = repr(node)
         if key not in self.memo:
-            if "S" in _symbols(node) and "T" not in _symbols(node):
-                symbols = {**self.symbols, "T": self.symbols["S"]}
-                choice = select(_renamed(node, "S", "T"), self.target, symbols, self.tuned)
-                workspace = tuple(_resized(value, "T", "S") for value in choice.workspace)
+            rows = [size for size in ROWS if size in _symbols(node)]
+            if len(rows) == 1 and rows != ["T"]:
+                (size,) = rows
+                symbols = {**self.symbols, "T": self.symbols[size]}
+                choice = select(_renamed(node, size, "T"), self.target, symbols, self.tuned, self.schedules)
+                workspace = tuple(_resized(value, "T", size) for value in choice.workspace)
                 self.memo[key] = replace(choice, workspace=workspace)
             else:
-                self.memo[key] = select(node, self.target, self.symbols, self.tuned)
+                self.memo[key] = select(node, self.target, self.symbols, self.tuned, self.schedules)
         return self.memo[key]
 
     def _operand(self, arg: Any) -> Value | None:
@@ -251,6 +262,10 @@ class _Planner:
         offset, strides = base.element_offset, base.strides
         if node.target.name == "columns":
             offset += int(str(node.kwargs["start"])) * strides[-1]
+        elif node.target.name in ("stream_rows", "row_streams"):
+            if strides != _dense(base.type.shape):
+                raise CompileError(f"`{node.format_node()}` is a view of `{base.name}`, which is not dense")
+            strides = _dense(kind.shape)
         else:
             strides = (*strides[:-1], int(kind.shape[-1]) * strides[-1], strides[-1])
         if self.target != "cpu" and offset * DTYPE_BYTES[kind.dtype] % VECTOR:
@@ -306,22 +321,31 @@ def plan(
     program: Program,
     graph_name: str,
     name: str,
-    phase: Literal["mixed", "decode", "prefill"],
+    phase: Literal["mixed", "draft", "decode", "prefill"],
     target: str,
     symbols: Mapping[str, int],
     inputs: tuple[artifact.Input, ...],
+    schedules: Sequence[Schedule] = SCHEDULES,
+    *,
+    hidden: bool = False,
 ) -> Plan:
     """Plans a lowered program's graph as the program `name`. `symbols`: the largest (GPU: the) value of every symbol.
 
-    Raises ScheduleError if no schedule accepts an op.
+    `schedules` are those to choose from; `hidden`: whether the program gives what a drafter reads. Raises
+    ScheduleError if no schedule accepts an op.
     """
     tuned = None if target == "cpu" else Tuned.of(target)
-    planner = _Planner(program, program.graphs[graph_name], target, symbols, parameter_sources(program.config), tuned)
+    sources = parameter_sources(program.config)
+    planner = _Planner(program, program.graphs[graph_name], target, symbols, sources, tuned, schedules=schedules)
     planner.run()
     results = results_of(planner.graph)
     outputs: dict[str, str] = {
-        key: planner.names[results[key]] for key in ("logits", "tokens", "replaced") if key in results
+        key: planner.names[results[key]]
+        for key in ("logits", "tokens", "replaced", "accepted", "drafts", "confidences")
+        if key in results
     }
+    if hidden:
+        outputs["hidden"] = planner.names[results.get("tap", results["streams"])]
     for value in outputs.values():
         root = planner.buffers[value].of or value
         planner.buffers[root].uses.add(len(planner.calls))
@@ -336,7 +360,7 @@ def plan(
         for b in planner.buffers.values()
     )
     used = tuple(i for i in inputs if i.name in planner.inputs)
-    padded = () if phase == "mixed" else tuple(sorted(padded_symbols(used)))
+    padded = () if phase in ("mixed", "draft") else tuple(sorted(padded_symbols(used)))
     segments = segments_of(planner.calls, planner.ranges, planner.choices, buffers, padded)
     made = artifact.Program(phase, dict(symbols), used, buffers, segments, outputs, arena)
-    return Plan({name: made}, planner.choices, planner.weights, planner.states)
+    return Plan({name: made}, planner.choices, planner.weights, planner.states, {name: tuple(planner.origins)})

@@ -10,19 +10,21 @@ source line) and, on aten nodes of a leaf module, `leaf`. A placeholder carries 
 from __future__ import annotations
 
 import copy
-import difflib
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dsv4c.artifact import PassRecord
 from dsv4c.config import ModelConfig, StateLayout
+from dsv4c.irdiff import unified
 from dsv4c.irtext import graph_text
 from dsv4c.ops import Op, TensorType
+
+if TYPE_CHECKING:
+    from dsv4c.inputs import Inputs
 
 ValueKind = Literal["input", "derived", "streams", "state", "weight", "constant"]
 
@@ -80,7 +82,7 @@ class Program:
     graphs: dict[str, fx.Graph]
     recipes: dict[str, tuple[Instance, ...]]
     symbols: dict[str, Symbol]
-    constants: dict[str, torch.Tensor]
+    constants: dict[str, Tensor]
     weight_types: dict[str, TensorType]
     facts: frozenset[str] = frozenset()
     history: tuple[PassRecord, ...] = ()
@@ -107,6 +109,18 @@ class Program:
             dict(self.weight_types), self.facts, self.history, dict(self.weight_sources), dict(self.stored),
         )  # fmt: skip
 
+    @property
+    def stitched(self) -> bool:
+        """Whether there is one graph for each entry point, and no longer one for each piece."""
+        return set(self.graphs) == set(self.recipes)
+
+    def whole(self, value: Value, prefix: str) -> Value:
+        """What a value of a piece is in the whole, where the piece's weights and state begin with `prefix`."""
+        if value.kind not in ("weight", "state"):
+            return value
+        name = prefix + value.name
+        return Value("constant" if value.kind == "weight" and name in self.constants else value.kind, name)
+
     def nodes(self) -> Iterator[fx.Node]:
         """All nodes of all graphs."""
         for graph in self.graphs.values():
@@ -120,13 +134,22 @@ class Program:
         """Every call of an op by its printed name, e.g. `dsv4.hc_pre` or `aten.linear.default`."""
         return [n for n in self.nodes() if n.op == "call_function" and target_name(n.target) == name]
 
+    def run(self, inputs: Inputs | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """What the program computes, on the references of its ops: logits, streams, state, by name.
+
+        `inputs`: token ids and weights; by default seeded random ones. A program in pieces runs as its recipes say.
+        """
+        from dsv4c.numerics import results_of_program  # it knows every stage, this file none
+
+        return results_of_program(self, inputs, seed)
+
     def dump(self) -> str:
         """The whole program as stable text."""
         return "\n".join(graph_text(graph, name) for name, graph in self.graphs.items())
 
     def diff(self, other: Program) -> str:
-        """Unified diff of the two programs' text, from self to other."""
-        return "".join(difflib.unified_diff(self.dump().splitlines(True), other.dump().splitlines(True), n=2))
+        """Unified diff of the two programs' text, from self to other; a value's new number is no change."""
+        return unified(self.dump(), other.dump())
 
 
 def target_name(target: Any) -> str:

@@ -182,11 +182,16 @@ class HostShadowExecutor(ArtifactExecutor):
         super().__init__(program, kernels, weights, states)
         self.shadow = shadow
 
-    def step(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits of one step, as ArtifactExecutor's."""
+    def beside(self, program: Program) -> HostShadowExecutor:
+        """See ArtifactExecutor."""
+        return HostShadowExecutor(program, self._kernels, self._weights, self.states, shadow=self.shadow)
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What one step gives, as ArtifactExecutor's."""
         torch.get_num_threads()
         binding = self._binding(self._sizes(inputs))
         for name, to in binding.inputs.items():
             to.copy_(inputs[name])
         self.shadow.step(self.program, self.bound_calls(inputs), binding.values)
-        return binding.logits
+        self._last = binding.outputs
+        return binding.outputs

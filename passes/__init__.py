@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dsv4c.passes.append_drafts import AppendDrafts
 from dsv4c.passes.append_sampling import AppendSampling
 from dsv4c.passes.canonicalize import Canonicalize
 from dsv4c.passes.check_lowered import CheckLowered
+from dsv4c.passes.flatten_streams import FlattenStreams
 from dsv4c.passes.fuse_hc_head_norm import FuseHcHeadNorm
 from dsv4c.passes.fuse_hc_norm import FuseHcNorm
 from dsv4c.passes.fuse_hc_post_pre import FuseHcPostPre
@@ -20,6 +22,7 @@ from dsv4c.passes.pack_state import PackState
 from dsv4c.passes.quantise import Quantise
 from dsv4c.passes.raise_attention import RaiseAttention
 from dsv4c.passes.raise_compressor import RaiseCompressor
+from dsv4c.passes.raise_dspark import RaiseDspark
 from dsv4c.passes.raise_embedding import RaiseEmbedding
 from dsv4c.passes.raise_hyper import RaiseHyper
 from dsv4c.passes.raise_indexer import RaiseIndexer
@@ -49,6 +52,7 @@ RAISE: tuple[Pass, ...] = (
     RaiseAttention(),
     RaiseMoe(),
     RaiseMtp(),
+    RaiseDspark(),
     Stitch(),
 )
 FUSE: tuple[Pass, ...] = (
@@ -67,14 +71,21 @@ STORE: tuple[Pass, ...] = (
     StoreExperts(),
     FuseQuantise(),
     NarrowActivations(),
-    AppendSampling(),
 )
 """For targets that compute on what the checkpoint stores (GPUs)."""
 
 
-def default_pipeline(formats: Mapping[str, str], arch: str = "cpu") -> Pipeline:
-    """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight."""
-    return Pipeline((*RAISE, *FUSE, *(WIDEN if arch == "cpu" else STORE), Quantise(formats=formats), CheckLowered()))
+def default_pipeline(
+    formats: Mapping[str, str] | None = None, arch: str = "cpu", drafts: int = 0
+) -> Pipeline:  # fmt: skip
+    """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight (None: as usual).
+
+    `drafts`: the most that a step on a GPU verifies; on a CPU the host drafts with a program of its own.
+    """
+    lower: tuple[Pass, ...] = WIDEN
+    if arch != "cpu":
+        lower = (*STORE, *((FlattenStreams(), AppendDrafts(max_tokens=drafts)) if drafts else (AppendSampling(),)))
+    return Pipeline((*RAISE, *FUSE, *lower, Quantise(formats=formats), CheckLowered()), machine=arch)
 
 
 def reference_pipeline(formats: Mapping[str, str]) -> Pipeline:

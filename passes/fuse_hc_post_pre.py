@@ -32,7 +32,9 @@ class FuseHcPostPre(Pass):
             post = reads(pre, 0, "hc_post")
             assert post is not None
             types = (post.meta["type"], *pre.meta["type"])
-            fused = call_before(pre, "hc_post_pre_norm", (*post.args, *pre.args[1:]), dict(pre.kwargs), types)
+            # where `hc_post` stands: others may read the streams before the next sublayer does
+            fused = call_before(post, "hc_post_pre_norm", (*post.args, *pre.args[1:]), dict(pre.kwargs), types)
+            fused.meta["scope"] = pre.meta["scope"]
             old = outputs(pre)
             for index, value in old.items():
                 value.replace_all_uses_with(output_of(fused, index + 1, pre))

@@ -26,7 +26,8 @@ class FuseLinears(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"stitched"})
     gives: ClassVar[frozenset[str]] = frozenset({"linears-fused", "formats-chosen"})
     exact: ClassVar[bool] = False
-    why: ClassVar[str] = "a library may block a wider matrix product differently: 1e-6 relative in float32"
+    tolerance: ClassVar[float] = 1e-6
+    why: ClassVar[str] = "a library may block a wider matrix product differently, in float32"
 
     def apply(self, program: Program) -> int:
         return sum(self._fuse(graph, program) for graph in program.graphs.values())

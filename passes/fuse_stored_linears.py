@@ -27,7 +27,8 @@ class FuseStoredLinears(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"stitched", "quantised"})
     gives: ClassVar[frozenset[str]] = frozenset({"stored-linears-fused"})
     exact: ClassVar[bool] = False
-    why: ClassVar[str] = "a library may block a wider matrix product differently: 1e-6 relative in float32"
+    tolerance: ClassVar[float] = 1e-6
+    why: ClassVar[str] = "a library may block a wider matrix product differently, in float32"
 
     def apply(self, program: Program) -> int:
         count = 0

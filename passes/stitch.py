@@ -21,6 +21,9 @@ from dsv4c.ops import TensorType
 from dsv4c.pipeline import Pass
 from dsv4c.program import Instance, Program, Value
 
+FLOWING = ("streams", "derived", "state")
+"""Kinds of a piece's outputs that the next pieces read; an entry point returns the others of its last piece."""
+
 
 @dataclass(frozen=True)
 class Stitch(Pass):
@@ -30,10 +33,7 @@ class Stitch(Pass):
 
     def apply(self, program: Program) -> int:
         pieces = program.graphs
-        program.graphs = {
-            name: _Joiner(program, pieces).join(recipe, streams_in=name != "step")
-            for name, recipe in program.recipes.items()
-        }
+        program.graphs = {name: _Joiner(program, pieces).join(name, recipe) for name, recipe in program.recipes.items()}
         return sum(len(recipe) for recipe in program.recipes.values())
 
 
@@ -45,19 +45,30 @@ class _Joiner:
         self.written: dict[str, fx.Node] = {}
         self.last_placeholder: fx.Node | None = None
 
-    def join(self, recipe: tuple[Instance, ...], *, streams_in: bool) -> fx.Graph:
+    def join(self, entry: str, recipe: tuple[Instance, ...]) -> fx.Graph:
         outputs: dict[str, fx.Node] = {}
-        if streams_in:
+        if entry == "mtp":  # goes on from the step's streams
             merge = next(n for n in self.pieces[recipe[1].piece].nodes if self._stands_for(n) == "streams")
             self._placeholder(Value("streams", "streams"), merge.meta["type"])
         for instance in recipe:
             outputs = self._inline(instance)
-        results = {"logits": outputs["logits"], **{f"state.{k}": v for k, v in sorted(self.written.items())}}
-        if not streams_in:
+        results = {name: value for name, value in outputs.items() if name.partition(".")[0] not in FLOWING}
+        results.update({f"state.{k}": v for k, v in sorted(self.written.items())})
+        if entry in ("step", "mtp"):  # what a drafter reads
             results["streams"] = self.values[Value("streams", "streams")]
+        if Value("derived", "tap") in self.values:
+            results["tap"] = self.values[Value("derived", "tap")]
         node = self.graph.output(tuple(results.values()))
         node.meta = {"outputs": tuple(results)}
+        self._drop_unused()
         return self.graph
+
+    def _drop_unused(self) -> None:
+        """What only some entry points read of the prelude, and inputs that nothing reads."""
+        self.graph.eliminate_dead_code()
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and not node.users:
+                self.graph.erase_node(node)
 
     def _stands_for(self, node: fx.Node) -> str | None:
         return node.meta["value"].kind if node.op == "placeholder" else None
@@ -101,9 +112,4 @@ class _Joiner:
             if value not in self.values:
                 raise PassError(f"`{instance.scope}` reads `{value.name}` before anything computes it")
             return self.values[value]
-        if value.kind == "input":
-            return self._placeholder(value, kind)
-        name = instance.prefix + value.name
-        if value.kind == "weight" and name in self.program.constants:
-            return self._placeholder(Value("constant", name), kind)
-        return self._placeholder(Value(value.kind, name), kind)
+        return self._placeholder(self.program.whole(value, instance.prefix), kind)

@@ -20,13 +20,13 @@ from dsv4c.runtime.scheduler import Span
 
 
 def step_inputs(manifest: Manifest) -> tuple[tuple[Input, ...], dict[str, int]]:
-    """The inputs of all programs of an artifact by name, and the least of each symbol's largest values.
+    """The inputs of all steps of an artifact by name, and the least of each symbol's largest values.
 
     Raises ArtifactError if two programs disagree about an input: the engine gives every step the same ones.
     """
     inputs: dict[str, Input] = {}
     symbols: dict[str, int] = {}
-    for program in manifest.programs.values():
+    for program in (p for p in manifest.programs.values() if p.phase != "draft"):
         for name, largest in program.symbols.items():
             symbols[name] = min(largest, symbols.get(name, largest))
         for item in program.inputs:
@@ -38,7 +38,13 @@ def step_inputs(manifest: Manifest) -> tuple[tuple[Input, ...], dict[str, int]]:
 def logit_positions(span: Span) -> list[int]:
     """Positions of the request whose logits the step returns for this span, ascending."""
     rows = list(span.prompt_rows)
-    return [*rows, span.end - 1] if span.samples else rows
+    return [*rows, *range(span.end - 1 - span.drafts, span.end)] if span.samples else rows
+
+
+def tokens_of(span: Span) -> Int64Array:
+    """The tokens of a span: known ones and drafts."""
+    known = span.request.tokens(span.start, span.end - span.drafts)
+    return np.concatenate([known, span.request.drafts[: span.drafts]]) if span.drafts else known
 
 
 class BatchBuilder:
@@ -70,7 +76,7 @@ class BatchBuilder:
         if rows_T.size == len(spans):
             tokens_T = np.array([s.request.token(s.start) for s in spans], dtype=np.int64)
         else:
-            tokens_T = np.concatenate([s.request.tokens(s.start, s.end) for s in spans])
+            tokens_T = np.concatenate([tokens_of(s) for s in spans])
         widths = self._widths(int(ends_R.max()))
         plain: dict[str, Int64Array] = {
             "token_ids": tokens_T,
@@ -116,7 +122,7 @@ class BatchBuilder:
     def _logit_rows(
         spans: Sequence[Span], firsts_R: Int64Array, starts_R: Int64Array, ends_R: Int64Array
     ) -> Int64Array:
-        if any(s.prompt_rows for s in spans):
+        if any(s.prompt_rows or s.drafts for s in spans):
             rows = [np.array(logit_positions(s), dtype=np.int64) for s in spans]
             shifts_S = np.repeat(firsts_R - starts_R, [r.size for r in rows])
             rows_S: Int64Array = np.concatenate(rows) + shifts_S

@@ -43,24 +43,43 @@ class _Step:
     firsts: Int64Array
     slots: Int64Array
     rows: Int64Array
-    samples: npt.NDArray[np.bool_]
+    sampled: Int64Array
+    """Rows of logits that choose a token: the last ones of a span."""
+    floating: npt.NDArray[np.bool_]
+    drafts: int
+    """Most drafts to verify or to make."""
     scored: bool
     """Whether any row asks for log-probabilities."""
     single: bool
-    """Whether every span is one token, which samples: a decode step."""
+    """Whether every span is one token with its drafts, and samples: a decode step."""
 
     @classmethod
     def of(cls, spans: Sequence[Span]) -> _Step:
         facts = [
-            (s.start, s.end, s.request.slot, s.samples, len(s.prompt_rows), s.request.params.logprobs is not None)
+            (s.start, s.end, s.request.slot, s.samples, len(s.prompt_rows), s.request.params.logprobs is not None,
+             s.drafts, s.floating, s.wanted)
             for s in spans
-        ]
-        starts, ends, slots, samples, prompt, scored = np.array(facts, dtype=np.int64).T
+        ]  # fmt: skip
+        starts, ends, slots, samples, prompt, scored, drafts, floating, wanted = np.array(facts, dtype=np.int64).T
         lengths = ends - starts
+        chosen = (1 + drafts) * samples
         return cls(
-            tuple(spans), starts, lengths, np.cumsum(lengths) - lengths, slots, samples + prompt, samples.astype(bool),
-            bool(prompt.any() or (scored & samples).any()), bool((lengths == 1).all() and not prompt.any()),
+            tuple(spans), starts, lengths, np.cumsum(lengths) - lengths, slots, chosen + prompt, chosen,
+            floating.astype(bool), int(max(drafts.max(), wanted.max())),
+            bool(prompt.any() or (scored & samples).any()),
+            bool((lengths == 1 + drafts).all() and samples.all() and not prompt.any()),
         )  # fmt: skip
+
+    def rows_chosen(self) -> Int64Array:
+        """The rows of logits that choose a token, ascending."""
+        lasts = np.cumsum(self.rows)
+        return _runs(lasts - self.sampled, self.sampled)
+
+
+def _runs(starts: Int64Array, counts: Int64Array) -> Int64Array:
+    """starts[i], starts[i] + 1, ... `counts[i]` numbers, one run after the other."""
+    shift = np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    return np.asarray(np.arange(shift.size) + shift, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,8 @@ class Launched:
     spans: tuple[Span, ...]
     tokens: Tensor
     sampled: Int64Array
+    accepted: Tensor | None
+    """[D] tokens of each span that samples; None: one of each."""
     scores: _Scores | None
     done: torch.cuda.Event | None
 
@@ -100,13 +121,18 @@ class DeviceRunner:
         self._states = tuple(states)
         self._seats = Seats(pool.sizes.slots, vocab_size)
         self._decode = _sorted(executor.programs, "decode")
+        self._drafts = {name: _drafts_of(program) for name, program in executor.programs.items()}
         self._prefill = _sorted(executor.programs, "prefill")
         first = next(iter(executor.programs.values()))
         self._ratios = {i.name: int(i.ratio or 1) for i in first.inputs if i.kind == "window_ends"}
         self._pinned = executor.stream is not None
-        self._hosts = [torch.zeros(self.max_rows, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)]
+        self._hosts = [torch.zeros(2 * self.max_rows, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)]
         self._turn = 0
         self._changes: dict[str, list[tuple[int, int, int]]] = {}
+
+    @property
+    def _most_drafts(self) -> int:
+        return max(self._drafts[name] for name in self._decode)
 
     @property
     def max_rows(self) -> int:
@@ -150,11 +176,16 @@ class DeviceRunner:
             self._turn = (self._turn + 1) % len(self._hosts)
             tokens = self._hosts[self._turn][:count]
             tokens.copy_(outputs["tokens"][:count], non_blocking=True)
+            accepted = None
+            if "accepted" in outputs:
+                asking = int(np.count_nonzero(step.sampled))
+                accepted = self._hosts[self._turn][self.max_rows : self.max_rows + asking]
+                accepted.copy_(outputs["accepted"][:asking], non_blocking=True)
             scores = self._scores(step, views, outputs) if step.scored else None
             done = torch.cuda.Event() if self._pinned else None
             if done is not None:
                 done.record()
-        return Launched(step.spans, tokens, sampled, scores, done)
+        return Launched(step.spans, tokens, sampled, accepted, scores, done)
 
     def collect(self, ticket: Launched, /) -> Chosen:
         """See StepRunner."""
@@ -169,7 +200,13 @@ class DeviceRunner:
         prompt: dict[str, list[TokenLogprob]] = {}
         if ticket.scores is not None:
             self._read_scores(ticket.spans, ticket.scores, logprobs, prompt)
-        return Chosen(tokens, logprobs, prompt)
+        sampling = [span for span in ticket.spans if span.samples]
+        counts = [1] * len(sampling) if ticket.accepted is None else ticket.accepted.tolist()
+        kept, first = [], 0
+        for span, count in zip(sampling, counts, strict=True):
+            kept.append(slice(first, first + count))
+            first += 1 + span.drafts
+        return Chosen([tokens[rows] for rows in kept], [logprobs[rows] for rows in kept], prompt)
 
     def copy_states(self, pairs: Sequence[tuple[int, int]], /) -> None:
         """See StepRunner."""
@@ -182,7 +219,10 @@ class DeviceRunner:
         known = (*self._decode, *self._prefill) if step.single else self._prefill
         for name in known:
             symbols = self.executor.programs[name].symbols
-            if symbols["T"] >= tokens and symbols["S"] >= max(rows, len(step.spans)):
+            if name in self._decode and self._drafts[name] != step.drafts and step.drafts <= self._most_drafts:
+                continue
+            asking = symbols.get("D", symbols["S"]) >= np.count_nonzero(step.sampled)
+            if asking and symbols["T"] >= tokens and symbols["S"] >= max(rows, len(step.spans)):
                 return name
         raise EngineError(
             f"no program of the artifact holds {tokens} tokens of {len(step.spans)} requests and {rows} rows of logits",
@@ -191,31 +231,49 @@ class DeviceRunner:
 
     def _fill_tokens(self, views: Mapping[str, npt.NDArray[Any]], step: _Step) -> None:
         starts, slots, count = step.starts, step.slots, int(step.lengths.sum())
+        # a request in flight is at its last token, which the device knows, and where its drafts are
         if step.single:
-            # a request in flight is at its last token, which the device knows
-            tokens: Any = [-1 if s.request.num_inflight else s.request.token(s.start) for s in step.spans]
-            positions, owners = starts, slots
+            first: Any = [-1 if s.request.num_inflight else s.request.token(s.start) for s in step.spans]
+            owners, back = slots, np.zeros(count, np.int64)
+            if count > len(step.spans):
+                owners = np.repeat(slots, step.lengths)
+                back = np.arange(count) - np.repeat(step.firsts, step.lengths)
+                tokens = -1 - back
+                tokens[step.firsts] = first
+            else:
+                tokens = first
         else:
             tokens = np.concatenate([s.request.tokens(s.start, s.end) for s in step.spans])
-            positions = np.arange(count) + np.repeat(starts - step.firsts, step.lengths)
             owners = np.repeat(slots, step.lengths)
+            back = np.arange(count) - np.repeat(step.firsts, step.lengths)
+        floating = np.repeat(step.floating, step.lengths)
+        positions = np.where(floating, -1 - back, back + np.repeat(starts, step.lengths))
         views["token_ids"][:count] = tokens
         views["positions"][:count] = positions
         views["request_rows"][:count] = owners
         if "seq_starts" in views:
-            views["seq_starts"][slots] = starts
-            views["seq_ends"][slots] = starts + step.lengths
+            views["seq_starts"][slots] = np.where(step.floating, -1, starts)
+            views["seq_ends"][slots] = np.where(step.floating, -step.lengths, starts + step.lengths)
+        loose = (
+            -2 - step.firsts[step.floating]
+        )  # a span that floats has at most one end, as none is longer than a window
         for name, ratio in self._ratios.items():
-            ends = np.flatnonzero((positions + 1) % ratio == 0)
+            ends = np.flatnonzero((positions >= 0) & ((positions + 1) % ratio == 0))
             views[name][: ends.size] = ends
+            views[name][ends.size : ends.size + loose.size] = loose
+        if "next_ids" in views and not step.single:
+            for span, row in zip(step.spans, step.firsts.tolist(), strict=True):
+                following = span.request.tokens(span.start + 1, span.end + (not span.samples))
+                views["next_ids"][row : row + following.size] = following
 
     @staticmethod
     def _fill_rows(views: Mapping[str, npt.NDArray[Any]], step: _Step) -> Int64Array:
-        """Rows of logits: of a span its prompt rows, then the one it samples. Returns the rows that are sampled."""
+        """Rows of logits: of a span its prompt rows, then those it samples. Returns the rows that are sampled."""
         lasts = np.cumsum(step.rows) - 1
-        sampled: Int64Array = lasts[step.samples]
-        views["logit_rows"][sampled] = (step.firsts + step.lengths - 1)[step.samples]
-        views["token_seats"][sampled] = step.slots[step.samples]
+        sampled = step.rows_chosen()
+        views["logit_rows"][sampled] = _runs(step.firsts + step.lengths - step.sampled, step.sampled)
+        if "token_seats" in views:
+            views["token_seats"][sampled] = np.repeat(step.slots, step.sampled)
         for i, span in enumerate(step.spans) if step.scored else ():
             if span.prompt_rows:
                 begin = int(lasts[i] + 1 - step.rows[i])
@@ -237,9 +295,9 @@ class DeviceRunner:
                 owners.append((i, params.prompt_logprobs or 0))
                 at.append(int(lasts[i] + 1 - step.rows[i]) + j)
                 targets.append(span.request.token(position + 1))
-            if span.samples and params.logprobs is not None:
-                owners.append((i, params.logprobs))
-                at.append(int(lasts[i]))
+            for back in range(span.drafts, -1, -1) if span.samples and params.logprobs is not None else ():
+                owners.append((i, params.logprobs or 0))
+                at.append(int(lasts[i]) - back)
                 targets.append(-1)
         where = self._to_device([at, targets])
         raw = outputs["logits"].index_select(0, where[0])
@@ -276,7 +334,10 @@ class DeviceRunner:
         spans: Sequence[Span], scores: _Scores, logprobs: list[TokenLogprob | None],
         prompt: dict[str, list[TokenLogprob]],
     ) -> None:  # fmt: skip
-        order = {i: n for n, i in enumerate(i for i, span in enumerate(spans) if span.samples)}
+        order, first = {}, 0  # of a span: the place of its next row among those that are sampled
+        for i, span in enumerate(spans):
+            order[i] = first
+            first += 1 + span.drafts if span.samples else 0
         tokens, chosen = scores.tokens.tolist(), scores.chosen.tolist()
         best, ids = scores.best.tolist(), scores.ids.tolist()
         left = {i: len(span.prompt_rows) for i, span in enumerate(spans)}
@@ -288,6 +349,12 @@ class DeviceRunner:
                 prompt.setdefault(spans[i].request.id, []).append(entry)
             else:
                 logprobs[order[i]] = entry
+                order[i] += 1
+
+
+def _drafts_of(program: Program) -> int:
+    """How many drafts a decode program verifies and makes."""
+    return program.symbols["S"] // program.symbols["D"] - 1 if "accepted" in program.outputs else 0
 
 
 def _sorted(programs: Mapping[str, Program], phase: str) -> list[str]:

@@ -31,6 +31,9 @@ from typing import NamedTuple
 from dsv4c.artifact import Manifest
 from dsv4c.errors import Dsv4cError, EngineError, RequestError, RunnerBroken
 from dsv4c.runtime.batch import step_inputs
+from dsv4c.runtime.blocks import BlockDrafter
+from dsv4c.runtime.drafts import Drafter, MtpDrafter
+from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
@@ -38,6 +41,7 @@ from dsv4c.runtime.request import Event, FinishReason, Request
 from dsv4c.runtime.runner import Chosen, Executor, HostRunner, StepRunner, Ticket
 from dsv4c.runtime.sampler import SamplerState, TokenLogprob
 from dsv4c.runtime.scheduler import Limits, Scheduler, Span
+from dsv4c.runtime.speculation import Speculation, SpeculationStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class EngineStats:
     wait_s: float = 0.0
     """Of these, in the runner's `collect`: waiting for the device."""
     last_step_s: float = 0.0
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
     ended: Mapping[str, int] = field(default_factory=dict)
     """Requests ended, by reason."""
 
@@ -77,6 +82,18 @@ class EngineStats:
     def host_s(self) -> float:
         """Seconds in steps outside waiting; divided by `steps`, what the host spends on one."""
         return self.step_s - self.wait_s
+
+
+def _drafter(executor: ArtifactExecutor, manifest: Manifest) -> Drafter:
+    """The drafter of an artifact that is run on the host."""
+    assert manifest.drafter is not None
+    programs = manifest.programs
+    if manifest.drafter.kind == "mtp":
+        return MtpDrafter(executor, executor.beside(programs["mtp"]), programs["mtp"].inputs)
+    absorb, draft = (programs[f"dspark.{name}"] for name in ("absorb", "draft"))
+    inputs = {item.name: item for item in (*absorb.inputs, *draft.inputs)}.values()
+    run = (executor.beside(program).outputs for program in (absorb, draft))
+    return BlockDrafter(executor, *run, inputs, manifest.drafter)
 
 
 class _Flight(NamedTuple):
@@ -97,12 +114,15 @@ class Engine:
         vocab_size: int,
         limits: Limits | None = None,
         eos_token_ids: Sequence[int] = (),
+        speculation: Speculation | None = None,
     ) -> None:
         self.runner = runner
         self.pool = pool
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
-        self.scheduler = Scheduler(pool, limits or Limits(max_requests=pool.sizes.max_requests))
+        limits = limits or Limits(max_requests=pool.sizes.max_requests)
+        self.speculation = speculation or Speculation(limits.speculative_tokens)
+        self.scheduler = Scheduler(pool, limits, self.speculation.length)
         self.failure: RunnerBroken | None = None
         """Why nothing can be computed any more, or None while the runner is well."""
         self._flights: deque[_Flight] = deque()
@@ -120,6 +140,7 @@ class Engine:
         *,
         limits: Limits | None = None,
         eos_token_ids: Sequence[int] = (),
+        speculation: Speculation | None = None,
     ) -> Engine:
         """An engine for an artifact run on the host: inputs, groups, vocabulary and default limits are the manifest's.
 
@@ -130,15 +151,27 @@ class Engine:
         inputs, symbols = step_inputs(manifest)
         pool = KVPool(manifest.kv_groups, sizes)
         states = [p.name for group in snapshot_states(manifest.state_groups, pool.groups) for p in group.pools]
-        runner = HostRunner(executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states)
-        return cls(runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids)
+        drafter = None
+        if limits.speculative_tokens:
+            assert isinstance(executor, ArtifactExecutor)
+            drafter = _drafter(executor, manifest)
+        runner = HostRunner(
+            executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states, drafter=drafter
+        )
+        return cls(
+            runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids,
+            speculation=speculation,
+        )  # fmt: skip
 
     def renewed(self) -> Engine:
         """A new engine over the same runner and pool that has counted nothing yet. This one must have no work left."""
         if self.has_work:
             raise EngineError("an engine with requests cannot be renewed")
         limits, stops = self.scheduler.limits, self.eos_token_ids
-        return Engine(self.runner, pool=self.pool, vocab_size=self.vocab_size, limits=limits, eos_token_ids=stops)
+        return Engine(
+            self.runner, pool=self.pool, vocab_size=self.vocab_size, limits=limits, eos_token_ids=stops,
+            speculation=self.speculation.renewed(),
+        )  # fmt: skip
 
     @property
     def max_context(self) -> int:
@@ -207,6 +240,8 @@ class Engine:
         if len(self._flights) > (self.runner.lag if spans else 0):
             events += self._collect()
         self._last_step_s = time.perf_counter() - began
+        if spans and self.speculation.max_tokens and all(s.samples and s.length == 1 + s.drafts for s in spans):
+            self.speculation.observe(len(spans), max(s.drafts for s in spans), self._last_step_s)
         self._step_s += self._last_step_s
         return events
 
@@ -249,8 +284,13 @@ class Engine:
         """Hands a step's results to its requests; those of requests that have ended meanwhile are dropped."""
         for span in spans if chosen.prompt else ():
             span.request.gather_prompt(span.prompt_rows, chosen.prompt.get(span.request.id, ()))
-        sampling = zip((s for s in spans if s.samples), chosen.tokens, chosen.logprobs, strict=True)
-        return [self._accept(*item) for item in sampling if item[0].request.status != "ended"]
+        sampling = [s for s in spans if s.samples]
+        if any(s.drafts for s in sampling):
+            self.speculation.record([(s.drafts, len(t) - 1) for s, t in zip(sampling, chosen.tokens, strict=True)])
+        for span, drafts in zip(sampling, chosen.drafts, strict=True) if chosen.drafts else ():
+            span.request.drafts, span.request.num_drafts = drafts, len(drafts)
+        found = zip(sampling, chosen.tokens, chosen.logprobs, strict=True)
+        return [self._accept(*item) for item in found if item[0].request.status != "ended"]
 
     def _fail_steps(self, steps: Iterable[Sequence[Span]], error: Exception) -> list[Event]:
         """Ends the requests of these steps, or all of them and the engine if the runner is broken."""
@@ -267,27 +307,40 @@ class Engine:
         requests = {s.request.id: s.request for spans in steps for s in spans if s.request.status != "ended"}
         return [self._end(request, "failed", error=clear) for request in requests.values()]
 
-    def _accept(self, span: Span, token: int | None, logprob: TokenLogprob | None) -> Event:
-        """Adds a sampled token to its request and ends the request if it must; None: the logits were no numbers."""
+    def _accept(
+        self, span: Span, tokens: Sequence[int | None], logprobs: Sequence[TokenLogprob | None]
+    ) -> Event:  # fmt: skip
+        """Adds what a step chose to its request, up to the token that ends it; None: the logits were no numbers."""
         request = span.request
-        if span.end != request.num_tokens:
-            raise EngineError(f"{request} got token {span.end}, which is not its next")
-        if token is None:
-            error = EngineError(f"the logits after {request.num_tokens} tokens hold NaN or infinity")
-            self.scheduler.distrust()
-            return self._end(request, "failed", error=error)
+        if not span.floating and span.end - span.drafts != request.num_tokens:
+            raise EngineError(f"{request} got token {span.end - span.drafts}, which is not its next")
+        if not 1 <= len(tokens) <= 1 + span.drafts:
+            raise EngineError(f"{request} got {len(tokens)} tokens of a step with {span.drafts} drafts")
+        request.arrive(len(tokens), span.drafts)
         first = request.num_generated == 0
-        request.append(token)
-        self._generated += 1
-        if request.sampler is not None:
-            request.sampler.accept(token)
-        given = Event(
+        event = Event(
             request.id,
-            (token,),
-            () if logprob is None else (logprob,),
-            tuple(request.prompt_logprobs) if first else (),
-            request.num_cached if first else 0,
+            prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
+            cached_tokens=request.num_cached if first else 0,
         )
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if token is None:
+                error = EngineError(f"the logits after {request.num_tokens} tokens hold NaN or infinity")
+                self.scheduler.distrust()
+                return self._end(request, "failed", event if event.tokens else None, error=error)
+            request.append(token)
+            self._generated += 1
+            if request.sampler is not None:
+                request.sampler.accept(token)
+            more = event.logprobs if logprob is None else (*event.logprobs, logprob)
+            event = replace(event, tokens=(*event.tokens, token), logprobs=more)
+            ended = self._ends(request, token, event)
+            if ended is not None:
+                return ended
+        return event
+
+    def _ends(self, request: Request, token: int, given: Event) -> Event | None:
+        """The last event of the request if its newest token ends it."""
         if token in request.stop_ids:
             return self._end(request, "stop", given, stop_token=token)
         try:
@@ -298,7 +351,7 @@ class Engine:
             return self._end(request, "stop", given)
         if request.num_tokens >= request.max_tokens_total:
             return self._end(request, "length", given)
-        return given
+        return None
 
     def _end(
         self,
@@ -336,6 +389,7 @@ class Engine:
             launch_s=self._launch_s,
             wait_s=self._wait_s,
             last_step_s=self._last_step_s,
+            speculation=self.speculation.stats(),
             ended=dict(self._ended),
         )
 

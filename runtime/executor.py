@@ -30,7 +30,7 @@ class _Binding:
     inputs: dict[str, Tensor]
     values: dict[str, Tensor]
     runs: list[Run]
-    logits: Tensor
+    outputs: dict[str, Tensor]
 
 
 class ArtifactExecutor:
@@ -53,23 +53,38 @@ class ArtifactExecutor:
         self._arena = Arena(program, device)
         self._calls = [call for segment in program.segments for call in segment.calls]
         self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
+        self._last: dict[str, Tensor] = {}
         self._symbols = _input_symbols(program)
         _check_buffer_sizes(program)
-        if "logits" not in program.outputs:
+        if "logits" not in program.outputs and program.phase != "draft":
             raise ArtifactError(f"program `{program.phase}` has no `logits`", hint="compile the artifact again")
+
+    def beside(self, program: Program) -> ArtifactExecutor:
+        """An executor of the same kind for another program over the same weights and state."""
+        return ArtifactExecutor(program, self._kernels, self._weights, self.states, self._device)
 
     def step(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits [S, vocab_size] float32 of one step, valid until the next. `inputs` as the manifest's Inputs say.
 
         Raises EngineError if an input is missing, of a wrong dtype or shape, or larger than the program is made for.
         """
+        return self.outputs(inputs)["logits"]
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """All that one step gives, by meaning, valid until the next. Raises EngineError as `step` does."""
         torch.get_num_threads()  # gives this thread's OpenMP, which our kernels use, the count torch was set to
         binding = self._binding(self._sizes(inputs))
         for name, to in binding.inputs.items():
             to.copy_(inputs[name])
         for run in binding.runs:
             run()
-        return binding.logits
+        self._last = binding.outputs
+        return binding.outputs
+
+    @property
+    def hidden(self) -> Tensor:
+        """[T, ...] what a drafter reads of the last step's rows, valid until the next. For programs that give it."""
+        return self._last["hidden"]
 
     def run(self, inputs: Mapping[str, Tensor], want: Sequence[str]) -> dict[str, Tensor]:
         """One step, call by call: copies of the values `want`, each taken right after the call that wrote it."""
@@ -107,9 +122,10 @@ class ArtifactExecutor:
             tensor = inputs.get(item.name)
             if tensor is None:
                 raise EngineError(f"the step lacks input `{item.name}`")
-            if tensor.dtype != torch.int64 or tensor.dim() != len(item.shape):
+            if tensor.dtype != getattr(torch, item.dtype) or tensor.dim() != len(item.shape):
                 raise EngineError(
-                    f"input `{item.name}` is {tensor.dtype} {list(tensor.shape)}, expected int64 {list(item.shape)}"
+                    f"input `{item.name}` is {tensor.dtype} {list(tensor.shape)}, expected {item.dtype} "
+                    f"{list(item.shape)}"
                 )
             for size, expected in zip(tensor.shape, item.shape, strict=True):
                 known = sizes[expected] if isinstance(expected, str) else expected
@@ -138,12 +154,12 @@ class ArtifactExecutor:
 
     def _bind(self, symbols: dict[str, int]) -> _Binding:
         inputs = {
-            item.name: torch.empty(sizes_of(item.shape, symbols), dtype=torch.int64, device=self._device)
+            item.name: torch.empty(sizes_of(item.shape, symbols), dtype=getattr(torch, item.dtype), device=self._device)
             for item in self.program.inputs
         }
         values = {**self._arena.views(symbols), **self._weights, **self.states, **inputs}
-        logits = values[self.program.outputs["logits"]]
-        return _Binding(inputs, values, self._kernels.bind_calls(self.program, self._calls, values), logits)
+        outputs = {meaning: values[value] for meaning, value in self.program.outputs.items()}
+        return _Binding(inputs, values, self._kernels.bind_calls(self.program, self._calls, values), outputs)
 
 
 def _nothing() -> None:

@@ -83,11 +83,11 @@ def code_files(manifest: Manifest) -> list[str]:
 
 def _inputs(programs: Sequence[Program]) -> Item:
     """Programs of fixed sizes share one buffer and page tables; a mixed one keeps inputs for every binding."""
-    bound = sum(MAX_BINDINGS * sum(_input_bytes(p, i) for i in p.inputs) for p in programs if p.phase == "mixed")
+    bound = sum(MAX_BINDINGS * sum(_input_bytes(p, i) for i in p.inputs) for p in programs if p.any_size)
     staged = 0
     resident: dict[str, int] = {}
     for program in programs:
-        if program.phase == "mixed":
+        if program.any_size:
             continue
         sizes = [_input_bytes(program, i) for i in program.inputs if i.kind not in RESIDENT]
         staged = max(staged, sum(ceil_div(size, ALIGNMENT) * ALIGNMENT for size in sizes))
@@ -106,7 +106,7 @@ def _graphs(manifest: Manifest) -> Item:
     """Programs of fixed sizes are captured, each run of `graph` segments as one CUDA graph."""
     graphs = nodes = 0
     for program in manifest.programs.values():
-        if program.phase == "mixed":
+        if program.any_size:
             continue
         graphs += sum(kind == "graph" for kind, _ in groupby(s.kind for s in program.segments))
         for segment in program.segments:

@@ -22,7 +22,7 @@ class Bounds:
 
 def bounds_of(manifest: Manifest) -> Bounds:
     """What one step can be; 2**62 for a size that nothing bounds."""
-    phases = {program.phase for program in manifest.programs.values()}
+    phases = {program.phase for program in manifest.programs.values()} - {"draft"}
     if phases == {"decode", "prefill"}:
         sizes = {phase: [p.symbols for p in manifest.programs.values() if p.phase == phase] for phase in phases}
         largest = max(sizes["prefill"], key=lambda s: (s["T"], s["S"]))
@@ -39,6 +39,11 @@ def bounds_of(manifest: Manifest) -> Bounds:
     return Bounds(tokens, min(most.get("seq_starts", 2**62), tokens, rows), rows)
 
 
+def drafts_of(manifest: Manifest) -> int:
+    """Most drafts of a request in one step."""
+    return 0 if manifest.drafter is None else manifest.drafter.max_tokens
+
+
 def limits_for(manifest: Manifest, sizes: PoolSizes, asked: Limits | None = None) -> Limits:
     """The limits asked for, or the manifest's own.
 
@@ -46,7 +51,13 @@ def limits_for(manifest: Manifest, sizes: PoolSizes, asked: Limits | None = None
     """
     bounds = bounds_of(manifest)
     requests = min(bounds.requests, sizes.max_requests)
-    limits = asked or Limits(requests, min(512, bounds.tokens), max_logit_rows=min(512, bounds.tokens, bounds.rows))
+    rows = min(512, bounds.tokens, bounds.rows)
+    limits = asked or Limits(requests, min(512, bounds.tokens), max_logit_rows=rows)
+    if limits.speculative_tokens > drafts_of(manifest):
+        raise ConfigError(
+            f"`--speculative-tokens` is {limits.speculative_tokens}, the artifact drafts {drafts_of(manifest)} at most",
+            hint="compile it with `--speculative-tokens`",
+        )
     for name, value, most in (
         ("max_requests", limits.max_requests, requests),
         ("max_step_tokens", limits.max_step_tokens, bounds.tokens),

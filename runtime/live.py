@@ -1,8 +1,8 @@
 """The live part of a padded step: how many rows of each size are real, and tensors cut down to them.
 
 A GPU program runs at the sizes of its bucket. A step's tokens come first, then padding of slot 0; entries that windows
-complete come first, then ends of -1; edits are those that a row of logits names. For checks and references, which look
-at the values: the launched kernels never need the counts.
+complete (or may, where a span floats) come first, then ends of -1; edits are those that a row of logits names. For
+checks and references, which look at the values: the launched kernels never need the counts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def live_sizes(program: Program, values: Mapping[str, Tensor]) -> dict[str, int]
         if item.kind == "request_rows":
             out[size] = max(1, int((values[item.name] != 0).sum()))
         elif item.kind == "window_ends":
-            out[size] = int((values[item.name] >= 0).sum())
+            out[size] = int((values[item.name] != -1).sum())
         elif item.kind == "edit_stops":
             edits = next(i for i in program.inputs if i.kind == "edit_tokens")
             out[str(edits.shape[0])] = int(values[item.name].max())

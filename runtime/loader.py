@@ -56,7 +56,8 @@ def load(
     if manifest is None:
         manifest = load_manifest(directory)
     check_host(manifest)
-    if set(manifest.programs) != {"step"}:
+    drafting = {None: set(), "mtp": {"mtp"}, "dspark": {"dspark.absorb", "dspark.draft"}}
+    if set(manifest.programs) != {"step"} | drafting[manifest.drafter.kind if manifest.drafter else None]:
         raise ArtifactError(
             f"the artifact has programs {', '.join(sorted(manifest.programs)) or 'none'}, this runtime runs `step`",
             hint="compile it again with this version",

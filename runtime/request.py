@@ -8,7 +8,8 @@ A request ends in exactly one way and then holds no page and no slot. Tokens gen
 and the text hook live here, outside the pools, so that a preempted request goes on as if nothing had happened.
 
 A token in flight is being chosen by a step that was launched and not yet collected: its position is taken, its id not
-known (-1). Schedules and sampling count it as there, events and ends do not.
+known (-1). Schedules and sampling count it as there, events and ends do not. A step that verifies drafts brings one
+token at least; how many more is known when it is collected (`num_uncertain`), and until then every count is the least.
 """
 
 from __future__ import annotations
@@ -100,6 +101,12 @@ class Request:
         """Tokens in flight; they follow the known ones. Preemption keeps them: they were chosen rightly."""
         self.num_computed = 0
         """Tokens whose state lies in the pools once all that was launched has run."""
+        self.num_uncertain = 0
+        """Tokens that steps in flight may bring besides those in flight: the drafts that they verify."""
+        self.drafts: tuple[int, ...] = ()
+        """What may follow the last known token, where the host knows the drafts."""
+        self.num_drafts = 0
+        """Drafts that the next step can verify, here or on the device."""
         self.num_cached = 0
         """Tokens of the prompt that were not computed, as it was admitted first."""
         self.block_end = NEVER
@@ -135,11 +142,6 @@ class Request:
         """Tokens not yet in the pools: 1 while decoding, more while (re)computing."""
         return self.num_total - self.num_computed
 
-    @property
-    def awaits_last(self) -> bool:
-        """Whether the token in flight reaches the length limit: no step more is needed."""
-        return self.num_total >= self.max_tokens_total
-
     def tokens(self, start: int = 0, end: int | None = None) -> npt.NDArray[np.int64]:
         """A view of tokens [start, end) of prompt and generated ones together; by default to the last known one.
 
@@ -151,20 +153,34 @@ class Request:
         """The token at a position; -1 while it is in flight."""
         return int(self._tokens[position])
 
-    def expect(self) -> None:
-        """Records that a step was launched which chooses the next token."""
-        self._write(self.num_total, -1)
-        self.num_total += 1
+    def expect(self, drafts: int = 0, wanted: int = 0) -> None:
+        """Records that a step was launched which chooses the next token, verifies `drafts` of more, and makes new ones.
+
+        `wanted`: how many of these; `drafts` will say which, if the host gets to know.
+        """
+        self._extend()
         self.num_inflight += 1
+        self.num_uncertain += drafts
+        self.drafts, self.num_drafts = (), wanted
+
+    def arrive(self, count: int, drafts: int = 0) -> None:
+        """Records that the oldest step in flight, launched with `drafts`, brought `count` tokens: `append` is due."""
+        self.num_inflight -= 1
+        self.num_uncertain -= drafts
+        for _ in range(count - 1):
+            self._extend()
+        if self.status == "running":  # a preempted request computes them again
+            self.num_computed += count - 1
 
     def append(self, token: int) -> None:
-        """Adds a generated token: the first in flight, now known."""
+        """Adds a generated token, the first after those known."""
         self._write(self.num_tokens, token)
         self.num_tokens += 1
-        if self.num_inflight:
-            self.num_inflight -= 1
-        else:
-            self.num_total += 1
+        self.num_total = max(self.num_total, self.num_tokens)
+
+    def _extend(self) -> None:
+        self._write(self.num_total, -1)
+        self.num_total += 1
 
     def _write(self, position: int, token: int) -> None:
         if position == self._tokens.size:

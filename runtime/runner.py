@@ -21,6 +21,7 @@ import torch
 from dsv4c.artifact import Input
 from dsv4c.errors import EngineError
 from dsv4c.runtime.batch import BatchBuilder
+from dsv4c.runtime.drafts import Drafter
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.sampler import SamplerState, TokenLogprob, logprobs_of, sample
@@ -32,15 +33,17 @@ Ticket = Any
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Tokens and their log-probabilities, one for each span that samples; entries for prompts, by request id.
+    """Tokens and their log-probabilities for each span that samples; entries for prompts, by request id.
 
-    A token is None where the logits were no numbers, a log-probability where none was asked for. The entries of a
-    request are those of its span's `prompt_rows`.
+    A span has one token, and one more for every draft that agreed. A token is None where the logits were no numbers,
+    a log-probability where none was asked for. The entries of a request are those of its span's `prompt_rows`.
     """
 
-    tokens: Sequence[int | None]
-    logprobs: Sequence[TokenLogprob | None]
+    tokens: Sequence[Sequence[int | None]]
+    logprobs: Sequence[Sequence[TokenLogprob | None]]
     prompt: Mapping[str, Sequence[TokenLogprob]]
+    drafts: Sequence[tuple[int, ...]] = ()
+    """Guesses of what follows, for each span that samples; empty where the host has none."""
 
 
 class StepRunner(Protocol):
@@ -84,7 +87,8 @@ class Executor(Protocol):
 class HostRunner:
     """Steps computed where they are launched: inputs built, executor run, tokens sampled on the host. Lag 0.
 
-    `states`: names of the executor's state pools, one row a slot, that `copy_states` copies.
+    `states`: names of the executor's state pools, one row a slot, that `copy_states` copies. `drafter`: guesses what
+    follows, for the next step to verify.
     """
 
     lag = 0
@@ -98,8 +102,10 @@ class HostRunner:
         *,
         vocab_size: int,
         states: Sequence[str] = (),
+        drafter: Drafter | None = None,
     ) -> None:
         self.executor = executor
+        self.drafter = drafter
         self.vocab_size = vocab_size
         self.states = tuple(states)
         self._batch = BatchBuilder(inputs, pool, symbols)
@@ -125,14 +131,39 @@ class HostRunner:
     ) -> Chosen:
         """What the model says to these inputs; `states` are those of the sampling spans. No request changes."""
         logits_SV = self.executor.step(inputs)
-        rows = sum(s.samples + len(s.prompt_rows) for s in spans)
+        rows = sum(s.num_rows for s in spans)
         if tuple(logits_SV.shape) != (rows, self.vocab_size):
             raise EngineError(f"the executor gave logits {list(logits_SV.shape)}, not {[rows, self.vocab_size]}")
         prompt: dict[str, list[TokenLogprob]] = {}
         if any(s.prompt_rows for s in spans):
             logits_SV, prompt = _split_rows(spans, logits_SV)
-        tokens, logprobs = sample(logits_SV, states) if states else ([], [])
-        return Chosen(tokens, logprobs, prompt)
+        guesses = _guesses(spans, inputs["token_ids"].tolist()) if any(s.drafts for s in spans) else [[]] * len(states)
+        each = [s.ahead(g[:i]) if i else s for s, g in zip(states, guesses, strict=True) for i in range(1 + len(g))]
+        tokens, logprobs = sample(logits_SV, each) if each else ([], [])
+        kept = _kept(tokens, guesses)
+        chosen = [tokens[rows] for rows in kept]
+        drafts = self.drafter.draft(spans, inputs, chosen, states) if self.drafter is not None else ()
+        return Chosen(chosen, [logprobs[rows] for rows in kept], prompt, drafts)
+
+
+def _guesses(spans: Sequence[Span], token_ids: Sequence[int]) -> list[list[int]]:
+    """The drafts of each span that samples, as the step was given them."""
+    out, first = [], 0
+    for span in spans:
+        first += span.length
+        if span.samples:
+            out.append(list(token_ids[first - span.drafts : first]))
+    return out
+
+
+def _kept(tokens: Sequence[int | None], guesses: Sequence[Sequence[int]]) -> list[slice]:
+    """The rows of each span whose tokens count: the first, and on as long as the row's draft was what was sampled."""
+    out, first = [], 0
+    for drafts in guesses:
+        count = next((i for i, draft in enumerate(drafts) if tokens[first + i] != draft), len(drafts))
+        out.append(slice(first, first + 1 + count))
+        first += 1 + len(drafts)
+    return out
 
 
 def _split_rows(spans: Sequence[Span], logits_SV: torch.Tensor) -> tuple[torch.Tensor, dict[str, list[TokenLogprob]]]:
@@ -146,7 +177,6 @@ def _split_rows(spans: Sequence[Span], logits_SV: torch.Tensor) -> tuple[torch.T
             top = [request.params.prompt_logprobs or 0] * count
             prompt[request.id] = logprobs_of(logits_SV[row : row + count], targets, top)
         row += count
-        if span.samples:
-            sample_rows.append(row)
-            row += 1
+        sample_rows += range(row, row + span.num_rows - count)
+        row += span.num_rows - count
     return logits_SV[sample_rows], prompt

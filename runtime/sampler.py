@@ -12,6 +12,7 @@ with probability p_v. Of two distributions, the same key and count mostly draw t
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,6 +127,21 @@ class SamplerState:
     def seen(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Distinct tokens that penalties look at, and how often each was generated (0: only in the prompt)."""
         return self._seen[: self._size], self._counts[: self._size]
+
+    def ahead(self, tokens: Sequence[int]) -> SamplerState:
+        """This state as it will be once these tokens are accepted; to sample with, not to go on from."""
+        out = copy.copy(self)
+        out.generated += len(tokens)
+        if self.penalises and tokens:
+            seen, counts = self.seen()
+            new = [t for t in dict.fromkeys(tokens) if t not in self._index]
+            out._seen = np.concatenate([seen, np.array(new, dtype=np.int64)])
+            out._counts = np.concatenate([counts, np.zeros(len(new), dtype=np.float32)])
+            out._size = out._seen.size
+            places = {t: self._size + i for i, t in enumerate(new)}
+            for token in tokens:
+                out._counts[places[token] if token in places else self._index[token]] += 1.0
+        return out
 
     def accept(self, token: int) -> None:
         self.generated += 1

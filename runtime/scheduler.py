@@ -21,7 +21,7 @@ neither leaves anything to do, the plan is empty although there is work: the ste
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dsv4c.errors import ConfigError, EngineError, RequestError
@@ -43,6 +43,10 @@ class Limits:
     """A longer queue refuses new requests with 503."""
     max_logit_rows: int | None = None
     """Rows of logits in a step; None: as many as tokens. Bounds the chunks of prompts whose logprobs are wanted."""
+    speculative_tokens: int = 0
+    """Most drafts of a request that a step verifies."""
+    mixed_drafts: bool = True
+    """Whether a step that computes prompts verifies drafts too."""
     prefix_cache: bool = True
     """Whether requests share the prefixes they have computed; needs `PoolSizes.snapshots`."""
 
@@ -50,16 +54,29 @@ class Limits:
         for name in ("max_requests", "max_step_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, not {getattr(self, name)}")
-        if self.max_step_tokens < self.max_requests:
+        least = f"`max_requests` {self.max_requests}"
+        if self.speculative_tokens:
+            least += f" with {self.speculative_tokens} drafts each"
+        if self.max_step_tokens < self.decode_tokens:
             raise ConfigError(
-                f"`max_step_tokens` is {self.max_step_tokens}, fewer than `max_requests` {self.max_requests}",
-                hint="every running request decodes one token a step",
+                f"`max_step_tokens` is {self.max_step_tokens}, fewer than {least}",
+                hint="every running request decodes one token a step, and its drafts",
             )
-        if self.logit_rows < self.max_requests:
+        if self.logit_rows < self.decode_tokens:
             raise ConfigError(
-                f"`max_logit_rows` is {self.logit_rows}, fewer than `max_requests` {self.max_requests}",
-                hint="every running request needs a row to choose its next token from",
+                f"`max_logit_rows` is {self.logit_rows}, fewer than {least}",
+                hint="every running request needs a row to choose its next token from, and one for each draft",
             )
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens of a step in which all running requests decode."""
+        return self.max_requests * (1 + self.speculative_tokens)
+
+    @property
+    def prompt_rows(self) -> int:
+        """Rows of logits that are left for prompts in any step."""
+        return self.logit_rows - self.decode_tokens
 
     @property
     def logit_rows(self) -> int:
@@ -68,13 +85,31 @@ class Limits:
 
 _NO_ROWS = range(0)
 
+DraftLengths = Callable[[int], int]
+"""Requests that decode in a step -> the most drafts that it verifies of each."""
+
+
+def no_drafts(requests: int) -> int:
+    """One token a request and step."""
+    return 0
+
+
+def _awaits(request: Request) -> bool:
+    """Whether nothing can be planned for a request before its tokens in flight are known.
+
+    They are its last, or may be; or the number of its next token decides what is masked, and is not known.
+    """
+    if request.num_total + request.num_uncertain >= request.max_tokens_total:
+        return True
+    return request.num_uncertain > 0 and request.num_sampled < request.params.min_tokens
+
 
 @dataclass(slots=True)
 class Span:
     """Tokens [start, end) of a request, computed in one step. `samples`: they reach its last token, known or in flight.
 
     `prompt_rows`: positions whose logits are wanted for prompt log-probabilities. The logit rows of a span are
-    these, then, if it samples, its last position.
+    these, then, if it samples, its last position and before it those that drafts follow.
     """
 
     request: Request
@@ -82,6 +117,17 @@ class Span:
     end: int
     samples: bool
     prompt_rows: range
+    drafts: int = 0
+    """Of the tokens, the last ones that are guesses: each is sampled again, and the step keeps those that agree."""
+    floating: bool = False
+    """Whether steps in flight may put it further: `start` and `end` are the least."""
+    wanted: int = 0
+    """Drafts to make for the next step."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits: of the prompt, and one for every token that the step may choose."""
+        return len(self.prompt_rows) + (1 + self.drafts if self.samples else 0)
 
     @property
     def length(self) -> int:
@@ -91,7 +137,7 @@ class Span:
 class Scheduler:
     """The waiting and the running queue over one KVPool. Not thread-safe; knows no clock and no tensor."""
 
-    def __init__(self, pool: KVPool, limits: Limits) -> None:
+    def __init__(self, pool: KVPool, limits: Limits, lengths: DraftLengths = no_drafts) -> None:
         if limits.max_requests > pool.sizes.max_requests:
             raise ConfigError(
                 f"`max_requests` is {limits.max_requests}, the pools have {pool.sizes.max_requests} slots",
@@ -99,10 +145,12 @@ class Scheduler:
             )
         self.pool = pool
         self.limits = limits
+        self._lengths = lengths
         self.prefix = PrefixCache(pool) if limits.prefix_cache and pool.sizes.snapshots else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self._wanted = 0
         self._longest = pool.longest()
 
     @property
@@ -139,7 +187,7 @@ class Scheduler:
                 code="out_of_pages",
                 hint="serve with more KV memory, or ask for fewer tokens",
             )
-        if request.params.prompt_logprobs is not None and self.limits.logit_rows == self.limits.max_requests:
+        if request.params.prompt_logprobs is not None and not self.limits.prompt_rows:
             raise RequestError(
                 "this artifact computes too few logit rows for log-probabilities of the prompt",
                 param="prompt_logprobs",
@@ -180,14 +228,14 @@ class Scheduler:
         spans: dict[str, Span] = {}
         preempted = self.num_preemptions
         self._tokens_left = self.limits.max_step_tokens
-        self._prompt_rows_left = self.limits.logit_rows - self.limits.max_requests
+        self._prompt_rows_left = self.limits.prompt_rows
         if self.prefix is not None:
             for request in self.running:
                 if request.num_computed >= request.block_end:
                     self.prefix.advance(request)
         # decoding before prefilling, oldest first in both
         for request in self._decode(spans) + [r for r in self.running if r.pending > 1]:
-            if request.status == "running" and self._tokens_left and not request.awaits_last:
+            if request.status == "running" and self._tokens_left and not _awaits(request):
                 self._extend(request, spans)
         while self.waiting and self._tokens_left and self.num_preemptions == preempted:
             first = self.waiting[0]
@@ -197,6 +245,10 @@ class Scheduler:
             if not self._has_room(first, match):
                 break
             self._extend(self._admit(match), spans)
+        if not self.limits.mixed_drafts and any(s.length != 1 + s.drafts for s in spans.values()):
+            for span in spans.values():
+                span.end -= span.drafts
+                span.drafts = 0
         return list(spans.values())
 
     def copies(self) -> Iterator[Sequence[Pair]]:
@@ -217,28 +269,35 @@ class Scheduler:
         `Request.append` is due for each span that samples.
         """
         for span in spans:
-            span.request.num_computed = span.end
+            span.request.num_computed = computed = span.end - span.drafts
             if span.samples:
-                span.request.expect()
-            self.pool.evict(span.request.slot, span.end)
+                span.request.expect(span.drafts, span.wanted)
+            self.pool.evict(span.request.slot, computed)
 
     def _decode(self, spans: dict[str, Span]) -> list[Request]:
-        """Gives every decoding request that lacks no page its token. Returns those that lack one.
+        """Gives every decoding request that lacks no page its token, and drafts. Returns those that lack one.
 
         What `_extend` does, in few words: with hundreds of requests most of the host's time is spent here.
         """
-        covers, lacking = self.pool.covers, []
-        for request in self.running:
+        covers, lacking, tokens = self.pool.covers, [], 0
+        decoding = [r for r in self.running if r.pending == 1 and not _awaits(r)]
+        most = self._wanted = self._lengths(max(1, len(decoding)))
+        for request in decoding:
             start, end = request.num_computed, request.num_total
-            if end - start != 1 or end >= request.max_tokens_total:
-                continue
-            if not covers(request.slot, end):
-                lacking.append(request)
+            floating = request.num_uncertain > 0
+            # the last token that can be chosen is not computed: it ends the request
+            drafts = min(most, request.num_drafts, request.max_tokens_total - 1 - end - request.num_uncertain)
+            if drafts and not covers(request.slot, end + request.num_uncertain + drafts):
+                drafts = drafts if self.pool.grow(request.slot, end + request.num_uncertain + drafts) else 0
+            if not covers(request.slot, end + request.num_uncertain):
+                if not floating:  # else where it stands will be known after this step, and need fewer pages
+                    lacking.append(request)
             elif request.params.prompt_logprobs is None or request.num_prompt < end:
-                spans[request.id] = Span(request, start, end, True, _NO_ROWS)
+                spans[request.id] = Span(request, start, end + drafts, True, _NO_ROWS, drafts, floating, most)
+                tokens += 1 + drafts
             else:
                 lacking.append(request)
-        self._tokens_left -= len(spans)
+        self._tokens_left -= tokens
         return lacking
 
     def _extend(self, request: Request, spans: dict[str, Span]) -> None:
@@ -263,7 +322,7 @@ class Scheduler:
             self.prefix.make_room(request, fit)
         self.pool.grow(request.slot, fit)
         rows = request.prompt_logprob_rows(start, fit)
-        spans[request.id] = Span(request, start, fit, fit == request.num_total, rows)
+        spans[request.id] = Span(request, start, fit, fit == request.num_total, rows, wanted=self._wanted)
         self._tokens_left -= fit - start
         self._prompt_rows_left -= len(rows)
 
@@ -310,7 +369,8 @@ class Scheduler:
         if self.prefix is not None:
             self.prefix.leave(request)
         self.pool.release(request.slot)
-        request.slot = request.num_computed = 0
+        request.slot = request.num_computed = request.num_drafts = 0
+        request.drafts = ()
 
     def audit(self) -> None:
         """Proves that pages, slots and queues agree. Raises EngineError that names the first fault."""

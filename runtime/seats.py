@@ -52,26 +52,49 @@ class Seats:
             )
 
     def fill(self, views: Mapping[str, npt.NDArray[Any]], spans: Sequence[Span], sampled: Int64Array) -> int:
-        """Writes the inputs of the sampled rows (ascending, a row a sampling span). Returns the number of edits."""
+        """Writes the inputs of the sampled rows (ascending, of a span its own and its drafts'). The number of edits."""
         asking = [span for span in spans if span.samples]
         if not asking:
             return 0
-        rows = []
-        for request in (span.request for span in asking):
+        facts = []
+        for span in asking:
+            request = span.request
             owner = self._owners[request.slot]
             if owner is None or owner[0] is not request or owner[1] != request.num_preemptions:
                 self._seat(request)
-            rows.append((request.slot, request.num_sampled))
-        seats, counters = np.array(rows, dtype=np.int64).T
+            facts.append((request.slot, request.num_sampled, span.drafts, request.num_prompt))
+        seats_D, counters_D, drafts_D, prompts_D = np.array(facts, dtype=np.int64).T
+        starts_D = np.cumsum(1 + drafts_D) - 1 - drafts_D
+        owner_S = np.repeat(np.arange(len(asking)), 1 + drafts_D)
+        chain_S = np.arange(owner_S.size) - starts_D[owner_S]
+        seats_S = seats_D[owner_S]
         for name, array in self._arrays.items():
-            views[name][sampled] = array[seats]
-        views["noise_counters"][sampled] = counters
-        return self._fill_edits(views, asking, sampled) if self._edits[seats].any() else 0
+            views[name][sampled] = array[seats_S]
+        if "chain" in views:
+            views["chain"][sampled] = chain_S
+            views["noise_shifts"][sampled] = 1 - prompts_D[owner_S]
+            count = len(asking)
+            views["draft_starts"][:count] = sampled[starts_D]
+            views["draft_limits"][:count] = drafts_D
+            views["draft_seats"][:count] = seats_D
+            for name in ("temperature", "top_k", "top_p", "min_p") if "draft_keys" in views else ():
+                views[f"draft_{name}"][:count] = self._arrays[name][seats_D]
+            if "draft_keys" in views:
+                views["draft_keys"][:count] = self._arrays["noise_keys"][seats_D]
+        else:
+            views["noise_counters"][sampled] = counters_D
+        if not self._edits[seats_D].any():
+            return 0
+        rows = [(asking[i].request, int(counters_D[i] + c)) for i, c in zip(owner_S, chain_S, strict=True)]
+        return self._fill_edits(views, rows, sampled)
 
-    def _fill_edits(self, views: Mapping[str, npt.NDArray[Any]], asking: Sequence[Span], sampled: Int64Array) -> int:
+    def _fill_edits(
+        self, views: Mapping[str, npt.NDArray[Any]], rows: Sequence[tuple[Request, int]], sampled: Int64Array
+    ) -> int:  # fmt: skip
+        """`rows`: of each sampled row its request, and the number of the token that it chooses."""
         at = 0
-        for span, row in zip(asking, sampled.tolist(), strict=True):
-            tokens, values = _edits(span.request)
+        for (request, number), row in zip(rows, sampled.tolist(), strict=True):
+            tokens, values = _edits(request, number)
             stop = at + tokens.size
             views["edit_starts"][row], views["edit_stops"][row] = at, stop
             views["edit_tokens"][at:stop] = tokens
@@ -111,12 +134,15 @@ class Seats:
         return out
 
 
-def _edits(request: Request) -> tuple[Int64Array, npt.NDArray[np.float32]]:
-    """Distinct tokens and what is added to their logits: biases, and -inf for stop tokens until `min_tokens`."""
+def _edits(request: Request, number: int) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+    """Distinct tokens and what is added to their logits: biases, and -inf for stop tokens until `min_tokens`.
+
+    `number`: of the token that is chosen. Where steps in flight make it uncertain, it is beyond `min_tokens`.
+    """
     sampler = request.sampler
     assert sampler is not None
     tokens, values = sampler.bias
-    if request.num_sampled >= request.params.min_tokens or not sampler.stop_ids.size:
+    if number >= request.params.min_tokens or not sampler.stop_ids.size:
         return tokens, values
     kept = ~np.isin(tokens, sampler.stop_ids)
     masks = np.full(sampler.stop_ids.size, -np.inf, dtype=np.float32)

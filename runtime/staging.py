@@ -28,7 +28,9 @@ RESIDENT = frozenset({"page_table", "state_slots"})
 ALIGNMENT = 256
 FAR = 2**30
 """End of the null slot's sequence: far away, so that no ring keeps a padded token."""
-_PADDING: Mapping[str, int | float] = {"window_ends": -1, "temperature": 0.0, "top_p": 1.0, "repetition": 1.0}
+_PADDING: Mapping[str, int | float] = {
+    "window_ends": -1, "temperature": 0.0, "top_p": 1.0, "repetition": 1.0, "draft_top_p": 1.0
+}  # fmt: skip
 _EDITS = frozenset({"edit_tokens", "edit_values"})
 
 

@@ -94,9 +94,10 @@ class Work:
 class Build:
     """What a schedule emits for a node.
 
-    `cpp`: `source` is a file of schedules/cpp, `defines` the constants baked into it. `inductor`: the op's reference
-    is given to Inductor for the shapes in `signature`, and its C++ joins the library. `aten`: `source` is a name in
-    the runtime's vendor table. `gpu`: `launches` run one after another on the call's arguments.
+    `cpp`: `source` is a file of schedules/cpp, or `text` the C++ itself, `defines` the constants baked into it.
+    `inductor`: the op's reference is given to Inductor for the shapes in `signature`, and its C++ joins the library.
+    `aten`: `source` is a name in the runtime's vendor table. `gpu`: `launches` run one after another on the call's
+    arguments.
     """
 
     kind: Literal["cpp", "inductor", "aten", "gpu"]
@@ -104,6 +105,7 @@ class Build:
     defines: Mapping[str, int | float] = field(default_factory=dict)
     signature: tuple[Any, ...] = ()
     launches: tuple[TritonLaunch | TileLaunch, ...] = ()
+    text: str = ""
 
 
 def _accept(node: OpNode) -> str | None:
@@ -180,6 +182,7 @@ class Choice:
                 dict(build.defines),
                 build.signature,
                 *map(asdict, build.launches),
+                *([build.text] if build.text else []),
                 *([self._dtypes()] if build.launches else []),  # a launch takes its arguments' dtypes
                 dict(self.node.attrs),  # the manifest says them once a kernel
             ],

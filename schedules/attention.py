@@ -10,12 +10,13 @@ from __future__ import annotations
 from dsv4c.schedules._cpp import CPU, LANES, cost, float_rows
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule
 
-_KINDS = {"attend_window": 0, "attend_csa": 1, "attend_hca": 2}
+_KINDS = {"attend_window": 0, "attend_csa": 1, "attend_hca": 2, "attend_block": 3}
 
 
 def _accepts(node: OpNode) -> str | None:
     pool = node.inputs[1]
-    return float_rows(0, 1)(node) if pool is not None else "no pool"
+    rows = (0, 1, 3) if node.op == "attend_block" else (0, 1)
+    return float_rows(*rows)(node) if pool is not None else "no pool"
 
 
 def _build(node: OpNode, config: Config) -> Build:
@@ -25,6 +26,7 @@ def _build(node: OpNode, config: Config) -> Build:
     defines = {
         "KIND": _KINDS[node.op], "HEADS": heads, "DIM": dim, "WINDOW": attrs["window"], "PAGE": attrs["page"],
         "ENTRIES": attrs.get("entries_per_page", 1), "RATIO": attrs.get("ratio", 1), "ATTEND_SCALE": dim**-0.5,
+        "BLOCK": attrs.get("block", 1),
     }  # fmt: skip
     return Build("cpp", "attend.cc", defines)
 

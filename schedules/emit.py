@@ -177,8 +177,8 @@ def _unit(key: str, choice: Choice, tools: Toolchain, cache_dir: Path) -> _Unit:
         flags = (*_INDUCTOR, f"-DCPU_CAPABILITY_{capability}", f"-I{include}", f"-I{include}/torch/csrc/api/include")
         return _Unit(choice.node.describe(), text, flags)
     defines = {"SYMBOL": key, **{name: _literal(value) for name, value in sorted(build.defines.items())}}
-    text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + f'#include "{build.source}"\n'
-    return _Unit(choice.node.describe(), text, _OWN)
+    constants = "".join(f"#define {name} {value}\n" for name, value in defines.items())
+    return _Unit(choice.node.describe(), constants + (build.text or f'#include "{build.source}"\n'), _OWN)
 
 
 def _literal(value: float) -> str:

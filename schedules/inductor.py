@@ -28,6 +28,8 @@ _OWN_KERNELS = {
     "attend_window": "it would materialise every key of every token",
     "attend_csa": "it would materialise every key of every token",
     "attend_hca": "it would materialise every key of every token",
+    "attend_block": "it would materialise every key of every token",
+    "markov_draft": "its products need a library call",
     "index_topk": "it would materialise the score of every entry",
     "experts": "it would gather the weights of every token",
     "gate_bias": "it sorts",

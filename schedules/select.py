@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dsv4c.errors import ScheduleError
-from dsv4c.schedules import attention, compress, gate, hopper, hyper, inductor, linear, moe, norm, paging
+from dsv4c.schedules import attention, compress, dspark, gate, hopper, hyper, inductor, linear, moe, norm, paging
 from dsv4c.schedules._roofline import busy_seconds, seconds
 from dsv4c.schedules._schedule import Choice, Config, OpNode, Schedule, apply_layout
 from dsv4c.schedules._tuned import Tuned
@@ -20,6 +20,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     *hyper.SCHEDULES,
     *compress.SCHEDULES,
     *attention.SCHEDULES,
+    *dspark.SCHEDULES,
     *gate.SCHEDULES,
     *moe.SCHEDULES,
     *inductor.SCHEDULES,
@@ -27,9 +28,11 @@ SCHEDULES: tuple[Schedule, ...] = (
 )
 
 
-def candidates(node: OpNode, target: str) -> list[tuple[Schedule, str | None]]:
+def candidates(
+    node: OpNode, target: str, schedules: Sequence[Schedule] = SCHEDULES
+) -> list[tuple[Schedule, str | None]]:
     """The schedules for this op and target, each with its reason for refusing the node (None: it accepts)."""
-    known = [s for s in SCHEDULES if s.op in (node.op, "*") and target in s.targets]
+    known = [s for s in schedules if s.op in (node.op, "*") and target in s.targets]
     return [(schedule, schedule.accepts(node)) for schedule in known]
 
 
@@ -64,9 +67,9 @@ def choose(
     )
 
 
-def accepting(node: OpNode, target: str) -> list[Schedule]:
+def accepting(node: OpNode, target: str, schedules: Sequence[Schedule] = SCHEDULES) -> list[Schedule]:
     """The schedules that accept this node; ScheduleError naming op, shapes and every refusal if there is none."""
-    tried = candidates(node, target)
+    tried = candidates(node, target, schedules)
     found = [schedule for schedule, refusal in tried if refusal is None]
     if not found:
         refusals = "; ".join(f"`{schedule.name}`: {refusal}" for schedule, refusal in tried) or "none is registered"
@@ -76,27 +79,36 @@ def accepting(node: OpNode, target: str) -> list[Schedule]:
     return found
 
 
-def ranked(node: OpNode, target: str, symbols: Mapping[str, int]) -> list[tuple[float, Schedule, Config]]:
+def ranked(
+    node: OpNode, target: str, symbols: Mapping[str, int], schedules: Sequence[Schedule] = SCHEDULES
+) -> list[tuple[float, Schedule, Config]]:
     """Every config of every accepting schedule by its modelled seconds; the order of the registry breaks ties."""
     out = [
         (seconds(schedule.cost(node, symbols, config), target), schedule, config)
-        for schedule in accepting(node, target)
+        for schedule in accepting(node, target, schedules)
         for config in schedule.space(node, symbols)
     ]
     return sorted(out, key=lambda row: row[0])
 
 
-def select(node: OpNode, target: str, symbols: Mapping[str, int], tuned: Tuned | None = None) -> Choice:
+def select(
+    node: OpNode,
+    target: str,
+    symbols: Mapping[str, int],
+    tuned: Tuned | None = None,
+    schedules: Sequence[Schedule] = SCHEDULES,
+) -> Choice:
     """The fastest schedule at these symbol values by `tuned`'s measurements, else the cheapest by the cost model.
 
-    Raises ScheduleError naming op, shapes and refusals if none accepts.
+    `schedules` are those to choose from: the registry's, or a user's besides. Raises ScheduleError naming op, shapes
+    and refusals if none accepts.
     """
     row = tuned.best(node, target, symbols) if tuned else None
     if row is not None:
-        schedule = next((s for s in accepting(node, target) if s.name == row.schedule), None)
+        schedule = next((s for s in accepting(node, target, schedules) if s.name == row.schedule), None)
         if schedule is not None:
             return choose(schedule, node, target, symbols, row.reason(), row.config, row.microseconds * 1e-6)
-    order = ranked(node, target, symbols)
+    order = ranked(node, target, symbols, schedules)
     best, schedule, config = order[0]
     rivals = [(cost, other) for cost, other, _ in order[1:] if other is not schedule]
     if rivals:

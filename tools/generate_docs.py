@@ -33,7 +33,7 @@ def passes() -> str:
         for one in order((*RAISE, *FUSE, *chosen, Quantise(), CheckLowered())):
             out.append(
                 f"| `{one.name}` | {_summary(one)} | {_facts(one.needs)} | {_facts(one.gives)} "
-                f"| {'yes' if one.exact else f'no: {one.why}'} |"
+                f"| {'yes' if one.exact else f'to {one.tolerance:.2g}: {one.why}'} |"
             )
         out.append("")
     return "\n".join(out)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv4c.config import ModelConfig
+from dsv4c.config import DSpark, ModelConfig
 
 Kind = Literal["fp8", "fp4", "bf16", "f32", "i64"]
 Role = Literal["linear", "expert", "plain", "table"]
@@ -99,7 +99,7 @@ def stored_kind(spec: TensorSpec, dtype: str) -> Kind | None:
 
 
 def num_mtp_layers(config: ModelConfig) -> int:
-    """MTP blocks of the model: the entries of `compress_ratios` past the main layers."""
+    """MTP blocks or DSpark stages of the model: the entries of `compress_ratios` past the main layers."""
     return len(config.compress_ratios) - config.num_hidden_layers
 
 
@@ -187,6 +187,22 @@ def _mtp(config: ModelConfig, index: int) -> Iterator[TensorSpec]:
     yield from _block(config, prefix, config.num_hidden_layers + index, hashed=False)
 
 
+def _dspark(config: ModelConfig, spark: DSpark, stage: int) -> Iterator[TensorSpec]:
+    """A DSpark stage: the first reads the main model, the last one drafts."""
+    prefix, hidden, vocab, rank = f"mtp.{stage}", config.hidden_size, config.vocab_size, spark.markov_rank
+    if stage == 0:
+        tapped = hidden * len(spark.target_layer_ids)
+        yield TensorSpec(f"{prefix}.main_proj.weight", (hidden, tapped), "fp8", "linear")
+        yield TensorSpec(f"{prefix}.main_norm.weight", (hidden,), "bf16")
+    yield from _block(config, prefix, config.num_hidden_layers + stage, hashed=False)
+    if stage == spark.num_stages - 1:
+        yield from _hyper_head(config, f"{prefix}.")
+        yield TensorSpec(f"{prefix}.norm.weight", (hidden,), "bf16")
+        yield TensorSpec(f"{prefix}.markov_head.markov_w1.weight", (vocab, rank), "bf16")
+        yield TensorSpec(f"{prefix}.markov_head.markov_w2.weight", (vocab, rank), "bf16")
+        yield TensorSpec(f"{prefix}.confidence_head.proj.weight", (1, hidden + rank), "bf16")
+
+
 def _tensors(config: ModelConfig, mtp: bool) -> Iterator[TensorSpec]:
     vocab, hidden = config.vocab_size, config.hidden_size
     yield TensorSpec("embed.weight", (vocab, hidden), "bf16")
@@ -195,8 +211,9 @@ def _tensors(config: ModelConfig, mtp: bool) -> Iterator[TensorSpec]:
     yield from _hyper_head(config, "")
     yield TensorSpec("norm.weight", (hidden,), "bf16")
     yield TensorSpec("head.weight", (vocab, hidden), "bf16")
+    spark = config.dspark
     for index in range(num_mtp_layers(config) if mtp else 0):
-        yield from _mtp(config, index)
+        yield from _mtp(config, index) if spark is None else _dspark(config, spark, index)
 
 
 def inventory(config: ModelConfig, *, mtp: bool = True) -> dict[str, TensorSpec]:
@@ -205,7 +222,7 @@ def inventory(config: ModelConfig, *, mtp: bool = True) -> dict[str, TensorSpec]
 
 
 def is_mtp(name: str) -> bool:
-    """Whether a tensor or parameter belongs to an MTP block."""
+    """Whether a tensor or parameter belongs to an MTP block or a DSpark stage."""
     return name.startswith("mtp.")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dsv4c.commands import compile, inspect, plan, run, tune
+from dsv4c.commands import compile, explain, inspect, plan, run, tune
 
-COMMANDS = (compile, run, plan, tune, inspect)
+COMMANDS = (compile, run, plan, tune, inspect, explain)
 """In the order of `dsv4c --help`."""
 
 __all__ = ["COMMANDS"]

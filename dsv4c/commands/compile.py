@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsv4c.commands.arguments import positive
-from dsv4c.commands.models import preset_or_folder
+from dsv4c.commands.arguments import not_negative, positive
+from dsv4c.commands.models import chosen_model
 from dsv4c.commands.terminal import console, progress_bars
 from dsv4c.errors import ConfigError
 
@@ -22,6 +22,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--max-context", type=positive, help="longest request in tokens")
     parser.add_argument("--max-tokens", type=positive, help="tokens of one step (default 512, GPU 8192)")
     parser.add_argument("--max-requests", type=positive, help="requests of one step (default 64, GPU 256)")
+    parser.add_argument(
+        "--speculative-tokens", type=not_negative, default=0, metavar="K",
+        help="compile the MTP block to draft up to K tokens a step, 1 to 3 (default 0: none)",
+    )  # fmt: skip
     parser.add_argument("--num-layers", type=positive, help="only the first layers of a preset, to measure with")
     parser.add_argument("--fake-quant", action="store_true", help="fake-quantise KV entries as in training")
     parser.add_argument("--cache", type=Path, help="folder for built kernels (default: beside the artifact)")
@@ -30,34 +34,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compiles, or with `--dry-run` lowers and plans; 0 when done."""
-    from dsv4c.checkpoint.reader import Checkpoint
     from dsv4c.compile import Options, compile_artifact, lower, plan_artifact
-    from dsv4c.config import PRESETS, Target
+    from dsv4c.config import Target
     from dsv4c.describe import PassTable, plan_table
 
     target = Target(args.target)
-    folder = Path(args.model) if args.model not in PRESETS and Path(args.model).exists() else None
-    if folder is not None:
-        checkpoint = Checkpoint(folder)
-        checkpoint.validate()
-        config = checkpoint.config
-    else:
-        config = preset_or_folder(args.model)
-    whole = config.num_hidden_layers
-    truncated = args.num_layers is not None and args.num_layers != whole
-    if truncated:
-        if folder is not None:
-            raise ConfigError(
-                "`--num-layers` is for presets", hint="compile flash, pro or nano, and give it `--weights`"
-            )
-        config = config.truncated(args.num_layers)
-        print(f"a truncated model: the first {args.num_layers} of {whole} layers, for measurement", file=sys.stderr)
+    model = chosen_model(args.model, args.num_layers)
+    config = model.config
     max_tokens = args.max_tokens or (512 if target.arch == "cpu" else 8192)
     options = Options(
         max_context=args.max_context or min(config.max_position_embeddings, 131072),
         max_tokens=max_tokens,
         max_requests=min(args.max_requests or (64 if target.arch == "cpu" else 256), max_tokens),
         fake_quant=args.fake_quant,
+        speculative_tokens=args.speculative_tokens,
     )
     table = PassTable()
     if args.dry_run:
@@ -77,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
             progress.update(kernels, completed=done, total=total, detail=name)
 
         compile_artifact(
-            config, target, args.output, options, checkpoint=folder, cache=args.cache,
-            truncated_from=whole if truncated else None,
+            config, target, args.output, options, checkpoint=model.folder, cache=args.cache,
+            truncated_from=model.truncated_from,
             watch=lambda step: progress.update(passes, advance=1, detail=step.name), progress=built,
         )  # fmt: skip
     print(f"wrote {args.output} in {table.seconds:.1f} s", file=sys.stderr)

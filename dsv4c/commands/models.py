@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +13,41 @@ if TYPE_CHECKING:
     from dsv4c.config import ModelConfig
 
 
-def preset_or_folder(name: str) -> ModelConfig:
-    """The preset of this name; raises ConfigError for a path that does not exist, or an unknown name."""
+@dataclass(frozen=True)
+class Chosen:
+    """A model: its config, its checkpoint's folder if it has one, and how many layers it had if some are left out."""
+
+    config: ModelConfig
+    folder: Path | None
+    truncated_from: int | None
+
+
+def chosen_model(name: str, num_layers: int | None) -> Chosen:
+    """The model of MODEL and `--num-layers`; says on stderr if layers are left out.
+
+    Raises ConfigError for an unknown preset or a path that does not exist, CheckpointError for a bad checkpoint.
+    """
+    from dsv4c.checkpoint.reader import Checkpoint
+    from dsv4c.config import PRESETS
+
+    folder = Path(name) if name not in PRESETS and Path(name).exists() else None
+    if folder is not None:
+        checkpoint = Checkpoint(folder)
+        checkpoint.validate()
+        config = checkpoint.config
+    else:
+        config = _preset(name)
+    whole = config.num_hidden_layers
+    if num_layers is None or num_layers == whole:
+        return Chosen(config, folder, None)
+    if folder is not None:
+        raise ConfigError("`--num-layers` is for presets", hint="compile flash, pro or nano, and give it `--weights`")
+    config = config.truncated(num_layers)
+    print(f"a truncated model: the first {num_layers} of {whole} layers, for measurement", file=sys.stderr)
+    return Chosen(config, None, whole)
+
+
+def _preset(name: str) -> ModelConfig:
     from dsv4c.config import preset
 
     if any(c in name for c in "/\\.") or Path(name).is_absolute():

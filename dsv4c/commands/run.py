@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4c.commands.arguments import positive
+from dsv4c.commands.arguments import not_negative, positive
 from dsv4c.commands.terminal import progress_bars
 from dsv4c.errors import ConfigError
 
@@ -43,6 +43,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--gpu-memory-utilization", type=float, metavar="SHARE", help="of the card's memory to fill (default 0.92)"
     )
     parser.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its first token")
+    parser.add_argument(
+        "--speculative-tokens", type=not_negative, metavar="N",
+        help="most drafts verified in a step (default: as compiled; 0: off)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--executor", choices=("graph", "eager"), default="graph", help="GPU: capture CUDA graphs, or not")
@@ -80,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
         gpu_memory_utilization=args.gpu_memory_utilization,
         prefix_cache=not args.no_prefix_cache,
+        speculative_tokens=args.speculative_tokens,
         threads=args.threads,
         executor=args.executor,
         breaks=tuple(args.breaks),

@@ -197,12 +197,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sublayer's output [T, D], and the layer's state after this step."""
         table = step["rope_window"] if self.kind == "window" else step["rope_compressed"]
-        latent = self.q_norm(self.wq_a(x_TD))
-        q = self.q_rope(self.head_norm(self.wq_b(latent)), table)
-        kv = self.kv_rope(self.kv_norm(self.wkv(x_TD)), table)
-        if self.quantise is not None:
-            kv = self.quantise(kv)
-        after = {"window": self.write(state["window"], step["slots_window"], kv)}
+        latent, q = self.queries(x_TD, table)
+        after = {"window": self.write(state["window"], step["slots_window"], self.entries(x_TD, table))}
         where = (step["request_rows"], step["positions"], self.attn_sink)
         window = (q, after["window"], step["pages_window"])
         if self.kind == "window":
@@ -219,4 +215,19 @@ class Attention(nn.Module):
                 o = self.attend(*window, *entries, picks, *where)
             else:
                 o = self.attend(*window, *entries, *where)
-        return self.wo_b(self.wo_a(self.o_rope(o, table))), after
+        return self.output(o, table), after
+
+    def queries(self, x_TD: Tensor, table_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """The query latent [T, `q_lora_rank`], and the rotated queries [T, H, C]."""
+        latent = self.q_norm(self.wq_a(x_TD))
+        return latent, self.q_rope(self.head_norm(self.wq_b(latent)), table_TR)
+
+    def entries(self, x_TD: Tensor, table_TR: Tensor) -> Tensor:
+        """[T, C]: every row's key and value in one."""
+        kv: Tensor = self.kv_rope(self.kv_norm(self.wkv(x_TD)), table_TR)
+        return kv if self.quantise is None else self.quantise(kv)
+
+    def output(self, o_THC: Tensor, table_TR: Tensor) -> Tensor:
+        """[T, D]: what the heads found, rotated back and projected."""
+        out: Tensor = self.wo_b(self.wo_a(self.o_rope(o_THC, table_TR)))
+        return out

@@ -31,7 +31,7 @@ class StateTensor:
 
 
 def state_tensors(config: ModelConfig, layout: StateLayout) -> list[StateTensor]:
-    """All state of the main layers and the MTP block, in layer order."""
+    """All state of the main layers and the MTP block or DSpark stages, in layer order."""
     out: list[StateTensor] = []
     for layer in range(len(config.compress_ratios)):
         main = layer < config.num_hidden_layers
@@ -138,3 +138,23 @@ def make_step(
     for ratio in config.ratios:
         step[f"ends_{ratio}"] = torch.nonzero((positions + 1) % ratio == 0).squeeze(1)
     return {name: value.to(device) for name, value in step.items()}
+
+
+def make_draft(
+    config: ModelConfig,
+    layout: StateLayout,
+    accepted: Sequence[tuple[int, int, int]],
+    tokens: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Inputs of a DSpark draft for `accepted` of (request, its position, token id). `tokens` as given to `init_state`.
+
+    Everything before the position must have been absorbed. Adds `block_rows` [R], the first row of every block.
+    """
+    spark = config.dspark
+    assert spark is not None
+    noise = [spark.noise_token_id] * (spark.block_size - 1)
+    spans = [(request, position, torch.tensor([token, *noise])) for request, position, token in accepted]
+    step = make_step(config, layout, spans, tokens, device=device)
+    return {**step, "block_rows": torch.arange(len(spans), device=device) * spark.block_size}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.model.block import Block, _small
+from dsv4c.model.dspark import DSparkStage, ExtendTap, StreamMean
 from dsv4c.model.hyper import HyperHead
 from dsv4c.model.linear import Linear
 from dsv4c.model.mtp import MultiTokenPredictor
@@ -85,7 +86,7 @@ def groups_of_ratio(config: ModelConfig, ratio: int) -> tuple[str, ...]:
 
 
 class Transformer(nn.Module):
-    """The main model and its MTP block. Parameter names are the checkpoint's; routed experts are stacked."""
+    """The main model and its MTP block or DSpark stages. Parameter names are the checkpoint's; experts are stacked."""
 
     def __init__(self, config: ModelConfig, layout: StateLayout | None = None, *, fake_quant: bool = False) -> None:
         super().__init__()
@@ -101,12 +102,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, self.layout, i, fake_quant=fake_quant) for i in range(config.num_hidden_layers)
         )
-        has_mtp = config.num_nextn_predict_layers == 1 and len(config.compress_ratios) > config.num_hidden_layers
-        self.mtp = nn.ModuleList([MultiTokenPredictor(config, self.layout, fake_quant=fake_quant)] if has_mtp else [])
+        self.mtp = nn.ModuleList(_drafter(config, self.layout, fake_quant=fake_quant))
         self.prelude = Prelude(config, self.layout)
         self.streams = EmbedStreams(n)
         self.take_rows = TakeRows()
         self.embed_next = Embed()
+        self.tap_first, self.tap_next = StreamMean(), ExtendTap()
         self.hc_head = HyperHead(config.rms_norm_eps, config.hc_eps)
 
     def embed_tokens(self, step: dict[str, Tensor]) -> Tensor:
@@ -143,6 +144,9 @@ class Transformer(nn.Module):
         assert isinstance(block, MultiTokenPredictor)
         return block
 
+    def _stages(self) -> list[DSparkStage]:
+        return [stage for stage in self.mtp if isinstance(stage, DSparkStage)]
+
     def mtp_streams(self, x_TND: Tensor, next_ids: Tensor) -> Tensor:
         """The MTP block's input streams, from the main model's last streams and the next tokens' ids."""
         return self._mtp().merge(x_TND, self.embed_next(next_ids, self.embed.weight))
@@ -159,3 +163,46 @@ class Transformer(nn.Module):
         step = {**step, **self.prelude(step)}
         x, own = self.mtp[0](self.mtp_streams(x_TND, next_ids), {"window": state["mtp.0.window"]}, step)
         return self.mtp_head(x, step["logit_rows"]), {**state, "mtp.0.window": own["window"]}
+
+    def tap(self, streams: list[Tensor]) -> Tensor:
+        """[T, F]: what DSpark reads of a step, from the streams that `run` gives."""
+        spark = self.config.dspark
+        assert spark is not None
+        first, *others = (streams[layer + 1] for layer in spark.target_layer_ids)
+        out: Tensor = self.tap_first(first)
+        for x in others:
+            out = self.tap_next(out, x)
+        return out
+
+    def absorb(self, tap_TF: Tensor, step: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state with these tokens' entries in the window of every DSpark stage."""
+        window = ("pages_window", "request_rows", "positions")
+        made = {
+            "rope_window": self.prelude.rope_window(step["positions"]),
+            "slots_window": self.prelude.slots_window(*(step[name] for name in window)),
+        }
+        stages, after = self._stages(), dict(state)
+        main_x = stages[0].main(tap_TF)
+        for i, stage in enumerate(stages):
+            after[f"mtp.{i}.window"] = stage.attn.absorb(main_x, state[f"mtp.{i}.window"], made)
+        return after
+
+    def draft(self, step: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Drafts int64 [R, B] and confidences float32 [R, B] of a step made by `make_draft`; state does not change."""
+        step = {**step, "rope_window": self.prelude.rope_window(step["positions"])}
+        x = self.embed_tokens(step)
+        for i, stage in enumerate(self._stages()):
+            x, _ = stage(x, {"window": state[f"mtp.{i}.window"]}, step)
+        return self.draft_head(x, step)
+
+    def draft_head(self, x_TND: Tensor, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Drafts and confidences, from the last stage's streams."""
+        return self._stages()[-1].choose(x_TND, self.head, step)
+
+
+def _drafter(config: ModelConfig, layout: StateLayout, *, fake_quant: bool) -> list[Block]:
+    """What the checkpoint keeps under `mtp`, by the config's keys."""
+    spark = config.dspark
+    if spark is not None:
+        return [DSparkStage(config, layout, spark, i, fake_quant=fake_quant) for i in range(spark.num_stages)]
+    return [MultiTokenPredictor(config, layout, fake_quant=fake_quant)] if config.drafter == "mtp" else []

@@ -11,8 +11,9 @@ from typing import Any
 
 from dsv4c.model import attention as plain_attention
 from dsv4c.model import compressor, indexer, linear, moe, mtp, norm, paging, quant, rope, transformer
+from dsv4c.model import dspark as plain_dspark
 from dsv4c.model import hyper as plain_hyper
-from dsv4c.ops import attention, compress, experts, fused, hyper, index, linears, rows, sampling
+from dsv4c.ops import attention, compress, dspark, experts, fused, hyper, index, linears, rows, sampling, speculation
 from dsv4c.ops._op import DTYPE_BYTES, Index, Op, TensorType
 
 __all__ = ["DTYPE_BYTES", "LEAVES", "OPS", "VIEWS", "Index", "Op", "TensorType"]
@@ -109,6 +110,7 @@ _ALL = (
     Op("swiglu", moe.swiglu),
     Op("experts", moe.experts, flops=_experts_flops, indices={"experts_TK": Index("w1_EID")}),
     Op("add_embedding", mtp.add_embedding),
+    *dspark.OPS,
     # fused
     Op("hc_pre_norm", fused.hc_pre_norm, outputs=3, flops=_hc_flops),
     Op("hc_post_pre_norm", fused.hc_post_pre_norm, outputs=4, flops=_hc_flops),
@@ -118,6 +120,8 @@ _ALL = (
     Op("norm_rope_write", fused.norm_rope_write, in_place={0: "pool"}, indices=_SLOTS),
     Op("swiglu_pair", fused.swiglu_pair),
     Op("columns", fused.columns),
+    Op("stream_rows", fused.stream_rows),
+    Op("row_streams", fused.row_streams),
     # of stored formats
     *hyper.OPS,
     *rows.OPS,
@@ -127,11 +131,12 @@ _ALL = (
     *experts.OPS,
     *linears.OPS,
     *sampling.OPS,
+    *speculation.OPS,
 )
 
 OPS: Mapping[str, Op] = {op.name: op for op in _ALL}
 
-VIEWS: frozenset[str] = frozenset({"columns", "split_heads"})
+VIEWS: frozenset[str] = frozenset({"columns", "row_streams", "split_heads", "stream_rows"})
 
 LEAVES: Mapping[str, str] = {
     f"{cls.__module__}.{cls.__qualname__}": name
@@ -166,5 +171,9 @@ LEAVES: Mapping[str, str] = {
         (moe.Swiglu, "swiglu"),
         (moe.Experts, "experts"),
         (mtp.AddEmbedding, "add_embedding"),
+        (plain_dspark.StreamMean, "mean_streams"),
+        (plain_dspark.ExtendTap, "extend_tap"),
+        (plain_dspark.AttendBlock, "attend_block"),
+        (plain_dspark.MarkovDraft, "markov_draft"),
     )
 }

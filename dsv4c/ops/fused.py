@@ -95,6 +95,17 @@ def columns(x: Tensor, *, start: int, length: int) -> Tensor:
     return x.narrow(-1, start, length)
 
 
+def stream_rows(x_TNC: Tensor) -> Tensor:
+    """[T, N, C] as [T * N, C]: a view, never a kernel."""
+    return x_TNC.flatten(0, 1)
+
+
+def row_streams(x_RC: Tensor, *, streams: int) -> Tensor:
+    """[T * N, C] as [T, N, C]: a view, never a kernel."""
+    out: Tensor = x_RC.unflatten(0, (-1, streams))
+    return out
+
+
 def split_heads(q: Tensor, *, num_heads: int) -> Tensor:
     """[T, H * C] as [T, H, C]: a view, never a kernel."""
     heads: Tensor = q.unflatten(-1, (num_heads, -1))

@@ -1,7 +1,8 @@
-// attend_window, attend_csa, attend_hca: softmax over the window, the picked (KIND 1) or all completed (KIND 2)
-// compressed entries and the sink, times the keys. A task is up to TB neighbouring tokens of one request and HB heads:
-// their window keys (and hca entries) are packed once; logits of one task only are kept. Tiles of 16 keys are aligned
-// to positions and entry numbers, so that sums do not depend on the task's other tokens.
+// attend_window, attend_csa, attend_hca, attend_block: softmax over the window, the picked (KIND 1) or all completed
+// (KIND 2) compressed entries or the rows of a token's own block (KIND 3), and the sink, times the keys. A task is up to
+// TB neighbouring tokens of one request and HB heads: their window keys (and hca entries, and block) are packed once;
+// logits of one task only are kept. Tiles of 16 keys are aligned to positions and entry numbers, so that sums do not
+// depend on the task's other tokens. The window of a block is that of its first row, which it does not hold.
 #include "keys.h"
 
 namespace {
@@ -31,13 +32,19 @@ inline void mask(float* logits, int64_t tiles, int64_t from, int64_t to, vf& top
 DSV4C_KERNEL {
   int i = 0;
   Tensor q = a[i++], pool = a[i++], pages = a[i++];
-#if KIND
+#if KIND == 1 || KIND == 2
   Tensor entry_pool = a[i++], entry_pages = a[i++];
 #endif
 #if KIND == 1
   Tensor picks = a[i++];
+#elif KIND == 3
+  Tensor own = a[i++];
 #endif
-  Tensor requests = a[i++], positions = a[i++], sink = a[i++], y = a[i++];
+  Tensor requests = a[i++], positions = a[i++];
+#if KIND == 3
+  Tensor block_rows = a[i++];
+#endif
+  Tensor sink = a[i++], y = a[i++];
   a.expect(i);
   const int64_t T = q.size(0), C = DIM;
   const int64_t *request = requests.data<int64_t>(), *position = positions.data<int64_t>();
@@ -48,7 +55,15 @@ DSV4C_KERNEL {
   blocks.clear();
   for (int64_t t = 0; t < T; ++t) {
     const int64_t r = request[t], p = position[t];
-    if (r < 0 || r >= pages.size(0) || p < 0 || p / PAGE >= pages.size(1))
+    if (r < 0 || r >= pages.size(0)) throw std::runtime_error("a token's request has no page table");
+#if KIND == 3
+    const int64_t row = block_rows.data<int64_t>()[r];
+    if (row < 0 || row + BLOCK > T) throw std::runtime_error("a block lies outside the batch");
+    const int64_t newest = position[row] - 1;
+#else
+    const int64_t newest = p;
+#endif
+    if (newest < (KIND == 3 ? -1 : 0) || newest / PAGE >= pages.size(1))
       throw std::runtime_error("a position lies outside its page table");
     if (!blocks.empty()) {
       Block& b = blocks.back();
@@ -70,12 +85,20 @@ DSV4C_KERNEL {
     static thread_local Scratch s;
     const Block b = block[task / head_blocks];
     const int64_t h0 = task % head_blocks * HB, heads = std::min<int64_t>(HB, HEADS - h0), M = b.n * heads;
-    const int64_t r = request[b.t], p0 = position[b.t], p1 = p0 + b.n - 1;
-    const int64_t first = std::max<int64_t>(0, p0 - WINDOW + 1), base = first / VL * VL;
+    const int64_t r = request[b.t], p0 = position[b.t];
+#if KIND == 3
+    const int64_t row0 = block_rows.data<int64_t>()[r], p1 = position[row0] - 1;
+#else
+    const int64_t p1 = p0 + b.n - 1;
+#endif
+    const int64_t first = std::max<int64_t>(0, (KIND == 3 ? p1 : p0) - WINDOW + 1), base = first / VL * VL;
     const int64_t window_tiles = (p1 + 1 - base + VL - 1) / VL, window_keys = window_tiles * VL;
     int64_t entry_tiles = 0;
 #if KIND == 2
     const int64_t most = std::min((p1 + 1) / RATIO, entry_pages.size(1) * ENTRIES);
+    entry_tiles = (most + VL - 1) / VL;
+#elif KIND == 3
+    const int64_t most = BLOCK;
     entry_tiles = (most + VL - 1) / VL;
 #elif KIND == 1
     int64_t most = 0;  // the most picks of a token in the block; -1 can only follow the last pick
@@ -113,12 +136,16 @@ DSV4C_KERNEL {
 #if KIND == 2
     for (int64_t k = 0; k < entries; ++k)
       entry_keys[k] = row_of(entry_pool, entry_pages, r, std::min(k, most - 1), ENTRIES);
+#elif KIND == 3
+    for (int64_t k = 0; k < entries; ++k) entry_keys[k] = own.row(row0 + std::min(k, most - 1));
+#endif
+#if KIND >= 2
     if (entries) score(entry_keys, 0, M, window_keys, entry_tiles);
 #endif
     int64_t seen[TB] = {};
     for (int64_t t = 0; t < b.n; ++t) {
-#if KIND == 2
-      seen[t] = std::min((p0 + t + 1) / RATIO, most);
+#if KIND >= 2
+      seen[t] = KIND == 3 ? most : std::min((p0 + t + 1) / RATIO, most);
       const int64_t tiles = entry_tiles;
 #elif KIND == 1
       const int64_t* pick = picks.row<int64_t>(b.t + t);
@@ -133,11 +160,12 @@ DSV4C_KERNEL {
 #else
       const int64_t tiles = 0;
 #endif
-      const int64_t from = std::max<int64_t>(0, p0 + t - WINDOW + 1);
+      const int64_t from = KIND == 3 ? first : std::max<int64_t>(0, p0 + t - WINDOW + 1);
+      const int64_t to = KIND == 3 ? p1 + 1 : p0 + t + 1;
       for (int64_t m = t * heads; m < (t + 1) * heads; ++m) {
         float* l = s.logits.data() + m * stride;
         vf top = splat(-INFINITY);
-        mask(l, window_tiles, from - base, p0 + t + 1 - base, top);
+        mask(l, window_tiles, from - base, to - base, top);
         mask(l + window_keys, tiles, 0, seen[t], top);
         const float sunk = sink.data()[h0 + m % heads], peak = std::max(maximum(top), sunk);
         vf total{};
@@ -151,7 +179,7 @@ DSV4C_KERNEL {
       }
     }
     add_all_values(weights, M, s.keys.data(), first - base, p1 + 1 - base, C, outs);
-#if KIND == 2
+#if KIND >= 2
     add_all_values(entry_weights, M, entry_keys, 0, most, C, outs);
 #elif KIND == 1
     for (int64_t t = 0; t < b.n; ++t)

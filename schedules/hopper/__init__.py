@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from dsv4c.schedules._schedule import Schedule
-from dsv4c.schedules.hopper import attention, compress, experts, gate, hyper, index, linear, rows, sampling, tile
+from dsv4c.schedules.hopper import (
+    attention,
+    compress,
+    experts,
+    gate,
+    hyper,
+    index,
+    linear,
+    rows,
+    sampling,
+    speculation,
+    tile,
+)
 
 SCHEDULES: tuple[Schedule, ...] = (
     *hyper.SCHEDULES,
@@ -15,5 +27,6 @@ SCHEDULES: tuple[Schedule, ...] = (
     *linear.SCHEDULES,
     *gate.SCHEDULES,
     *sampling.SCHEDULES,
+    *speculation.SCHEDULES,
     *tile.SCHEDULES,
 )

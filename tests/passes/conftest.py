@@ -8,6 +8,8 @@ import torch
 from dsv4c.capturing import capture
 from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.model import Transformer
+from dsv4c.passes import RAISE
+from dsv4c.pipeline import Pipeline
 from dsv4c.program import Program
 
 SMALL = ModelConfig(
@@ -22,6 +24,12 @@ LAYOUT = StateLayout(window_page=8, block_tokens=16)
 @pytest.fixture(scope="session")
 def captured() -> Program:
     return capture(SMALL, LAYOUT)
+
+
+@pytest.fixture(scope="session")
+def stitched(captured: Program) -> Program:
+    """Raised and stitched; what passes behind the stitch begin with."""
+    return Pipeline(RAISE).run(captured)
 
 
 @pytest.fixture(scope="session")

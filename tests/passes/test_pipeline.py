@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 from dsv4c.capturing import capture
-from dsv4c.errors import ConfigError, PassError
+from dsv4c.errors import ConfigError, PassError, RaiseError
 from dsv4c.interpret import run
 from dsv4c.model import Transformer, init_state, make_step
 from dsv4c.passes import FUSE, RAISE, WIDEN, CheckLowered, Quantise, default_pipeline
@@ -22,6 +22,8 @@ from dsv4c.weights import stored_formats
 from tests.passes.conftest import LAYOUT, SMALL
 
 ALL = (*RAISE, *FUSE, *WIDEN, Quantise(), CheckLowered())
+LATE = Pipeline((*FUSE, *WIDEN, Quantise(), CheckLowered()))
+"""What runs behind the stitch."""
 TOKENS = 60
 
 
@@ -140,3 +142,168 @@ def test_fake_quantisation_lowers_too_and_stays_between_rotation_and_write() -> 
     writes = lowered.find("dsv4.page_write")
     assert writes and not lowered.find("dsv4.norm_rope_write")
     assert {w.args[2].target.name for w in writes} == {"quantise_kv", "quantise_index"}
+
+
+def test_a_pass_that_says_nothing_of_its_rewrites_is_an_error_that_shows_the_first(stitched: Program) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Silent(Pass):
+        name: ClassVar[str] = "silent"
+
+        def run(self, graph: fx.Graph) -> int:
+            for node in [n for n in graph.nodes if n.op == "call_function" and "rms_norm" in str(n.target)]:
+                node.kwargs = {"eps": 0.5}
+            return 0
+
+    with pytest.raises(
+        PassError, match=r"`silent` reports 0 rewrites but the program's text is changed, first at `-  %"
+    ):
+        Pipeline((Silent(),)).run(stitched)
+
+
+def test_a_pass_that_raises_is_an_error_that_names_it_and_what_ran_before(captured: Program) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Faulty(Pass):
+        name: ClassVar[str] = "faulty"
+
+        def run(self, graph: fx.Graph) -> int:
+            return len(graph.nodes) // 0
+
+    with pytest.raises(
+        PassError, match=r"pass `faulty` raised ZeroDivisionError: .* \(.*test_pipeline.py, line"
+    ) as error:
+        Pipeline.default("cpu").with_(Faulty(), after="canonicalize").run(captured)
+    assert error.value.hint == "ran before: canonicalize"
+
+
+def test_an_error_of_a_raising_pass_keeps_its_class_and_names_the_pass(captured: Program) -> None:
+    changed = captured.clone()
+    node = changed.find("aten.rsqrt.default")[0]
+    node.target = torch.ops.aten.sqrt.default
+    with pytest.raises(RaiseError, match=r"pass `raise-\w+`: module `.*` .* is not `dsv4\.") as error:
+        Pipeline.default("cpu").run(changed)
+    assert "ran before: canonicalize" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("leave", "message"),
+    [
+        (lambda graph: None, r"returned None, not the number of its rewrites"),
+        (lambda graph: "all", r"returned 'all', not the number"),
+    ],
+)
+def test_a_pass_that_counts_nothing_is_an_error(captured: Program, leave: object, message: str) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Uncounted(Pass):
+        name: ClassVar[str] = "uncounted"
+
+        def apply(self, program: Program) -> int:
+            return leave(program)  # type: ignore[operator,no-any-return]
+
+    with pytest.raises(PassError, match=f"pass `uncounted` {message}"):
+        Pipeline((Uncounted(),)).run(captured)
+
+
+def test_a_call_without_a_type_and_a_broken_graph_are_errors(stitched: Program) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Untyped(Pass):
+        name: ClassVar[str] = "untyped"
+
+        def run(self, graph: fx.Graph) -> int:
+            found = [n for n in graph.nodes if n.op == "call_function" and "rms_norm" in str(n.target)]
+            for node in found:
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(graph.call_function(node.target, node.args, node.kwargs))
+            return len(found)
+
+    @dataclasses.dataclass(frozen=True)
+    class Backwards(Pass):
+        name: ClassVar[str] = "backwards"
+
+        def run(self, graph: fx.Graph) -> int:
+            next(iter(graph.nodes)).prepend(next(n for n in graph.nodes if n.op == "call_function"))
+            return 1
+
+    with pytest.raises(PassError, match=r"`untyped` leaves `%.* = dsv4.rms_norm\(.*` .*without `meta\['type'\]`"):
+        Pipeline((Untyped(),)).run(stitched)
+    with pytest.raises(PassError, match=r"`backwards` leaves graph `step` broken"):
+        Pipeline((Backwards(),)).run(stitched)
+
+
+class Contract(Pass):
+    """A pass that rewrites nothing, for its facts."""
+
+    def __init__(self, name: str, needs: str = "", gives: str = "", breaks: str = "") -> None:
+        for key, value in (("name", name), *((k, frozenset(v.split())) for k, v in
+                           (("needs", needs), ("gives", gives), ("breaks", breaks)))):  # fmt: skip
+            object.__setattr__(self, key, value)
+
+    def run(self, graph: fx.Graph) -> int:
+        return 0
+
+
+def test_a_cycle_of_needs_is_an_error_that_shows_it() -> None:
+    passes = [Contract("a", "x", "y"), Contract("b", "y", "z"), Contract("c", "z", "x"), Contract("start", gives="s")]
+    with pytest.raises(PassError, match="`a` needs `x` of `c`, `c` needs `z` of `b`, `b` needs `y` of `a`") as error:
+        order(passes)
+    assert error.value.hint == "ran before: start"
+
+
+def test_a_fact_without_a_checker_is_an_error_and_a_pass_may_bring_one(captured: Program) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Tidy(Contract):
+        name: ClassVar[str] = "tidy"
+        gives: ClassVar[frozenset[str]] = frozenset({"tidy"})
+
+    @dataclasses.dataclass(frozen=True)
+    class Checked(Tidy):
+        checkers = {"tidy": lambda program: program.find("dsv4.rope")[:1]}  # noqa: RUF012
+
+    with pytest.raises(PassError, match="after pass `tidy`: nothing checks the fact `tidy`"):
+        Pipeline((Tidy(),)).run(captured)
+    assert "tidy" in Pipeline((Checked(),)).run(captured).facts
+    ropes = Pipeline(tuple(p for p in RAISE if p.name in ("canonicalize", "raise-rope")))
+    with pytest.raises(
+        PassError, match=r"after pass `raise-rope` the fact `tidy` does not hold at `%\w+ = dsv4.rope\("
+    ):
+        ropes.with_(Checked(), after="canonicalize").run(captured)
+
+
+def test_a_pass_can_run_directly_after_another() -> None:
+    pipeline = Pipeline.default("cpu").with_(Contract("mine"), after="fuse-hc-norm").with_(Contract("zz"), after="mine")
+    names = [p.name for p in pipeline.ordered()]
+    assert names[names.index("fuse-hc-norm") :][:3] == ["fuse-hc-norm", "mine", "zz"]
+    assert [n for n in names if n not in ("mine", "zz")] == [p.name for p in Pipeline.default("cpu").ordered()]
+
+
+def test_where_a_pass_cannot_run_is_an_error() -> None:
+    pipeline = Pipeline.default("cpu")
+    with pytest.raises(PassError, match="`mine` is to run directly after `canonicalize` but needs `stitched`, which"):
+        pipeline.with_(Contract("mine", "stitched"), after="canonicalize").ordered()
+    with pytest.raises(ConfigError, match="has a pass `stitch` already"):
+        pipeline.with_(Contract("stitch"))
+    with pytest.raises(ConfigError, match="did you mean `stitch`"):
+        pipeline.with_(Contract("mine"), after="stich")
+    with pytest.raises(ConfigError, match="`mine` is to run directly after `stitch`"):
+        pipeline.with_(Contract("mine"), after="stitch").without("stitch")
+    with pytest.raises(ConfigError, match="did you mean `cpu`"):
+        Pipeline.default("cpuu")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [p.name for p in (*FUSE, *WIDEN)])
+def test_without_any_fusion_the_pipeline_still_lowers_to_the_same_logits(
+    stitched: Program, model: Transformer, name: str
+) -> None:
+    ids = torch.randint(0, SMALL.vocab_size, (TOKENS,))
+    step, state = make_step(SMALL, LAYOUT, [(0, 0, ids)], TOKENS), init_state(SMALL, LAYOUT, 1, TOKENS)
+    logits, _ = model(step, state)
+    lowered = LATE.without(name).run(stitched)
+    assert "lowered" in lowered.facts and name not in [r.name for r in lowered.history]
+    got = run(lowered, "step", step, state, dict(model.state_dict()))
+    torch.testing.assert_close(got["logits"], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_knows_the_facts_after_it(captured: Program) -> None:
+    steps = {step.name: step for step in Pipeline.default("cpu").steps(captured)}
+    assert steps["stitch"].facts == steps["raise-rope"].facts | {"stitched"}
+    assert not steps["raise-quant"].changed and steps["stitch"].changed

@@ -14,7 +14,9 @@ from dsv4c.compile import Options, lower
 from dsv4c.config import StateLayout
 from dsv4c.interpret import greedy_sampling, program_state, program_weights, run
 from dsv4c.model import Transformer, init_state, make_step
+from dsv4c.ops import Op
 from dsv4c.program import Program
+from dsv4c.provenance import is_call, origin_of, passes_of
 
 TOKENS = 300
 LAYOUT = StateLayout()
@@ -48,6 +50,17 @@ def test_inexact_passes_say_by_how_much(lowered: Program) -> None:
     for record in lowered.history:
         assert record.exact or record.why, record.name
     assert {r.name for r in lowered.history if not r.exact} >= {"pack-state", "store-linears", "narrow-activations"}
+
+
+def test_every_call_knows_where_it_comes_from(lowered: Program) -> None:
+    added = {"dsv4.feed_tokens", "dsv4.edit_logits", "dsv4.sample_penalised", "dsv4.keep_tokens"}
+    for node in lowered.nodes():
+        if is_call(node) and isinstance(node.target, Op):
+            assert passes_of(node), node.format_node()
+            of_model = all(".py:" in place for place in origin_of(node))
+            assert origin_of(node) and of_model == (node.target.__name__ not in added), node.format_node()
+    (fed,) = lowered.find("dsv4.feed_tokens")
+    assert origin_of(fed) == ("pass append-sampling",)
 
 
 @torch.no_grad()

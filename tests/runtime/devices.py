@@ -29,6 +29,7 @@ from dsv4c.runtime.loader import allocate, device_rows
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Event, Request
 from dsv4c.runtime.scheduler import Limits
+from dsv4c.runtime.speculation import Speculation
 from dsv4c.runtime.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -46,10 +47,10 @@ class Planned:
     plain: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, checkpoint: Path) -> Planned:
+    def of(cls, checkpoint: Path, options: Options = OPTIONS) -> Planned:
         source = Checkpoint(checkpoint)
-        program = lower(source.config, OPTIONS, arch="sm_90a")
-        manifest = planned_manifest(program, Target("sm_90a"), OPTIONS)
+        program = lower(source.config, options, arch="sm_90a")
+        manifest = planned_manifest(program, Target("sm_90a"), options)
         weights, _ = load_weights(manifest.weights, source)
         return cls(program, manifest, weights, plain_weights(manifest, weights))
 
@@ -118,8 +119,11 @@ def device_engine(
     executor = make(programs, binder or planned.references(), planned.weights, states, CPU, rows=rows, **options)
     pool = KVPool(manifest.kv_groups, sizes, track=True)
     made = runner(executor, pool, vocab_size=manifest.vocab_size)
-    limits = limits or Limits(max_requests=requests, max_step_tokens=bounds.tokens, max_logit_rows=bounds.rows)
-    return Engine(made, pool=pool, vocab_size=manifest.vocab_size, limits=limits)
+    limits = limits or Limits(
+        max_requests=requests, max_step_tokens=bounds.tokens, max_logit_rows=bounds.rows, mixed_drafts=False
+    )
+    speculation = Speculation(limits.speculative_tokens, fixed=True)
+    return Engine(made, pool=pool, vocab_size=manifest.vocab_size, limits=limits, speculation=speculation)
 
 
 def drain(engine: Engine, requests: Sequence[Request]) -> dict[str, list[Event]]:

@@ -14,6 +14,7 @@ from dsv4c.schedules._schedule import OpNode, Role, Value
 N, D, H, C, R = 4, 64, 8, 32, 16  # streams, hidden, heads, head channels, rotated channels
 WINDOW, PAGE, RATIO, ENTRIES, TOPK = 24, 16, 4, 8, 12
 EXPERTS, PICKED, INNER, VOCAB = 8, 2, 48, 96
+BLOCK, RANK = 5, 32
 
 
 @dataclass
@@ -306,6 +307,53 @@ def _attend(kind: str) -> Make:
     return make
 
 
+def _mean_streams(i: Inputs, t: int) -> dict[str, object]:
+    i.add(torch.randn(t, N, D), "T")
+    return {}
+
+
+def _extend_tap(i: Inputs, t: int) -> dict[str, object]:
+    i.add(torch.randn(t, 2 * D), "T")
+    return _mean_streams(i, t)
+
+
+def _blocks(requests: int) -> Tensor:
+    """The first row of each request's block; blocks may come in any order."""
+    return torch.randperm(requests) * BLOCK
+
+
+def _attend_block(i: Inputs, t: int) -> dict[str, object]:
+    """`t` requests: one that is new, others with less than a window, and with more."""
+    starts = torch.tensor([(0, 1, 17, 24, 70, 103)[r % 6] for r in range(t)], dtype=torch.int64)
+    rows = _blocks(t)
+    requests = torch.empty(t * BLOCK, dtype=torch.int64)
+    requests[(rows.unsqueeze(1) + torch.arange(BLOCK)).flatten()] = torch.arange(t).repeat_interleave(BLOCK)
+    columns = -(-128 // PAGE)
+    i.add(torch.randn(t * BLOCK, H, C), "T")
+    i.add(torch.randn((1 + t * columns) * PAGE, C), "N", role="pool")
+    i.add(1 + torch.randperm(t * columns).view(t, columns), "R", "P", role="input")
+    i.add(torch.randn(t * BLOCK, C), "T")
+    i.add(requests, "T", role="input")
+    i.add(starts[requests] + torch.arange(BLOCK).repeat(t), "T", role="input")
+    i.add(rows, "R", role="input")
+    i.add(torch.randn(H), role="weight")
+    return {"window": WINDOW, "page": PAGE, "block": BLOCK}
+
+
+def _markov_draft(exact: bool) -> Make:
+    def make(i: Inputs, t: int) -> dict[str, object]:
+        i.add(torch.randn(t * BLOCK, VOCAB), "T")
+        i.add(torch.randn(t * BLOCK, D), "T")
+        i.add(torch.randint(0, VOCAB, (t * BLOCK,)), "T", role="input")
+        i.add(_blocks(t), "R", role="input")
+        i.weight(VOCAB, RANK, exact=exact)
+        i.weight(VOCAB, RANK, exact=exact)
+        i.weight(1, D + RANK)
+        return {"block": BLOCK}
+
+    return make
+
+
 def _index_topk(i: Inputs, t: int) -> dict[str, object]:
     batch = Batch(t)
     i.add(torch.randn(t, H, C), "T")
@@ -403,6 +451,11 @@ CASES: dict[str, tuple[str, Make]] = {
     "attend_window": ("attend_window", _attend("window")),
     "attend_csa": ("attend_csa", _attend("csa")),
     "attend_hca": ("attend_hca", _attend("hca")),
+    "mean_streams": ("mean_streams", _mean_streams),
+    "extend_tap": ("extend_tap", _extend_tap),
+    "attend_block": ("attend_block", _attend_block),
+    "markov_draft-bfloat16": ("markov_draft", _markov_draft(True)),
+    "markov_draft-float32": ("markov_draft", _markov_draft(False)),
     "index_topk": ("index_topk", _index_topk),
     "gate_bias": ("gate_bias", _gate_bias),
     "gate_hash": ("gate_hash", _gate_hash),

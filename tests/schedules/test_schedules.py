@@ -88,7 +88,7 @@ CHOSEN = [p for p in PAIRS if ".cpp_" in p[1] or p[0] in ("swiglu", "swiglu_pair
 def test_a_row_does_not_depend_on_its_batch(name: str, schedule: str, built: Built) -> None:
     """Bit for bit, so that a request alone and in a batch gives the same tokens."""
     case = make_case(name, 65)
-    if case.node.mutates or any(v.shape[0] != "T" for v in case.node.outputs):
+    if case.node.mutates or "block" in case.node.attrs or any(v.shape[0] != "T" for v in case.node.outputs):
         pytest.skip("not a map over the tokens")
     whole = built.run(case, schedule, case.inputs)
     for row in (0, 1, 6, 36, 64):
@@ -98,6 +98,29 @@ def test_a_row_does_not_depend_on_its_batch(name: str, schedule: str, built: Bui
         ]
         for got, expected in zip(built.run(case, schedule, alone), whole, strict=True):
             assert torch.equal(got[0], expected[row])
+
+
+BLOCKS = [p for p in PAIRS if "block" in make_case(p[0], 9).node.attrs]
+
+
+@pytest.mark.parametrize(("name", "schedule"), BLOCKS)
+def test_a_block_does_not_depend_on_its_batch(name: str, schedule: str, built: Built) -> None:
+    """Bit for bit, so that a request alone and in a batch gives the same drafts."""
+    case = make_case(name, 17)
+    whole, parameters = built.run(case, schedule, case.inputs), OPS[case.node.op].parameters
+    at = {name: i for i, name in enumerate(parameters)}
+    block, first = int(str(case.node.attrs["block"])), case.inputs[at["block_rows"]]
+    for r in (0, 5, 16):
+        rows = {"T": slice(int(first[r]), int(first[r]) + block), "R": slice(r, r + 1)}
+        alone = [
+            t[rows[str(v.shape[0])]] if v is not None and v.shape[0] in rows else t
+            for t, v in zip(case.inputs, case.node.inputs, strict=True)
+        ]
+        alone[at["block_rows"]] = torch.zeros(1, dtype=torch.int64)
+        if "request_rows" in at:
+            alone[at["request_rows"]] = torch.zeros(block, dtype=torch.int64)
+        for got, expected, out in zip(built.run(case, schedule, alone), whole, case.node.outputs, strict=True):
+            assert torch.equal(got, expected[rows[str(out.shape[0])]])
 
 
 @pytest.mark.parametrize(("name", "schedule"), PAIRS)

@@ -1,0 +1,54 @@
+"""The report of a small model, made once, and a headless browser to read it in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dsv4c.compile import Options
+from dsv4c.config import FLASH, Target
+from dsv4c.report import Load, Measured, Report, render, report_of_model
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="session")
+def report() -> Report:
+    """Flash's first five layers for a Hopper GPU: every kind of sublayer, every pass, decode and prefill."""
+    config = FLASH.truncated(5)
+    options = Options(max_context=16384, max_tokens=256, max_requests=16)
+    measured = Measured("10 prompts", ("max rel",), {"pack-state": ("3.1e-2",)})
+    load = Load(memory_bytes=80 * 10**9, context=8192, requests=4)
+    return report_of_model(config, "flash-5", Target("sm_90a"), options, load, measured=measured)
+
+
+@pytest.fixture(scope="session")
+def html(report: Report) -> str:
+    return render(report)
+
+
+@pytest.fixture(scope="session")
+def page_file(html: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    file.write_text(html, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The system's Chromium, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see the extra `dev`")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield running
+        running.close()
