@@ -44,7 +44,7 @@ OPS_OF: dict[str, tuple[str, ...]] = {
     ),
     "ends": (
         "embed", "embed_streams", "take_rows", "add_embedding", "feed_tokens", "keep_tokens", "edit_logits", "sample",
-        "sample_penalised",
+        "sample_penalised", "sample_drafted",
     ),
 }  # fmt: skip
 

@@ -18,6 +18,9 @@ BINS = 128  # of a quarter nat each
 LISTED = 1024  # of a chunk's tokens: 32 chunks make 64 candidates a thread of the drawing block
 _KERNELS = "dsv4c.schedules.triton.sampling"
 _PENALTIES = ("slots", "counts", "repetition", "frequency", "presence")
+_DRAFTS = ("chain", "drafted")
+_PENALISED = {"sample": 0, "sample_penalised": 1, "sample_drafted": 2}
+"""Op -> what the kernels call PENALISED: none, COUNTED, DRAFTED."""
 _FILTERS = ("top_k", "top_p", "min_p")
 
 
@@ -65,13 +68,13 @@ def _build(node: OpNode, config: Config) -> Build:
     (bests, sums, bins, best, total, bound, mode, listed, places, numbers, times, firsts, out) = (
         ptr(inputs + i) for i in range(13)
     )
-    penalised = node.op == "sample_penalised"
+    constants: dict[str, Any] = {"V": vocab, "C": chunks, "W": CHUNK, "PENALISED": _PENALISED[node.op]}
     rows: dict[str, LaunchArg] = {"logits": ptr(0)}
-    constants: dict[str, Any] = {"V": vocab, "C": chunks, "W": CHUNK, "PENALISED": penalised}
-    if penalised:
-        rows |= {name: ptr(7 + i) for i, name in enumerate(_PENALTIES)}
-    else:
-        constants |= dict.fromkeys(_PENALTIES)
+    for i, name in enumerate((*_PENALTIES, *_DRAFTS), 7):
+        if i < inputs:
+            rows[name] = ptr(i)
+        else:
+            constants[name] = None
     asked: dict[str, LaunchArg] = {"temperature": ptr(1), **{name: ptr(2 + i) for i, name in enumerate(_FILTERS)}}
     noise: dict[str, LaunchArg] = {"keys": ptr(5), "counters": ptr(6)}
     padded = {"PC": _power(chunks)}
@@ -119,7 +122,7 @@ def _build(node: OpNode, config: Config) -> Build:
 def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     """Two passes over the logits (and counts)."""
     rows, vocab = symbols["T"], _vocab(node)
-    moved = 2.0 * rows * vocab * (6 if node.op == "sample_penalised" else 4)
+    moved = 2.0 * rows * vocab * (6 if _PENALISED[node.op] else 4)
     return Work(moved, 0.0, "gpu", launches=4)
 
 
@@ -168,7 +171,7 @@ SCHEDULES = (
             f"{op}.triton_lists", op, HOPPER, _build, _cost, _accepts,
             workspace=_workspace, space=_space, tolerance=_TOLERANCE,
         )
-        for op in ("sample", "sample_penalised")
+        for op in _PENALISED
     ),
     Schedule("edit_logits.triton_rows", "edit_logits", HOPPER, _edit_build, _edit_cost, tolerance=0.0),
     *(

@@ -34,17 +34,30 @@ UNSOUND: tl.constexpr = tl.constexpr(0)
 WHOLE: tl.constexpr = tl.constexpr(1)  # greedy, or no filter
 LISTED: tl.constexpr = tl.constexpr(2)
 FLAT: tl.constexpr = tl.constexpr(3)  # no bound found
+COUNTED: tl.constexpr = tl.constexpr(1)  # PENALISED: 0 if no row is; tokens drawn are counted
+DRAFTED: tl.constexpr = tl.constexpr(2)  # they are not; drafts before a row are seen
 SHORT: tl.constexpr = tl.constexpr(64)  # listed tokens of a chunk, up to which a row is 2048 candidates and not 32768
 
 
 @triton.jit
-def _logits(logits, slots, counts, repetition, frequency, presence, s, at, V: tl.constexpr, PENALISED: tl.constexpr):
-    """Logits `at` of row s, less what their tokens' counts cost; -inf beyond the vocabulary."""
+def _logits(
+    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at,
+    V: tl.constexpr, PENALISED: tl.constexpr,
+):  # fmt: skip
+    """Logits `at` of row s, less what counts of their tokens cost; -inf beyond the vocabulary.
+
+    If PENALISED is DRAFTED, the chain[s] drafts before the row, drafted[s] and back, count too.
+    """
     live = at < V
     x = tl.load(logits + s * V + at, live, float("-inf"))
     if PENALISED:
         slot = tl.load(slots + s)
         count = tl.load(counts + slot * V + at, live & (slot != 0), 0)
+        if PENALISED == DRAFTED:
+            behind = tl.where(slot != 0, tl.load(chain + s), 0)
+            for i in range(behind):
+                more = (at == tl.load(drafted + s - i)) & ((count & MOST) < MOST)
+                count += more.to(count.dtype)
         generated = (count & MOST).to(tl.float32)
         rate = tl.load(repetition + s)
         x = tl.where(count != 0, tl.where(x > 0, tl.div_rn(x, rate), x * rate), x)
@@ -120,6 +133,7 @@ def _filtered(temperature, top_k, top_p, min_p, V: tl.constexpr):
 @triton.jit
 def scan_rows(
     logits, temperature, top_k, top_p, min_p, keys, counters, slots, counts, repetition, frequency, presence,
+    chain, drafted,
     bests, sums, bins, times, firsts,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, B: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +143,7 @@ def scan_rows(
     gdc_wait()
     gdc_launch_dependents()
     at = c * W + tl.arange(0, W)
-    x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+    x = _logits(logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at, V, PENALISED)
     best = tl.max(x, 0)
     degree = tl.load(temperature + s)
     tl.store(bests + s * C + c, best)
@@ -229,7 +243,7 @@ def _enough(ends, number, heaviest, depth, by_count, k, tail):
 
 @triton.jit
 def list_rows(
-    logits, slots, counts, repetition, frequency, presence, bounds, modes, listed, places, numbers,
+    logits, slots, counts, repetition, frequency, presence, chain, drafted, bounds, modes, listed, places, numbers,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, L: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
     """listed float32 and places int32 [T, C, L]: logits and ids; numbers int32 [T, C]: how many there are, L or not."""
@@ -239,7 +253,7 @@ def list_rows(
     gdc_launch_dependents()
     if tl.load(modes + s) == LISTED:
         at = c * W + tl.arange(0, W)
-        x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+        x = _logits(logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at, V, PENALISED)
         keep = (x >= tl.load(bounds + s)) & (x > float("-inf"))
         order = tl.cumsum(keep.to(tl.int32), 0)
         to = (s * C + c) * L + order - 1
@@ -263,7 +277,7 @@ def _above(p, cut):
 
 @triton.jit
 def _above_all(
-    logits, slots, counts, repetition, frequency, presence, s, best, degree, least, cut,
+    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, best, degree, least, cut,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
     """`_above` of all weights of a row, read again."""
@@ -271,7 +285,7 @@ def _above_all(
     mass = 0.0
     for first in range(0, C * W, 4 * W):
         at = first + tl.arange(0, 4 * W)
-        x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+        x = _logits(logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at, V, PENALISED)
         p = _weight(x, best, degree)
         more, weighing = _above(tl.where(p < least, 0.0, p), cut)
         count += more
@@ -347,10 +361,11 @@ def _draw_listed(
 @triton.jit
 def draw_rows(
     logits, temperature, top_k, top_p, min_p, keys, counters, slots, counts, repetition, frequency, presence,
+    chain, drafted,
     bests, times, firsts, best_in, total_in, modes, listed, places, numbers, out,
     V: tl.constexpr, C: tl.constexpr, PC: tl.constexpr, W: tl.constexpr, L: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
-    """out int64 [T]: the token of each row, -1 if it is not sound; its count in `counts` grows by one."""
+    """out int64 [T]: the token of each row, -1 if it is not sound; its count in `counts` grows by one if COUNTED."""
     s = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, PC)
     gdc_wait()
@@ -381,7 +396,23 @@ def draw_rows(
                                      V, C, PC, L, L)  # fmt: skip
     if mode == FLAT:
         count, mass = _above_all(
-            logits, slots, counts, repetition, frequency, presence, s, best, degree, least, 1e-45, V, C, W, PENALISED
+            logits,
+            slots,
+            counts,
+            repetition,
+            frequency,
+            presence,
+            chain,
+            drafted,
+            s,
+            best,
+            degree,
+            least,
+            1e-45,
+            V,
+            C,
+            W,
+            PENALISED,
         )
         if (k > 0) & (k < count):
             low = 1
@@ -391,7 +422,7 @@ def draw_rows(
                 middle = low + (high - low) // 2
                 cut = middle.to(tl.float32, bitcast=True)
                 more, weighing = _above_all(
-                    logits, slots, counts, repetition, frequency, presence, s, best, degree, least, cut,
+                    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, best, degree, least, cut,
                     V, C, W, PENALISED,
                 )  # fmt: skip
                 if more >= k:
@@ -412,7 +443,7 @@ def draw_rows(
                 middle = low + (high - low) // 2
                 cut = middle.to(tl.float32, bitcast=True)
                 more, weighing = _above_all(
-                    logits, slots, counts, repetition, frequency, presence, s, best, degree, least, cut,
+                    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, best, degree, least, cut,
                     V, C, W, PENALISED,
                 )  # fmt: skip
                 if weighing >= wanted:
@@ -425,7 +456,10 @@ def draw_rows(
         earliest = float("inf")
         i = tl.arange(0, W)
         for chunk in range(C):
-            x = _logits(logits, slots, counts, repetition, frequency, presence, s, chunk * W + i, V, PENALISED)
+            x = _logits(
+                logits, slots, counts, repetition, frequency, presence, chain, drafted,
+                s, chunk * W + i, V, PENALISED,
+            )  # fmt: skip
             p = _weight(x, best, degree)
             noise = _chunk_noise(stream, chunk, W)
             time = tl.where((p >= cut) & (p >= least) & (p > 0), noise / p, float("inf"))
@@ -434,7 +468,7 @@ def draw_rows(
                 earliest = soonest
                 token = chunk * W + tl.min(tl.where(time == soonest, i, W - 1), 0)
     tl.store(out + s, token.to(tl.int64))
-    if PENALISED:
+    if PENALISED == COUNTED:
         slot = tl.load(slots + s)
         to = counts + slot * V + token
         counting = (token >= 0) & (slot != 0)

@@ -147,4 +147,4 @@ def test_the_kernels_draw_from_vocabularies_of_any_size() -> None:
     script = Path(__file__).with_name("interpret_draws.py")
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("ok ") == 10 and "FAIL" not in run.stdout
+    assert run.stdout.count("ok ") == 15 and "FAIL" not in run.stdout
