@@ -12,10 +12,14 @@ import pytest
 import torch
 
 from dsv4c.ops.sampling import IN_PROMPT, edit_logits, exponentials, kept, sample, sample_penalised
+from dsv4c.ops.speculation import sample_drafted
 from dsv4c.runtime import sampler as host
 from dsv4c.runtime.params import SamplingParams
+from dsv4c.schedules._gpu import Request, compile_launch
+from dsv4c.schedules._launch import TritonLaunch
 from dsv4c.schedules.hopper.sampling import SCHEDULES
-from dsv4c.schedules.workloads.sampling import workloads
+from dsv4c.schedules.select import choose
+from dsv4c.schedules.workloads.sampling import DRAWS, KINDS, make, workload, workloads
 from tests.chances import chance
 
 REPOSITORY = Path(__file__).parents[3]
@@ -135,11 +139,11 @@ def test_the_kernels_draw_as_the_reference() -> None:
     pytest.importorskip("triton", reason="Triton is not installed; see the extra `gpu`")
     script = Path(__file__).with_name("interpret_sampling.py")
     run = subprocess.run(
-        [sys.executable, str(script), "sampling", "sample nano mixed 1", "nano edits"],
+        [sys.executable, str(script), "sampling", "sample nano mixed 1", "sample_drafted nano mixed 64", "nano edits"],
         capture_output=True, text=True, check=False, cwd=REPOSITORY,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("ok ") == 2 and "FAIL" not in run.stdout
+    assert run.stdout.count("ok ") == 3 and "FAIL" not in run.stdout
 
 
 def test_the_kernels_draw_from_vocabularies_of_any_size() -> None:
@@ -148,3 +152,45 @@ def test_the_kernels_draw_from_vocabularies_of_any_size() -> None:
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("ok ") == 15 and "FAIL" not in run.stdout
+
+
+@pytest.mark.parametrize("op", DRAWS)
+def test_kernels_build_for_the_card(op: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; see the extra `gpu`")
+    work = workload("flash", KINDS[-1], 64, op)
+    (schedule,) = (s for s in SCHEDULES if s.op == op)
+    for config in schedule.space(work.node, work.symbols):
+        choice = choose(schedule, work.node, "sm_90a", work.symbols, "test", config)
+        values = (*choice.inputs, *choice.workspace, *work.node.outputs)
+        for launch in choice.build.launches:
+            assert isinstance(launch, TritonLaunch)
+            made = compile_launch(Request(op, launch, values, "sm_90a"), tmp_path)
+            assert made.spills < 256, "registers of the rare row that is bisected over all its logits"
+
+
+def chained(kind: str) -> list[torch.Tensor]:
+    """Inputs of `sample_drafted`; `kind` of penalties."""
+    args = make(KINDS[-1], 64, VOCAB, "sample_drafted", torch.Generator().manual_seed(9))
+    out = [a for a in args if a is not None]
+    out[8][:, 7] = IN_PROMPT + IN_PROMPT - 1  # the most a count can hold
+    for name, at, none in (("repetition", 9, 1.0), ("frequency", 10, 0.0), ("presence", 11, 0.0)):
+        if kind not in (name, "all"):
+            out[at].fill_(none)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["repetition", "frequency", "presence", "all"])
+def test_a_row_behind_drafts_draws_as_if_they_had_been_generated(kind: str) -> None:
+    args = chained(kind)
+    chain, drafted = args[12:]
+    tokens = sample_drafted(*args)
+    for s in range(len(tokens)):
+        counts = args[8].clone()
+        behind = drafted[s + 1 - int(chain[s]) : s + 1].tolist()
+        for token in behind:
+            counts[args[7][s], token] += int(counts[args[7][s], token]) & (IN_PROMPT - 1) < IN_PROMPT - 1
+        one = [a[s : s + 1] for a in args[:8]]
+        expected, _ = sample_penalised(*one, counts, *(a[s : s + 1] for a in args[9:12]))
+        assert tokens[s] == expected[0]
+    without = sample_drafted(*args[:12], torch.zeros_like(chain), drafted)
+    assert not torch.equal(tokens, without), "drafts matter"
