@@ -2,7 +2,8 @@
 
 Every kernel moves integers, so results are equal or wrong; only `add_embedding` rounds.
 
-Legend: T tokens, S rows of logits, D requests (each called T where an op has no others), Z seats, V vocabulary.
+Legend: T tokens, S rows of logits, D requests (T where an op has no others), E window ends, R rows of
+tables, Z seats, V vocabulary.
 """
 
 from __future__ import annotations
@@ -63,7 +64,13 @@ def _feed_drafts(rows: int, draw: Draw) -> Args:
     tokens, positions = draw.ints(-1 - DRAFTS, 1000, rows), draw.ints(-1 - DRAFTS, 1000, rows)
     tokens = torch.where(draw.rare(rows), draw.ints(-1 - DRAFTS, 0, rows), tokens)
     positions = torch.where(draw.rare(rows), draw.ints(-1 - DRAFTS, 0, rows), positions)
-    return [tokens, positions, draw.ints(0, SEATS, rows), draw.ints(-1, 1000, SEATS, DRAFTS + 1), draw.ints(0, 5000, SEATS)]
+    return [
+        tokens,
+        positions,
+        draw.ints(0, SEATS, rows),
+        draw.ints(-1, 1000, SEATS, DRAFTS + 1),
+        draw.ints(0, 5000, SEATS),
+    ]
 
 
 def _feed_spans(rows: int, draw: Draw) -> Args:
@@ -112,7 +119,8 @@ def _accept_drafts(requests: int, draw: Draw) -> Args:
     counts = torch.where(draw.rare(SEATS, VOCAB, share=0.1), 2 * IN_PROMPT - 2 + draw.ints(0, 2, SEATS, VOCAB), counts)
     return [
         tokens, drafted, draw.distinct(rows, max(rows, 1)), draw.ints(0, 5000, rows), draw.ints(0, 5000, rows),
-        starts, limits, seats, penalties, draw.ints(0, 1000, SEATS, DRAFTS + 1), draw.ints(0, 5000, SEATS), counts.to(torch.int16),
+        starts, limits, seats, penalties, draw.ints(0, 1000, SEATS, DRAFTS + 1), draw.ints(0, 5000, SEATS),
+        counts.to(torch.int16),
     ]  # fmt: skip
 
 
@@ -130,7 +138,7 @@ def _keep_draft(rows: int, draw: Draw) -> Args:
     return [draw.ints(0, 1000, SEATS, DRAFTS + 1), draw.seats(rows), draw.ints(-1, 1000, rows)]
 
 
-S, TABLE = Value(("S",), "int64", "input"), Value(("R",), "int64", "input")
+S, TABLE, ONE = (Value((size,), "int64", "input") for size in ("S", "R", "D"))
 COUNTS = Value((SEATS, VOCAB), "int16", "pool")
 Case = tuple[OpNode, Callable[[int, Draw], Args]]
 CASES: tuple[Case, ...] = (
@@ -146,8 +154,8 @@ CASES: tuple[Case, ...] = (
     ),
     (OpNode("row_facts", {}, (ROW, ROW, S, S), (S, S)), _row_facts),
     (
-        OpNode("accept_drafts", {}, (S, S, S, ROW, S, *3 * (Value(("D",), "int64", "input"),), S, PENDING, SEAT, COUNTS),
-               4 * (Value(("D",), "int64"),), mutates=(9, 10, 11)),
+        OpNode("accept_drafts", {}, (S, S, S, ROW, S, ONE, ONE, ONE, S, PENDING, SEAT, COUNTS),
+               4 * (ONE,), mutates=(9, 10, 11)),
         _accept_drafts,
     ),
     (OpNode("place_tokens", {}, (ROW, S, S, S), (), mutates=(0,)), _place_tokens),

@@ -1,6 +1,6 @@
-"""Runs the kernels of drafts in Triton's interpreter, on a CPU: `interpret_speculation.py [LABEL ...]`. As interpret.py.
+"""Runs the kernels of drafts in Triton's interpreter, on a CPU: `interpret_speculation.py [LABEL ...]`.
 
-All but the widest streams, which differ from narrow ones in nothing but time.
+As interpret.py; all but the widest streams, which differ from narrow ones in nothing but time.
 """
 
 from __future__ import annotations
