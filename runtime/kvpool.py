@@ -273,6 +273,10 @@ class KVPool:
         """Whether the slot has the pages of its first `tokens` tokens already, in every group."""
         return tokens <= self._covered[slot]
 
+    def reaches_back(self, slot: int, tokens: int) -> bool:
+        """Whether the slot still has every page that token `tokens` and later ones read."""
+        return all(first_page(g.spec, tokens) >= g.first[slot] for g in self._groups)
+
     def grow(self, slot: int, tokens: int) -> bool:
         """Makes the pages of `slot` cover its first `tokens` tokens in every group; False changes nothing."""
         self._check(slot)

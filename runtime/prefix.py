@@ -150,7 +150,7 @@ class PrefixTree:
     def snapshot(self, node: Node, slot: int, owner: object | None) -> bool:
         """Keeps the state of `slot`, evicting the least recently used snapshot for want of a row; False without rows.
 
-        The slot must have computed exactly the tokens up to the node's end.
+        The slot must have computed the tokens up to the node's end, and no more than rings have rows to spare.
         """
         if node.snapshot is not None:
             raise EngineError(f"{node} has a snapshot already")

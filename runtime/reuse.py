@@ -14,6 +14,9 @@
 
 Requests that want log-probabilities of their prompt match nothing, as all its rows must be computed; what they
 compute is kept all the same. `clear` is for when results are in doubt: requests that run go on without the tree.
+
+A request that verifies drafts may step over a block's end. Where rings have rows to spare (`slack` of them), what they
+and the window held there is still whole, and the snapshot is taken a little late.
 """
 
 from __future__ import annotations
@@ -51,8 +54,9 @@ class _Trail:
 class PrefixCache:
     """The prefix tree as the scheduler uses it. `num_queried`, `num_hit`: prompt tokens looked up, and found."""
 
-    def __init__(self, pool: KVPool) -> None:
+    def __init__(self, pool: KVPool, slack: int = 0) -> None:
         self.tree = PrefixTree(pool)
+        self._slack = slack
         self.num_queried = 0
         self.num_hit = 0
         self._pool = pool
@@ -118,7 +122,8 @@ class PrefixCache:
         for key in keys[trail.node.tokens // block :]:
             trail.node = self.tree.extend(trail.node, key, request.slot)
         request.block_end = trail.node.tokens + block
-        if trail.node.tokens == request.num_computed:
+        over = request.num_computed + request.num_uncertain - trail.node.tokens
+        if over == 0 or (0 < over <= self._slack and self._pool.reaches_back(request.slot, trail.node.tokens)):
             self._keep(request, trail, trail.node)
 
     def leave(self, request: Request) -> None:

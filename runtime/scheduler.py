@@ -84,6 +84,8 @@ class Limits:
 
 
 _NO_ROWS = range(0)
+OVERSHOOT = 8
+"""Tokens beyond a block's end at which a snapshot of it can be taken: half of the spare rows of rings."""
 
 DraftLengths = Callable[[int], int]
 """Requests that decode in a step -> the most drafts that it verifies of each."""
@@ -146,7 +148,8 @@ class Scheduler:
         self.pool = pool
         self.limits = limits
         self._lengths = lengths
-        self.prefix = PrefixCache(pool) if limits.prefix_cache and pool.sizes.snapshots else None
+        slack = OVERSHOOT if limits.speculative_tokens else 0
+        self.prefix = PrefixCache(pool, slack) if limits.prefix_cache and pool.sizes.snapshots else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0

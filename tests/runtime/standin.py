@@ -16,15 +16,18 @@ import numpy as np
 import torch
 
 from dsv4c.artifact import Input, KVGroup, Pool, StateGroup
+from dsv4c.runtime.drafts import Drafter
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.runner import HostRunner
 from dsv4c.runtime.scheduler import Limits
+from dsv4c.runtime.speculation import Speculation
 from tests.runtime.lagged import LaggedRunner
 
 VOCAB = 61
 HORIZON = 128
+SPARE_ROWS = 16  # of a ring, where steps verify drafts
 C4_RING = 8  # rows: an entry of c4 pools its own window of 4 tokens and the one before
 C4_SALT, WIDE_SALT = 4, 128
 
@@ -114,15 +117,20 @@ def direct_greedy(prompt: Sequence[int], count: int, horizon: int = HORIZON, wid
 
 
 class StandIn:
-    """Executor over numpy pools. `fail_at`: numbers of steps that raise; `log`: shapes of the steps it ran."""
+    """Executor over numpy pools. `fail_at`: numbers of steps that raise; `log`: shapes of the steps it ran.
 
-    def __init__(self, groups: Sequence[KVGroup], sizes: PoolSizes, horizon: int = HORIZON) -> None:
+    `spare_rows`: of the rings, so that rejected tokens overwrite nothing that is still wanted.
+    """
+
+    def __init__(
+        self, groups: Sequence[KVGroup], sizes: PoolSizes, horizon: int = HORIZON, spare_rows: int = 0
+    ) -> None:
         self.groups = {g.name: g for g in groups}
         self.pools = {g.name: np.full(sizes.pages[g.name] * g.entries_per_page, 10**9, np.int64) for g in groups}
         self.wide = self.groups["c128"].tokens_per_entry
         self.rings = {
-            "c4": np.full((sizes.slots + sizes.snapshots, C4_RING), 10**9, np.int64),
-            "c128": np.full((sizes.slots, self.wide), 10**9, np.int64),
+            "c4": np.full((sizes.slots + sizes.snapshots, C4_RING + spare_rows), 10**9, np.int64),
+            "c128": np.full((sizes.slots, self.wide + spare_rows), 10**9, np.int64),
         }
         self.states = {name: torch.from_numpy(ring) for name, ring in self.rings.items()}
         self.horizon = horizon
@@ -195,15 +203,22 @@ def make_engine(
     eos: Sequence[int] = (),
     horizon: int = HORIZON,
     lag: int = 0,
+    drafter: Drafter | None = None,
+    speculation: Speculation | None = None,
 ) -> tuple[Engine, StandIn]:
-    """An engine over a stand-in; by default 33 slots, 1024 tokens of context and pages for all, and no lag."""
+    """An engine over a stand-in; by default 33 slots, 1024 tokens of context and pages for all, and no lag.
+
+    With a drafter, as many drafts as `limits` says, always, unless `speculation` says otherwise.
+    """
     groups = groups or kv_groups(horizon=horizon)
     limits = limits or Limits(max_requests=32, max_step_tokens=256)
     sizes = sizes or PoolSizes.for_requests(groups, 32, 1024, limits.max_step_tokens)
-    standin = StandIn(groups, sizes, horizon)
+    standin = StandIn(groups, sizes, horizon, SPARE_ROWS if drafter else 0)
     pool = KVPool(groups, sizes)
     make_runner = (HostRunner, LaggedRunner)[lag]
     inputs = [replace(i, ratio=standin.wide) if i.name == "ends_128" else i for i in INPUTS]
     states = [p.name for group in snapshot_states(state_groups(standin.wide), groups) for p in group.pools]
-    runner = make_runner(standin, inputs, pool, vocab_size=VOCAB, states=states)
-    return Engine(runner, pool=pool, vocab_size=VOCAB, limits=limits, eos_token_ids=eos), standin
+    runner = make_runner(standin, inputs, pool, vocab_size=VOCAB, states=states, drafter=drafter)
+    speculation = speculation or Speculation(limits.speculative_tokens, fixed=True)
+    engine = Engine(runner, pool=pool, vocab_size=VOCAB, limits=limits, eos_token_ids=eos, speculation=speculation)
+    return engine, standin

@@ -43,6 +43,7 @@ def run(scheduler: Scheduler) -> list[tuple[str, int, int]]:
     scheduler.commit(spans)
     for span in spans:
         if span.samples:
+            span.request.arrive(1)
             span.request.append(2)
     scheduler.audit()
     return [(s.request.id, s.start, s.end) for s in spans]
@@ -228,6 +229,7 @@ class Lifecycles(RuleBasedStateMachine):
             for span in spans:
                 if not span.samples:
                     continue
+                span.request.arrive(1)
                 span.request.append(1)
                 if span.request.num_tokens == span.request.max_tokens_total:
                     self.scheduler.remove(span.request)
@@ -313,6 +315,7 @@ def test_a_long_life_over_pools_that_are_too_small(seed: int) -> None:
         scheduler.commit(spans)
         for span in spans:
             if span.samples:
+                span.request.arrive(1)
                 span.request.append(1)
             if span.request.num_tokens == span.request.max_tokens_total or rng.random() < 0.004:
                 scheduler.remove(span.request)
