@@ -193,5 +193,5 @@ _MEASURES: Mapping[str, Measure] = {
     **dict.fromkeys(("gate_bias", "gate_hash", "gate_linear_bias", "gate_linear_hash"), _gate),
     "index_query": _query,
     **dict.fromkeys(("index_topk", "index_topk_packed"), _picks),
-    **dict.fromkeys(("sample", "sample_penalised"), _draw),
+    **dict.fromkeys(("sample", "sample_penalised", "sample_drafted"), _draw),
 }  # fmt: skip

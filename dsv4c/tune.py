@@ -31,7 +31,9 @@ from dsv4c.schedules.emit import emit
 from dsv4c.schedules.select import choose, select
 from dsv4c.trial import Others, Trial, measure_ceilings
 
-FAMILIES = ("hyper", "rows", "compress", "index", "attention", "experts", "linear", "gate", "sampling")
+FAMILIES = (
+    "hyper", "rows", "compress", "index", "attention", "experts", "linear", "gate", "sampling", "speculation"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Logits -> token ids: penalties, bias, temperature, filters, one reproducible draw; and log-probabilities.
 
 Vectorised over the requests of a step. What a request draws depends on its seed and on how many tokens it has
-generated, never on its neighbours, on chunking or on preemption: the noise is a hash (SplitMix64) of both, one
-uniform number a token, looked up in the cumulative distribution over token ids. Order of operations:
+generated, never on its neighbours, on chunking or on preemption. A draw is an exponential race: token v arrives at
+E_v / p_v, with p_v its probability and E_v = -log(u_v) of a hash (SplitMix64) of key, count and v; the first wins,
+with probability p_v. Of two distributions, the same key and count mostly draw the same token. Order of operations:
 
     raw logits -> log-probabilities reported (before everything below, as OpenAI and vLLM do)
     + logit_bias -> repetition, frequency, presence penalties -> stop tokens masked until min_tokens
@@ -25,13 +26,21 @@ from dsv4c.runtime.params import SamplingParams
 GREEDY_BELOW = 1e-5  # smaller temperatures overflow float32 before they differ from greedy
 _GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's increment (the golden ratio)
 _MASK = 2**64 - 1
+_SHIFTS = np.array([30, 27, 31], dtype=np.uint64)
+_FACTORS = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64)
+_SHORT = (1 - 2.0**-24) * 2.0**-32  # a float32
+_BLOCK = 1 << 14  # hashes at a time that stay in a core's cache, temporaries included
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's output function, elementwise, modulo 2**64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """SplitMix64's output function, elementwise, modulo 2**64; in place."""
+    shifted = z >> _SHIFTS[0]
+    z ^= shifted
+    z *= _FACTORS[0]
+    z ^= np.right_shift(z, _SHIFTS[1], out=shifted)
+    z *= _FACTORS[1]
+    z ^= np.right_shift(z, _SHIFTS[2], out=shifted)
+    return z
 
 
 def noise_key(seed: int, choice: int) -> int:
@@ -40,10 +49,29 @@ def noise_key(seed: int, choice: int) -> int:
     return int(_mix(once + np.uint64(((choice + 1) * _GAMMA) & _MASK))[0])
 
 
-def uniform(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1): number `counters[i]` of the stream `keys[i]`."""
-    z = _mix(keys + (counters + np.uint64(1)) * np.uint64(_GAMMA))
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def log_uniforms(
+    keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64], vocab_size: int
+) -> npt.NDArray[np.float32]:
+    """[len(keys), vocab_size], below 0 and finite: log(u_v) of every token.
+
+    SplitMix64 twice: number `counters` of stream `keys` is a stream, whose number v // 2 is the noise of two tokens;
+    the even one takes the lower 32 bits r. 1 - u = (r + 1/2) / 2**32, in float32: u near 1, where winners are, has all
+    its bits, and the factor is short of 2**-32 by so much that u is never 0.
+    """
+    pairs = (vocab_size + 1) // 2
+    steps = np.arange(1, pairs + 1, dtype=np.uint64)
+    steps *= np.uint64(_GAMMA)
+    streams = _mix(keys + (counters + np.uint64(1)) * np.uint64(_GAMMA))
+    out = np.empty((streams.size, 2 * pairs), dtype=np.float32)
+    rows, columns = max(1, _BLOCK // max(pairs, 1)), min(_BLOCK, max(pairs, 1))
+    for row in range(0, streams.size, rows):
+        for column in range(0, pairs, columns):
+            z = _mix(streams[row : row + rows, None] + steps[column : column + columns])
+            words = z.astype("<u8", copy=False).view("<u4")
+            past = out[row : row + rows, 2 * column : 2 * column + words.shape[1]]
+            np.add(words, np.float32(0.5), out=past, dtype=np.float32, casting="same_kind")
+            past *= np.float32(-_SHORT)
+    return torch.from_numpy(out).log1p_().numpy()[:, :vocab_size]  # NumPy's log1p takes 10 times as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +252,16 @@ def _draw(logits_SV: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tens
         p_SV = _keep_top(p_SV, states)
     elif sorting:
         p_SV[sorting] = _keep_top(p_SV[sorting], [states[i] for i in sorting])
-    cdf_SV = p_SV.cumsum(-1, dtype=torch.float64)
-    total_S = cdf_SV[:, -1]
     keys = np.array([s.key for s in states], dtype=np.uint64)
     counters = np.array([s.generated for s in states], dtype=np.uint64)
-    target_S = torch.from_numpy(uniform(keys, counters)).to(device) * total_S
-    # the product may round up to the total, where no token is left
-    target_S = torch.minimum(target_S, torch.nextafter(total_S, torch.zeros_like(total_S)))
-    return torch.searchsorted(cdf_SV, target_S[:, None], right=True)[:, 0]
+    # log(u) / p, which is an arrival's time below 0
+    times_SV = torch.from_numpy(log_uniforms(keys, counters, p_SV.shape[-1])).to(device).div_(p_SV)
+    return _argmax(times_SV)
+
+
+def _argmax(x_SV: torch.Tensor) -> torch.Tensor:
+    """The first largest of each row. NumPy's is 15 times as fast on a CPU."""
+    return torch.from_numpy(x_SV.numpy().argmax(-1)) if x_SV.device.type == "cpu" else x_SV.argmax(-1)
 
 
 def _keep_top(p_SV: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:

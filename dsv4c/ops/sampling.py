@@ -4,9 +4,13 @@ The same function as runtime/sampler.py computes on the host, with what an engin
 often each seat's request generated each token, a 64-bit noise key and a counter a row. Order of operations:
 
     edit_logits (bias, masks) -> repetition, frequency, presence penalties -> greedy: the most likely, lowest id first
-    | / temperature -> min_p -> top_k -> top_p -> draw by one uniform number, looked up over the token ids in order
+    | / temperature -> min_p -> top_k -> top_p -> draw: the token that arrives first
 
-The draw depends on (key, counter) and on the row's own logits and parameters, never on other rows. float64 inside.
+A draw is an exponential race. Token v arrives at E_v / p_v, with p_v its weight among the kept and E_v a number of
+its own from an exponential distribution of rate 1; v is the first to arrive with probability p_v / sum(p), exactly.
+E_v depends on (key, counter, v) alone, so two distributions drawn with the same key and counter mostly give the same
+token: no less often than (1 - d) / (1 + d), for a distance d in total variation. Other rows do not matter.
+float64 inside, but for where float32 defines the noise.
 
 A step need not wait for the host to know a token: `keep_tokens` leaves each drawn token with its request's seat, and
 `feed_tokens` reads it in the next step where the host gave none.
@@ -26,6 +30,7 @@ GREEDY_BELOW = 1e-5
 IN_PROMPT = 1 << 14
 """Added to a token's count if the prompt holds it; lower bits count generated tokens, up to 16,383."""
 _MOST = IN_PROMPT - 1
+_SHORT = (1 - 2.0**-24) * 2.0**-32  # a float32
 
 
 def edit_logits(
@@ -66,12 +71,26 @@ def penalise(
     return logits_SV - frequency_S.unsqueeze(1) * generated - presence_S.unsqueeze(1) * (generated > 0)
 
 
-def uniform(keys_S: Tensor, counters_S: Tensor) -> Tensor:
-    """float64 uniform numbers in [0, 1) with 53 bits: number `counters` of the SplitMix64 streams `keys`."""
-    z = keys_S + (counters_S + 1) * _signed(0x9E3779B97F4A7C15)
+def exponentials(keys_S: Tensor, counters_S: Tensor, vocab: int) -> Tensor:
+    """float64 [S, vocab], above 0 and finite: the noise E_v = -log(u_v) of every token.
+
+    SplitMix64 twice: number `counters` of stream `keys` is a stream, whose number v // 2 is the noise of two tokens;
+    the even one takes the lower 32 bits r. 1 - u = (r + 1/2) / 2^32, in float32: u near 1, where winners are, has all
+    its bits, and the factor is short of 2^-32 by so much that u is never 0.
+    """
+    pairs = torch.arange((vocab + 1) // 2, device=keys_S.device)
+    z = _number(_number(keys_S, counters_S).unsqueeze(1), pairs)
+    words = torch.stack((z & 0xFFFFFFFF, _shifted(z, 32)), -1).flatten(1)[:, :vocab]
+    past = (words.float() + 0.5) * _SHORT
+    return -torch.log1p(-past.double())
+
+
+def _number(streams: Tensor, counters: Tensor) -> Tensor:
+    """Number `counters` of the SplitMix64 streams, as int64."""
+    z = streams + (counters + 1) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return _shifted(z ^ _shifted(z, 31), 11).double() * 2.0**-53
+    return z ^ _shifted(z, 31)
 
 
 def _signed(number: int) -> int:
@@ -124,12 +143,8 @@ def sample(
     logits float32; temperature, top_p, min_p float32; top_k int32; keys, counters int64.
     """
     p_SV, sound_S = kept(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S)
-    cdf_SV = p_SV.cumsum(-1)
-    total_S = cdf_SV[:, -1]
-    target_S = uniform(keys_S, counters_S) * total_S
-    # the product may round up to the total, where no token is left
-    target_S = torch.minimum(target_S, torch.nextafter(total_S, torch.zeros_like(total_S)))
-    return torch.where(sound_S, torch.searchsorted(cdf_SV, target_S.unsqueeze(1), right=True)[:, 0], -1)
+    arrivals_SV = exponentials(keys_S, counters_S, p_SV.shape[1]) / p_SV
+    return torch.where(sound_S, arrivals_SV.argmin(-1), -1)
 
 
 def sample_penalised(

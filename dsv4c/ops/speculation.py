@@ -70,6 +70,15 @@ def row_facts(
     return token_ids_T[logit_rows_S], positions_T[logit_rows_S] + shifts_S
 
 
+def counts_behind(counts_ZV: Tensor, slots_S: Tensor, chain_S: Tensor, drafted_S: Tensor) -> Tensor:
+    """[S, V]: the counts of each row's seat with the drafts that it lies behind."""
+    counts_SV = counts_ZV[slots_S].clone()
+    for row, chain in enumerate(chain_S.tolist()):
+        for draft in drafted_S[row + 1 - chain : row + 1].tolist():
+            counts_SV[row, draft] += (counts_SV[row, draft] & MOST) < MOST
+    return counts_SV
+
+
 def sample_drafted(
     logits_SV: Tensor,
     temperature_S: Tensor,
@@ -91,10 +100,7 @@ def sample_drafted(
     Penalties count them, drafted[s], drafted[s - 1], ..., as generated besides counts[slots[s]]; seat 0 is not
     penalised. Nothing is counted here: which rows stay is known later.
     """
-    counts_SV = counts_ZV[slots_S].clone()
-    for row, chain in enumerate(chain_S.tolist()):
-        for draft in drafted_S[row + 1 - chain : row + 1].tolist():
-            counts_SV[row, draft] += (counts_SV[row, draft] & MOST) < MOST
+    counts_SV = counts_behind(counts_ZV, slots_S, chain_S, drafted_S)
     penalised_SV = penalise(logits_SV, counts_SV, repetition_S, frequency_S, presence_S)
     penalised_SV = torch.where((slots_S == 0).unsqueeze(1), logits_SV, penalised_SV)
     return sample(penalised_SV, temperature_S, top_k_S, top_p_S, min_p_S, keys_S, counters_S)

@@ -32,6 +32,7 @@ OPS_OF: dict[str, tuple[str, ...]] = {
     "linear": ("linear", "grouped_linear", "linear_fp8", "grouped_linear_fp8", "linear_mixed"),
     "attention": (
         "attend_window", "attend_csa", "attend_hca", "attend_window_packed", "attend_csa_packed", "attend_hca_packed",
+        "attend_block",
     ),
     "index": ("index_topk", "index_query", "index_scores", "topk_rows", "index_topk_packed"),
     "cache": (
@@ -44,7 +45,9 @@ OPS_OF: dict[str, tuple[str, ...]] = {
     ),
     "ends": (
         "embed", "embed_streams", "take_rows", "add_embedding", "feed_tokens", "keep_tokens", "edit_logits", "sample",
-        "sample_penalised",
+        "sample_penalised", "sample_drafted", "feed_drafts", "feed_spans", "feed_ends", "row_facts", "accept_drafts",
+        "place_tokens", "advance_rows", "keep_draft", "stream_rows", "row_streams", "mean_streams", "extend_tap",
+        "markov_draft",
     ),
 }  # fmt: skip
 

@@ -18,6 +18,9 @@ BINS = 128  # of a quarter nat each
 LISTED = 1024  # of a chunk's tokens: 32 chunks make 64 candidates a thread of the drawing block
 _KERNELS = "dsv4c.schedules.triton.sampling"
 _PENALTIES = ("slots", "counts", "repetition", "frequency", "presence")
+_DRAFTS = ("chain", "drafted")
+_PENALISED = {"sample": 0, "sample_penalised": 1, "sample_drafted": 2}
+"""Op -> what the kernels call PENALISED: none, COUNTED, DRAFTED."""
 _FILTERS = ("top_k", "top_p", "min_p")
 
 
@@ -49,30 +52,35 @@ def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
 
 
 def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
-    """Of chunks: bests, sums, bins; of rows: best, total, bound, mode; of chunks: listed logits, their ids, numbers."""
+    """Of chunks: bests, sums, bins; of rows: best, total, bound, mode; of chunks: listed logits, their ids, numbers,
+    the time of the first arrival, and which token that is."""
     chunks = _chunks(node)
     return (
         Value(("T", chunks), "float32"), Value(("T", chunks), "float32"), Value(("T", chunks, BINS), "int32"),
         Value(("T",), "float32"), Value(("T",), "float32"), Value(("T",), "float32"), Value(("T",), "int32"),
         Value(("T", chunks, LISTED), "float32"), Value(("T", chunks, LISTED), "int32"), Value(("T", chunks), "int32"),
+        Value(("T", chunks), "float32"), Value(("T", chunks), "int32"),
     )  # fmt: skip
 
 
 def _build(node: OpNode, config: Config) -> Build:
     vocab, chunks, inputs = _vocab(node), _chunks(node), len(node.inputs)
-    bests, sums, bins, best, total, bound, mode, listed, places, numbers, out = (ptr(inputs + i) for i in range(11))
-    penalised = node.op == "sample_penalised"
+    (bests, sums, bins, best, total, bound, mode, listed, places, numbers, times, firsts, out) = (
+        ptr(inputs + i) for i in range(13)
+    )
+    constants: dict[str, Any] = {"V": vocab, "C": chunks, "W": CHUNK, "PENALISED": _PENALISED[node.op]}
     rows: dict[str, LaunchArg] = {"logits": ptr(0)}
-    constants: dict[str, Any] = {"V": vocab, "C": chunks, "W": CHUNK, "PENALISED": penalised}
-    if penalised:
-        rows |= {name: ptr(7 + i) for i, name in enumerate(_PENALTIES)}
-    else:
-        constants |= dict.fromkeys(_PENALTIES)
+    for i, name in enumerate((*_PENALTIES, *_DRAFTS), 7):
+        if i < inputs:
+            rows[name] = ptr(i)
+        else:
+            constants[name] = None
     asked: dict[str, LaunchArg] = {"temperature": ptr(1), **{name: ptr(2 + i) for i, name in enumerate(_FILTERS)}}
+    noise: dict[str, LaunchArg] = {"keys": ptr(5), "counters": ptr(6)}
     padded = {"PC": _power(chunks)}
     scan = TritonLaunch(
         f"{_KERNELS}:scan_rows",
-        {**rows, **asked, "bests": bests, "sums": sums, "bins": bins},
+        {**rows, **asked, **noise, "bests": bests, "sums": sums, "bins": bins, "times": times, "firsts": firsts},
         {**constants, "B": BINS},
         ("a0_0", chunks, 1),
         num_warps=config["scan"],
@@ -100,7 +108,7 @@ def _build(node: OpNode, config: Config) -> Build:
     draw = TritonLaunch(
         f"{_KERNELS}:draw_rows",
         {
-            **rows, **asked, "keys": ptr(5), "counters": ptr(6), "bests": bests, "sums": sums, "best_in": best,
+            **rows, **asked, **noise, "bests": bests, "times": times, "firsts": firsts, "best_in": best,
             "total_in": total, "modes": mode, "listed": listed, "places": places, "numbers": numbers, "out": out,
         },
         {**constants, "L": LISTED, **padded},
@@ -114,7 +122,7 @@ def _build(node: OpNode, config: Config) -> Build:
 def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     """Two passes over the logits (and counts)."""
     rows, vocab = symbols["T"], _vocab(node)
-    moved = 2.0 * rows * vocab * (6 if node.op == "sample_penalised" else 4)
+    moved = 2.0 * rows * vocab * (6 if _PENALISED[node.op] else 4)
     return Work(moved, 0.0, "gpu", launches=4)
 
 
@@ -154,7 +162,7 @@ def _feed_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
     return Work(32.0 * symbols["T"], 0.0, "gpu")
 
 
-# how far outside its interval of the distribution a draw may fall: float32 weights and sums of a row
+# nats by which a drawn token may arrive later than the first: float32 weights and noise
 _TOLERANCE = 1e-5
 
 SCHEDULES = (
@@ -163,7 +171,7 @@ SCHEDULES = (
             f"{op}.triton_lists", op, HOPPER, _build, _cost, _accepts,
             workspace=_workspace, space=_space, tolerance=_TOLERANCE,
         )
-        for op in ("sample", "sample_penalised")
+        for op in _PENALISED
     ),
     Schedule("edit_logits.triton_rows", "edit_logits", HOPPER, _edit_build, _edit_cost, tolerance=0.0),
     *(

@@ -1,11 +1,16 @@
-"""Sampling on the device without a sort: candidates by histogram, an exact cut by bisection, a draw by inverse sums.
+"""Sampling on the device without a sort: candidates by histogram, an exact cut by bisection, a draw by a race.
 
-    scan_rows    every chunk of 4096 tokens: its best, the sum of its weights, and (rows with filters) how many tokens
-                 lie in each quarter nat below its best, or for a small top_k the best of each 32 tokens
+    scan_rows    every chunk of 4096 tokens: its best, the sum of its weights, and which of its tokens arrives first;
+                 of rows with filters in place of that how many tokens lie in each quarter nat below the chunk's best,
+                 or for a small top_k the best of each 32 tokens
     bound_rows   every row: its best and total; a logit below which no token can survive the row's filters
     list_rows    every chunk: its tokens above that bound, in the order of ids
     draw_rows    every row: the cut, a weight p = exp((x - best) / temperature) that top_k and top_p keep all above,
-                 by bisection over the bits of p; then the token where the running sum passes a uniform number
+                 by bisection over the bits of p; then the token above it that arrives first
+
+Token v arrives at E / p, for the noise E of (key, counter, v) that dsv4c/ops/sampling.py defines; its bits are integer
+arithmetic and two roundings, the same everywhere. Two tokens share a 64-bit hash: 13 integer instructions a token of 45
+in all. Philox4x32-10 would take 11, and NumPy 97 us in place of 10 for 4096 tokens, a host's whole sampling being 50.
 
 Lists hold 1024 tokens a chunk; a row with more in some chunk (a flat distribution) is bisected over all its logits.
 Sums have a fixed order and rows do not meet. A NaN, or a best that is not finite, makes a row's total no number.
@@ -15,9 +20,12 @@ Legend: T rows, V vocabulary, C chunks of W tokens, B bins, L most listed tokens
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+GAMMA: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)  # SplitMix64's increment
+SHORT_2_32: tl.constexpr = tl.constexpr((1 - 2.0**-24) * 2.0**-32)  # a float32; times 2^32 it is below 1
 GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)  # as the reference
 MOST: tl.constexpr = tl.constexpr((1 << 14) - 1)  # of a token's count; the bit above marks the prompt's tokens
 BIN: tl.constexpr = tl.constexpr(0.25)  # nats; 128 bins reach 32 nats, beyond which 2^17 tokens weigh 2e-9
@@ -26,17 +34,30 @@ UNSOUND: tl.constexpr = tl.constexpr(0)
 WHOLE: tl.constexpr = tl.constexpr(1)  # greedy, or no filter
 LISTED: tl.constexpr = tl.constexpr(2)
 FLAT: tl.constexpr = tl.constexpr(3)  # no bound found
+COUNTED: tl.constexpr = tl.constexpr(1)  # PENALISED: 0 if no row is; tokens drawn are counted
+DRAFTED: tl.constexpr = tl.constexpr(2)  # they are not; drafts before a row are seen
 SHORT: tl.constexpr = tl.constexpr(64)  # listed tokens of a chunk, up to which a row is 2048 candidates and not 32768
 
 
 @triton.jit
-def _logits(logits, slots, counts, repetition, frequency, presence, s, at, V: tl.constexpr, PENALISED: tl.constexpr):
-    """Logits `at` of row s, less what their tokens' counts cost; -inf beyond the vocabulary."""
+def _logits(
+    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at,
+    V: tl.constexpr, PENALISED: tl.constexpr,
+):  # fmt: skip
+    """Logits `at` of row s, less what counts of their tokens cost; -inf beyond the vocabulary.
+
+    If PENALISED is DRAFTED, the chain[s] drafts before the row, drafted[s] and back, count too.
+    """
     live = at < V
     x = tl.load(logits + s * V + at, live, float("-inf"))
     if PENALISED:
         slot = tl.load(slots + s)
         count = tl.load(counts + slot * V + at, live & (slot != 0), 0)
+        if PENALISED == DRAFTED:
+            behind = tl.where(slot != 0, tl.load(chain + s), 0)
+            for i in range(behind):
+                more = (at == tl.load(drafted + s - i)) & ((count & MOST) < MOST)
+                count += more.to(count.dtype)
         generated = (count & MOST).to(tl.float32)
         rate = tl.load(repetition + s)
         x = tl.where(count != 0, tl.where(x > 0, tl.div_rn(x, rate), x * rate), x)
@@ -46,10 +67,61 @@ def _logits(logits, slots, counts, repetition, frequency, presence, s, at, V: tl
 
 
 @triton.jit
+def _rate(temperature):
+    return LOG2E / tl.maximum(temperature, GREEDY_BELOW)
+
+
+@triton.jit
 def _weight(x, best, temperature):
     """exp((x - best) / temperature): 1 at the best, NaN for a NaN, exactly 0 for -inf."""
-    p = tl.exp2((x - best) * (LOG2E / tl.maximum(temperature, GREEDY_BELOW)))
+    p = tl.exp2((x - best) * _rate(temperature))
     return tl.where(x == float("-inf"), 0.0, p)
+
+
+@triton.jit
+def _hash(stream, counter):
+    """Number `counter` of a SplitMix64 stream, but for its last step; uint64."""
+    z = stream + GAMMA + counter.to(tl.uint64) * GAMMA
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    return (z ^ (z >> 27)) * 0x94D049BB133111EB
+
+
+@triton.jit
+def _stream(keys, counters, s):
+    """The noise of row s: number counters[s] of stream keys[s]; uint64."""
+    z = _hash(tl.load(keys + s).to(tl.uint64, bitcast=True), tl.load(counters + s))
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _words(stream, half):
+    """The random bits of tokens 2 * half and 2 * half + 1; uint32."""
+    z = _hash(stream, half)
+    high = (z >> 32).to(tl.uint32)
+    return z.to(tl.uint32) ^ (z >> 31).to(tl.uint32), high ^ (high >> 31)
+
+
+@triton.jit
+def _exponential(word):
+    """Noise of these random bits, in units of log 2."""
+    past = (word.to(tl.float32) + 0.5) * SHORT_2_32
+    # the card's logarithm is good to 2^-22 of 1, and 1 - past loses bits of what is small: there a minimax cubic
+    near = past * (1.4426950 + past * (0.72136706 + past * (0.4793475 + past * 0.39949802)))
+    return tl.where(past < 0.0625, near, -libdevice.fast_log2f(1.0 - past))
+
+
+@triton.jit
+def _chunk_noise(stream, c, W: tl.constexpr):
+    """The noise of every token of chunk c."""
+    low, high = _words(stream, c * (W // 2) + tl.arange(0, W // 2))
+    return _exponential(tl.interleave(low, high))
+
+
+@triton.jit
+def _noise(stream, v):
+    """The noise of tokens v."""
+    low, high = _words(stream, v >> 1)
+    return _exponential(tl.where((v & 1) != 0, high, low))
 
 
 @triton.jit
@@ -60,20 +132,23 @@ def _filtered(temperature, top_k, top_p, min_p, V: tl.constexpr):
 
 @triton.jit
 def scan_rows(
-    logits, temperature, top_k, top_p, min_p, slots, counts, repetition, frequency, presence, bests, sums, bins,
+    logits, temperature, top_k, top_p, min_p, keys, counters, slots, counts, repetition, frequency, presence,
+    chain, drafted,
+    bests, sums, bins, times, firsts,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, B: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
-    """bests and sums float32 [T, C], bins int32 [T, C, B]."""
+    """bests, sums and times float32 [T, C], firsts int32 [T, C], bins int32 [T, C, B]."""
     s = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1)
     gdc_wait()
     gdc_launch_dependents()
     at = c * W + tl.arange(0, W)
-    x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+    x = _logits(logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at, V, PENALISED)
     best = tl.max(x, 0)
     degree = tl.load(temperature + s)
     tl.store(bests + s * C + c, best)
-    tl.store(sums + s * C + c, tl.sum(_weight(x, best, degree), 0))
+    y = (x - tl.where(best == float("-inf"), 0.0, best)) * _rate(degree)
+    tl.store(sums + s * C + c, tl.sum(tl.exp2(y), 0))
     k = tl.load(top_k + s)
     if _filtered(degree, k, tl.load(top_p + s), tl.load(min_p + s), V):
         to = bins + (s * C + c) * B + tl.arange(0, B)
@@ -84,6 +159,16 @@ def scan_rows(
             bin = tl.minimum(below, B - 1.0).to(tl.int32)  # NaN rows are not sampled, whatever their bins
             bin = tl.minimum(tl.maximum(bin, 0), B - 1)
             tl.store(to, tl.histogram(bin, B, mask=x > float("-inf")))
+    else:
+        earliest = 0.0
+        if degree < GREEDY_BELOW:
+            first = tl.min(tl.where(x == best, at, V - 1), 0)
+        else:
+            time = _chunk_noise(_stream(keys, counters, s), c, W) * tl.exp2(-y)
+            earliest = tl.min(time, 0)
+            first = tl.min(tl.where(time == earliest, at, V - 1), 0)
+        tl.store(times + s * C + c, earliest)
+        tl.store(firsts + s * C + c, first)
 
 
 @triton.jit
@@ -158,7 +243,7 @@ def _enough(ends, number, heaviest, depth, by_count, k, tail):
 
 @triton.jit
 def list_rows(
-    logits, slots, counts, repetition, frequency, presence, bounds, modes, listed, places, numbers,
+    logits, slots, counts, repetition, frequency, presence, chain, drafted, bounds, modes, listed, places, numbers,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, L: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
     """listed float32 and places int32 [T, C, L]: logits and ids; numbers int32 [T, C]: how many there are, L or not."""
@@ -168,7 +253,7 @@ def list_rows(
     gdc_launch_dependents()
     if tl.load(modes + s) == LISTED:
         at = c * W + tl.arange(0, W)
-        x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+        x = _logits(logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at, V, PENALISED)
         keep = (x >= tl.load(bounds + s)) & (x > float("-inf"))
         order = tl.cumsum(keep.to(tl.int32), 0)
         to = (s * C + c) * L + order - 1
@@ -192,7 +277,7 @@ def _above(p, cut):
 
 @triton.jit
 def _above_all(
-    logits, slots, counts, repetition, frequency, presence, s, best, degree, least, cut,
+    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, best, degree, least, cut,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
     """`_above` of all weights of a row, read again."""
@@ -200,7 +285,7 @@ def _above_all(
     mass = 0.0
     for first in range(0, C * W, 4 * W):
         at = first + tl.arange(0, 4 * W)
-        x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
+        x = _logits(logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at, V, PENALISED)
         p = _weight(x, best, degree)
         more, weighing = _above(tl.where(p < least, 0.0, p), cut)
         count += more
@@ -209,27 +294,8 @@ def _above_all(
 
 
 @triton.jit
-def _uniform(key, counter):
-    """float64 in [0, 1): SplitMix64's number `counter` of stream `key`."""
-    z = key.to(tl.uint64, bitcast=True) + (counter.to(tl.uint64, bitcast=True) + 1) * 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return ((z ^ (z >> 31)) >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)  # 2^-53
-
-
-@triton.jit
-def _find(kept, target, N: tl.constexpr):
-    """(index, sum before it) of the first of N weights where the running sum passes `target`, or the last above 0."""
-    i = tl.arange(0, N)
-    running = tl.cumsum(kept.to(tl.float64), 0)
-    last = tl.max(tl.where(kept > 0, i, 0), 0)
-    index = tl.minimum(tl.sum((running <= target).to(tl.int32), 0), last)
-    return index, tl.max(tl.where(i < index, running, 0.0), 0)
-
-
-@triton.jit
 def _draw_listed(
-    listed, places, many, s, best, total, degree, k, share, least, number,
+    listed, places, many, s, best, total, degree, k, share, least, stream,
     V: tl.constexpr, C: tl.constexpr, PC: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The token of a row whose chunks list `many` candidates each, at most N."""
@@ -275,23 +341,31 @@ def _draw_listed(
                 high = middle
                 beyond = more
         cut = low.to(tl.float32, bitcast=True)
-    kept = tl.sum(tl.where(p >= cut, p, 0.0), 1)
-    target = number * tl.sum(kept.to(tl.float64), 0)
-    chunk, before = _find(kept, target, PC)
-    at = (s * C + chunk) * L + i
-    live = i < tl.sum(tl.where(c == chunk, many, 0), 0)
-    p = _weight(tl.load(listed + at, live, float("-inf")), best, degree)
-    index, _ = _find(tl.where((p >= cut) & (p >= least), p, 0.0), target - before, N)
-    return tl.load(places + (s * C + chunk) * L + index)
+    earliest = float("inf")
+    token = 0
+    for first in range(0, tl.max(many, 0), SHORT):  # read again: registers hold no more than weights
+        j = first + tl.arange(0, SHORT)
+        live = j[None, :] < many[:, None]
+        place = (s * C + c)[:, None] * L + j[None, :]
+        weight = _weight(tl.load(listed + place, live, float("-inf")), best, degree)
+        v = tl.load(places + place, live, 0)
+        keep = (weight >= cut) & (weight >= least) & (weight > 0)
+        time = tl.where(keep, _noise(stream, v) / weight, float("inf"))
+        soonest = tl.min(tl.min(time, 1), 0)
+        if soonest < earliest:
+            earliest = soonest
+            token = tl.min(tl.min(tl.where(time == soonest, v, V - 1), 1), 0)
+    return token
 
 
 @triton.jit
 def draw_rows(
     logits, temperature, top_k, top_p, min_p, keys, counters, slots, counts, repetition, frequency, presence,
-    bests, sums, best_in, total_in, modes, listed, places, numbers, out,
+    chain, drafted,
+    bests, times, firsts, best_in, total_in, modes, listed, places, numbers, out,
     V: tl.constexpr, C: tl.constexpr, PC: tl.constexpr, W: tl.constexpr, L: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
-    """out int64 [T]: the token of each row, -1 if it is not sound; its count in `counts` grows by one."""
+    """out int64 [T]: the token of each row, -1 if it is not sound; its count in `counts` grows by one if COUNTED."""
     s = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, PC)
     gdc_wait()
@@ -299,25 +373,46 @@ def draw_rows(
     mode = tl.load(modes + s)
     best, total = tl.load(best_in + s), tl.load(total_in + s)
     degree, k, share, least = tl.load(temperature + s), tl.load(top_k + s), tl.load(top_p + s), tl.load(min_p + s)
-    greedy = degree < GREEDY_BELOW
-    number = _uniform(tl.load(keys + s), tl.load(counters + s))
-    chunk_best = tl.load(bests + s * C + c, c < C, float("-inf"))
+    stream = _stream(keys, counters, s)
     cut = 0.0
     token = -1
+    if mode == WHOLE:
+        chunk_best = tl.load(bests + s * C + c, c < C, float("-inf"))
+        time = tl.load(times + s * C + c, c < C, float("inf"))
+        time *= tl.exp2((best - chunk_best) * _rate(degree))
+        if degree < GREEDY_BELOW:
+            time = tl.where(chunk_best == best, 0.0, float("inf"))
+        token = tl.load(firsts + s * C + tl.argmin(time, 0))
     if mode == LISTED:
         many = tl.load(numbers + s * C + c, c < C, 0)
         if tl.max(many, 0) > L:
             mode = FLAT
         else:
             if tl.max(many, 0) <= SHORT:
-                token = _draw_listed(listed, places, many, s, best, total, degree, k, share, least, number,
+                token = _draw_listed(listed, places, many, s, best, total, degree, k, share, least, stream,
                                      V, C, PC, L, SHORT)  # fmt: skip
             else:
-                token = _draw_listed(listed, places, many, s, best, total, degree, k, share, least, number,
+                token = _draw_listed(listed, places, many, s, best, total, degree, k, share, least, stream,
                                      V, C, PC, L, L)  # fmt: skip
     if mode == FLAT:
         count, mass = _above_all(
-            logits, slots, counts, repetition, frequency, presence, s, best, degree, least, 1e-45, V, C, W, PENALISED
+            logits,
+            slots,
+            counts,
+            repetition,
+            frequency,
+            presence,
+            chain,
+            drafted,
+            s,
+            best,
+            degree,
+            least,
+            1e-45,
+            V,
+            C,
+            W,
+            PENALISED,
         )
         if (k > 0) & (k < count):
             low = 1
@@ -327,7 +422,7 @@ def draw_rows(
                 middle = low + (high - low) // 2
                 cut = middle.to(tl.float32, bitcast=True)
                 more, weighing = _above_all(
-                    logits, slots, counts, repetition, frequency, presence, s, best, degree, least, cut,
+                    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, best, degree, least, cut,
                     V, C, W, PENALISED,
                 )  # fmt: skip
                 if more >= k:
@@ -348,7 +443,7 @@ def draw_rows(
                 middle = low + (high - low) // 2
                 cut = middle.to(tl.float32, bitcast=True)
                 more, weighing = _above_all(
-                    logits, slots, counts, repetition, frequency, presence, s, best, degree, least, cut,
+                    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, best, degree, least, cut,
                     V, C, W, PENALISED,
                 )  # fmt: skip
                 if weighing >= wanted:
@@ -358,26 +453,22 @@ def draw_rows(
                     high = middle
                     beyond = more
             cut = low.to(tl.float32, bitcast=True)
-    if (mode == WHOLE) | (mode == FLAT):
-        kept = tl.load(sums + s * C + c, c < C, 0.0) * _weight(chunk_best, best, degree)
-        if mode == FLAT:
-            for chunk in range(C):
-                at = chunk * W + tl.arange(0, W)
-                x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
-                p = _weight(x, best, degree)
-                kept = tl.where(c == chunk, tl.sum(tl.where((p >= cut) & (p >= least), p, 0.0), 0), kept)
-        # a greedy row keeps its best tokens alone, and takes the first
-        kept = tl.where(greedy, (chunk_best == best).to(tl.float32), kept)
-        target = tl.where(greedy, 0.0, number * tl.sum(kept.to(tl.float64), 0))
-        chunk, before = _find(kept, target, PC)
-        at = chunk * W + tl.arange(0, W)
-        x = _logits(logits, slots, counts, repetition, frequency, presence, s, at, V, PENALISED)
-        p = _weight(x, best, degree)
-        p = tl.where(greedy, (x == best).to(tl.float32), tl.where((p >= cut) & (p >= least), p, 0.0))
-        index, _ = _find(p, target - before, W)
-        token = chunk * W + index
+        earliest = float("inf")
+        i = tl.arange(0, W)
+        for chunk in range(C):
+            x = _logits(
+                logits, slots, counts, repetition, frequency, presence, chain, drafted,
+                s, chunk * W + i, V, PENALISED,
+            )  # fmt: skip
+            p = _weight(x, best, degree)
+            noise = _chunk_noise(stream, chunk, W)
+            time = tl.where((p >= cut) & (p >= least) & (p > 0), noise / p, float("inf"))
+            soonest = tl.min(time, 0)
+            if soonest < earliest:
+                earliest = soonest
+                token = chunk * W + tl.min(tl.where(time == soonest, i, W - 1), 0)
     tl.store(out + s, token.to(tl.int64))
-    if PENALISED:
+    if PENALISED == COUNTED:
         slot = tl.load(slots + s)
         to = counts + slot * V + token
         counting = (token >= 0) & (slot != 0)

@@ -1,7 +1,7 @@
 """Sampling workloads: rows of logits with every kind of parameters, alone and mixed, and rows that cannot be sampled.
 
-A draw is right if the uniform number of its row falls into the token's interval of the float64 distribution over what
-the filters keep; the error is how far outside it falls, as a share of the whole.
+A draw is right if its token arrives first of those that the filters keep, in float64; the error is by how much it is
+late, as the logarithm of a ratio of times.
 
 Legend: T rows, V vocabulary, Z seats, M edits.
 """
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from dsv4c.config import preset
-from dsv4c.ops.sampling import IN_PROMPT, kept, penalise, uniform
+from dsv4c.ops.sampling import IN_PROMPT, exponentials, kept, penalise
+from dsv4c.ops.speculation import counts_behind
 from dsv4c.schedules._schedule import OpNode, Value
 from dsv4c.schedules._workload import Args, Workload
 
+DRAWS = ("sample", "sample_penalised", "sample_drafted")
 SEATS = 257  # of the penalties' table: 256 requests, and nobody's
+DEEP = 4  # rows of a request that verifies three drafts
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Kind:
     """With rows of equal logits, infinities and NaN."""
 
 
-_KINDS = (
+KINDS = (
     Kind("greedy", temperature=(0.0,)),
     Kind("temperature"),
     Kind("top_k", top_k=(50,)),
@@ -78,8 +81,8 @@ def _logits(kind: Kind, rows: int, vocab: int, generator: torch.Generator) -> Te
     return logits
 
 
-def make(kind: Kind, rows: int, vocab: int, penalised: bool, generator: torch.Generator) -> Args:
-    """Fresh inputs of `sample` or `sample_penalised`."""
+def make(kind: Kind, rows: int, vocab: int, op: str, generator: torch.Generator) -> Args:
+    """Fresh inputs of `sample`, `sample_penalised` or `sample_drafted`."""
     device = generator.device
 
     def pick(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,7 +97,7 @@ def make(kind: Kind, rows: int, vocab: int, penalised: bool, generator: torch.Ge
         torch.randint(-(2**62), 2**62, (rows,), generator=generator, device=device) * 2 + 1,
         torch.randint(0, 100_000, (rows,), generator=generator, device=device),
     ]
-    if not penalised:
+    if op == "sample":
         return args
     slots = torch.randperm(SEATS - 1, generator=generator, device=device)[:rows] + 1
     slots = torch.where(torch.rand(rows, generator=generator, device=device) < 0.2, 0, slots)
@@ -102,27 +105,41 @@ def make(kind: Kind, rows: int, vocab: int, penalised: bool, generator: torch.Ge
     rare = torch.rand(SEATS, vocab, generator=generator, device=device)
     counts = torch.where(rare < 0.02, many, 0) + torch.where(rare > 0.98, IN_PROMPT, 0)
     counts[:, 0] = IN_PROMPT - 1  # the most a count can hold
-    return [
-        *args, slots, counts.to(torch.int16), pick((1.0, 1.3, 0.8)), pick((0.0, 0.4, -0.5)), pick((0.0, 1.5, -1.0)),
+    args += [
+        slots, counts.to(torch.int16), pick((1.0, 1.3, 0.8)), pick((0.0, 0.4, -0.5)), pick((0.0, 1.5, -1.0)),
     ]  # fmt: skip
+    return args if op == "sample_penalised" else _in_chains(args, generator)
+
+
+def _in_chains(args: Args, generator: torch.Generator) -> Args:
+    """Rows in chains of four of a seat, the last one short: drafts are likely tokens, some of them twice."""
+    logits, slots = args[0], args[7]
+    assert logits is not None and slots is not None
+    row = torch.arange(slots.numel(), device=slots.device)
+    drafted = logits.argmax(-1)
+    again = torch.rand(row.shape, generator=generator, device=slots.device) < 0.3
+    drafted = torch.where(again, drafted[(row - 1).clamp(min=0)], drafted)
+    return [*args[:7], slots[row // DEEP * DEEP], *args[8:], row % DEEP, drafted]
 
 
 def judged_by(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What a draw is judged by: kept weights, uniform numbers, sound rows; and the seats and counts, if there are."""
+    """What a draw is judged by: times of arrival, sound rows; and the seats and counts, if it is counted."""
     logits, temperature, top_k, top_p, min_p, keys, counters, *rest = tensors
     if rest:
-        slots, counts, *penalties = rest
-        penalised = penalise(logits, counts[slots], *penalties)
+        slots, counts, repetition, frequency, presence, *behind = rest
+        counts_SV = counts_behind(counts, slots, *behind) if behind else counts[slots]
+        penalised = penalise(logits, counts_SV, repetition, frequency, presence)
         logits = torch.where((slots == 0).unsqueeze(1), logits, penalised)
+        rest = [] if behind else rest[:2]  # nothing is counted behind drafts
     p, sound = kept(logits, temperature, top_k, top_p, min_p)
-    return p, uniform(keys, counters), sound, *rest[:2]
+    return exponentials(keys, counters, p.shape[1]).div_(p), sound, *rest
 
 
 def draw_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    tokens, (p, number, sound, *rest) = outputs[0], expected
+    tokens, (times, sound, *rest) = outputs[0], expected
     if not tokens.numel():
         return 0.0
-    if not torch.equal(tokens >= 0, sound) or tokens.min() < -1 or tokens.max() >= p.shape[1]:
+    if not torch.equal(tokens >= 0, sound) or tokens.min() < -1 or tokens.max() >= times.shape[1]:
         return math.inf
     if rest:
         slots, counts = rest
@@ -132,27 +149,23 @@ def draw_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         counts[slots[live], tokens[live]] = torch.where((old & (IN_PROMPT - 1)) < IN_PROMPT - 1, old + 1, old)
         if not torch.equal(outputs[1], counts):
             return math.inf
-    cdf = p.cumsum(-1)
-    end = cdf.gather(1, tokens.clamp(min=0).unsqueeze(1))[:, 0]
-    begin = end - p.gather(1, tokens.clamp(min=0).unsqueeze(1))[:, 0]
-    target = number * cdf[:, -1]
-    apart = torch.maximum(begin - target, target - end).clamp(min=0) / cdf[:, -1]
-    return float(apart[sound].max()) if bool(sound.any()) else 0.0
+    late = (times.gather(1, tokens.clamp(min=0).unsqueeze(1))[:, 0] / times.amin(-1)).log()
+    return float(late[sound].max()) if bool(sound.any()) else 0.0
 
 
-def _node(vocab: int, penalised: bool) -> OpNode:
+def _node(vocab: int, op: str) -> OpNode:
     row = {n: Value(("T",), n, "input") for n in ("float32", "int32", "int64")}
     inputs = [
         Value(("T", vocab), "float32"), row["float32"], row["int32"], row["float32"], row["float32"], row["int64"],
         row["int64"],
     ]  # fmt: skip
     out = (Value(("T",), "int64"),)
-    if not penalised:
-        return OpNode("sample", {}, tuple(inputs), out)
-    counts = Value((SEATS, vocab), "int16", "pool")
-    return OpNode(
-        "sample_penalised", {}, (*inputs, row["int64"], counts, *3 * (row["float32"],)), out, mutates=(8,)
-    )  # fmt: skip
+    if op == "sample":
+        return OpNode(op, {}, tuple(inputs), out)
+    inputs += [row["int64"], Value((SEATS, vocab), "int16", "pool"), *3 * (row["float32"],)]
+    if op == "sample_penalised":
+        return OpNode(op, {}, tuple(inputs), out, mutates=(8,))
+    return OpNode(op, {}, (*inputs, row["int64"], row["int64"]), out)
 
 
 def _baselines(kind: Kind) -> dict[str, Callable[[Args], Callable[[], object]]]:
@@ -179,15 +192,17 @@ def _baselines(kind: Kind) -> dict[str, Callable[[Args], Callable[[], object]]]:
     return {"torch eager": torch_eager}
 
 
-def workload(model: str, kind: Kind, rows: int, penalised: bool = False, *, bench: bool = True) -> Workload:
-    """The workload of a batch of rows with parameters of one kind."""
-    vocab = preset(model).vocab_size
+def workload(
+    model: str, kind: Kind, rows: int, op: str = "sample", *, bench: bool = True, vocab: int | None = None
+) -> Workload:
+    """The workload of a batch of rows with parameters of one kind; `vocab` is the model's."""
+    vocab = preset(model).vocab_size if vocab is None else vocab
     return Workload(
         label=f"{model} {kind.name} {rows}",
-        node=_node(vocab, penalised),
+        node=_node(vocab, op),
         symbols={"T": rows},
-        make=lambda generator: make(kind, rows, vocab, penalised, generator),
-        bytes_moved=rows * (vocab * (6.0 if penalised else 4.0) + 56),
+        make=lambda generator: make(kind, rows, vocab, op, generator),
+        bytes_moved=rows * (vocab * (4.0 if op == "sample" else 6.0) + 56),
         unit="fp32",
         reference=judged_by,
         error=draw_error,
@@ -254,11 +269,11 @@ def _seats(rows: int, feeds: bool) -> Workload:
 
 
 def workloads() -> tuple[Workload, ...]:
-    plain, mixed = _KINDS[1], _KINDS[-1]
-    out = [workload("nano", mixed, rows, penalised, bench=False) for rows in (0, 1, 64) for penalised in (False, True)]
+    plain, mixed = KINDS[1], KINDS[-1]
+    out = [workload("nano", mixed, rows, op, bench=False) for rows in (0, 1, 64) for op in DRAWS]
     out += [_edits("nano", 64), _edits("flash", 64)]
     out += [_seats(rows, feeds) for rows in (0, 1, 200) for feeds in (True, False)]
-    out += [workload("flash", kind, rows) for kind in _KINDS for rows in (1, 64)]
+    out += [workload("flash", kind, rows) for kind in KINDS for rows in (1, 64)]
     out += [workload("flash", kind, 256) for kind in (plain, mixed)]
-    out += [workload("flash", kind, rows, True) for kind in (plain, mixed) for rows in (1, 64)]
+    out += [workload("flash", kind, rows, op) for op in DRAWS[1:] for kind in (plain, mixed) for rows in (1, 64)]
     return tuple(out)

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from dsv4c.errors import RequestError
 from dsv4c.runtime.params import SamplingParams
-from dsv4c.runtime.sampler import SamplerState, logprobs_of, noise_key, sample, uniform
+from dsv4c.runtime.sampler import SamplerState, log_uniforms, logprobs_of, noise_key, sample
+from tests.chances import chance
 
 VOCAB = 40
+FIRST_NOISE = [-0.489931975, -2.17168169, -0.00960231169]
 NO_PROMPT = np.zeros(0, dtype=np.int64)
 
 
@@ -131,22 +133,47 @@ def test_filters_keep_what_their_definitions_say() -> None:
     assert kept_tokens(logits, top_k=2, top_p=0.3) == {0}
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def draws_of(logits: torch.Tensor, count: int, *, seed: int = 11, every: int = 1000, **options: Any) -> torch.Tensor:
+    """int64 [count]: the first tokens of a request whose logits never change."""
+    states = [state(seed=seed, **options) for _ in range(every)]
+    rows, tokens = logits.expand(every, -1), []
+    for first in range(0, count, every):
+        for i, one in enumerate(states):
+            one.generated = first + i
+        tokens.append(torch.tensor(sample(rows, states)[0]))
+    return torch.cat(tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.5])
 def test_draws_follow_the_distribution(temperature: float) -> None:
-    logits, draws = random_logits(1, seed=3, vocab=8)[0], 20_000
-    one = state(temperature=temperature, seed=11)
-    counts = torch.zeros(8)
-    for _ in range(draws // 1000):
-        states = []
-        for _ in range(1000):
-            copy = state(temperature=temperature, seed=11)
-            copy.generated = one.generated
-            one.generated += 1
-            states.append(copy)
-        counts += torch.bincount(torch.tensor(sample(logits.expand(1000, 8), states)[0]), minlength=8)
-    expected = torch.softmax(logits / temperature, -1) * draws
-    chi_square = float(((counts - expected) ** 2 / expected).sum())
-    assert chi_square < 24.3, "7 degrees of freedom, p = 0.001"
+    logits = random_logits(1, seed=3, vocab=12)[0] / 2
+    tokens = draws_of(logits, 100_000, temperature=temperature)
+    assert chance(torch.bincount(tokens, minlength=12), torch.softmax(logits.double() / temperature, -1)) > 0.001
+
+
+def test_draws_of_other_counts_and_seeds_are_independent() -> None:
+    """Pairs of draws fall as the product of their distributions."""
+    logits = random_logits(1, seed=5, vocab=5)[0] / 3
+    p = torch.softmax(logits.double(), -1)
+    draws = {seed: draws_of(logits, 40_000, seed=seed) for seed in (1, 2)}
+    one, other = draws[1], draws[2]
+    for a, b in ((one[:-1], one[1:]), (one[:-5], one[5:]), (one, other), (one[1:], other[:-1])):
+        # pairs that overlap would count some draws twice
+        a, b = a[::2], b[::2]
+        assert chance(torch.bincount(5 * a + b, minlength=25), torch.outer(p, p).flatten()) > 0.001
+
+
+@pytest.mark.parametrize("apart", [0.1, 0.5, 1.5])
+def test_distributions_that_overlap_mostly_draw_the_same(apart: float) -> None:
+    """The rate at which one key and count give P and Q the same token is between (1 - d) / (1 + d) and 1 - d."""
+    count = 20_000
+    for seed in range(4):
+        p = random_logits(1, seed=seed, vocab=30)[0] / 2
+        q = p + apart * random_logits(1, seed=100 + seed, vocab=30)[0] / 3
+        distance = float((torch.softmax(p, -1) - torch.softmax(q, -1)).abs().sum() / 2)
+        rate = float((draws_of(p, count) == draws_of(q, count)).double().mean())
+        spread = 4 * math.sqrt(0.25 / count)
+        assert (1 - distance) / (1 + distance) - spread < rate < 1 - distance + spread
 
 
 @settings(max_examples=50, deadline=None)
@@ -169,18 +196,69 @@ def test_a_row_draws_the_same_alone_and_among_others(seed: int, done: int, at: i
     assert sample(logits, [*others[:at], mine, *others[at:]])[0][at] == alone
 
 
-def test_noise_depends_on_seed_choice_and_count_and_is_uniform() -> None:
-    keys = np.array([noise_key(s, c) for s in range(-4, 50) for c in range(4)], dtype=np.uint64)
-    assert len(set(keys.tolist())) == keys.size
-    counters = np.arange(2000, dtype=np.uint64)
-    table = np.array([uniform(np.full(2000, k, dtype=np.uint64), counters) for k in keys])
-    assert ((table >= 0) & (table < 1)).all() and np.unique(table).size == table.size
-    assert abs(table.mean() - 0.5) < 0.005 and abs(table.var() - 1 / 12) < 0.002
-    correlation = np.corrcoef(table[:40])
-    assert np.abs(correlation - np.eye(40)).max() < 0.12
-    first = uniform(np.array([noise_key(5, 0)], dtype=np.uint64), np.zeros(1, dtype=np.uint64))
-    assert first.tolist() == [0.43336395725302745], "a seed keeps its meaning from one release to the next"
+def noise(keys: Any, counters: Any, vocab: int = 1) -> Any:
+    keys = np.array([key % 2**64 for key in np.atleast_1d(keys).tolist()], dtype=np.uint64)
+    return log_uniforms(*np.broadcast_arrays(keys, np.atleast_1d(counters).astype(np.uint64)), vocab)
+
+
+def test_noise_depends_on_seed_choice_count_and_token() -> None:
+    keys = [noise_key(s, c) for s in range(-4, 50) for c in range(4)]
+    assert len(set(keys)) == len(keys)
+    table = np.array([noise(k, np.arange(300), 8) for k in keys])
+    assert (table < 0).all() and np.isfinite(table).all()
+    assert np.unique(table).size > 0.98 * table.size, "float32 collide now and then"
+    normal = (np.exp(table.astype(np.float64)) - 0.5) * math.sqrt(12)
+    assert abs(normal.mean()) < 0.01 and abs(normal.var() - 1) < 0.01
+    # neighbours in every direction: keys, counts, tokens that share a hash, and tokens that do not
+    for a, b in (
+        (normal[1:], normal[:-1]), (normal[:, 1:], normal[:, :-1]), (normal[:, :, 0::2], normal[:, :, 1::2]),
+        (normal[:, :, 2:], normal[:, :, :-2]),
+    ):  # fmt: skip
+        assert abs((a * b).mean()) < 4.5 / math.sqrt(a.size)
+    first = noise(noise_key(5, 0), 0, 3)[0]
+    assert first.tolist() == pytest.approx(FIRST_NOISE, rel=1e-6), (
+        "a seed keeps its meaning from one release to the next"
+    )
     assert state(seed=None).key != state(seed=None).key
+
+
+def test_early_arrivals_are_as_frequent_as_they_must_be() -> None:
+    """Of the smallest E of a vocabulary all bits count: likely winners are among them."""
+    arrivals = -noise(range(100), 7, 129_280)
+    for most in (1e-5, 1e-4, 1e-2, 1.0):
+        expected = arrivals.size * -math.expm1(-most)
+        assert abs(int((arrivals < most).sum()) - expected) < 4.5 * math.sqrt(expected)
+    earliest = np.sort(arrivals.min(-1)) * 129_280
+    assert abs(earliest.mean() - 1) < 0.4 and np.unique(earliest).size == 100
+
+
+def key_of(number: int, count: int) -> int:
+    """The key whose stream's number `count` has `number` as its own number 0: SplitMix64 backwards."""
+
+    def back(z: int) -> int:
+        for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+            whole = z
+            for _ in range(64 // shift):
+                whole = z ^ (whole >> shift)
+            z = whole * pow(factor, -1, 2**64) % 2**64
+        return z
+
+    gamma = 0x9E3779B97F4A7C15
+    return (back((back(number) - gamma) % 2**64) - (count + 1) * gamma) % 2**64
+
+
+@pytest.mark.parametrize("number", [0, 2**64 - 1, 2**32 - 1, 2**64 - 2**32])
+def test_no_bits_make_noise_that_is_0_or_infinite(number: int) -> None:
+    key = key_of(number, 3)
+    both = noise(key, 3, 2)[0]
+    bits = np.array([number % 2**32, number >> 32])
+    assert np.allclose(both, np.where(bits == 0, -(2.0**-33), np.log(2.0**-24)), rtol=1e-5)
+    for token in (0, 1):
+        one = state(temperature=1.0)
+        one.key, one.generated = key, 3
+        logits = torch.full((1, 4), -torch.inf)
+        logits[0, token] = -5.0
+        assert sample(logits, [one])[0] == [token], "what has no weight never arrives"
 
 
 def test_extreme_values_never_give_nan() -> None:

@@ -112,7 +112,8 @@ def test_contracts_hold_and_change_nothing(asked: list[tuple[list[int], dict[str
 
 def test_a_token_in_flight_is_fed_on_the_device() -> None:
     """The same tokens as where the host knows each before the next step; the ids given are then never -1."""
-    asked = [([i, 2 * i, 7], {"max_tokens": 9, "temperature": 1.0, "seed": i}) for i in range(6)]
+    params = {"max_tokens": 9, "temperature": 1.0, "ignore_eos": True}
+    asked = [([i, 2 * i, 7], {**params, "seed": i}) for i in range(6)]
     fed: list[int] = []
 
     class Watched(DeviceRunner):

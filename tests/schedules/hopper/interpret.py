@@ -143,8 +143,9 @@ def run(launch: TritonLaunch, call: Args) -> None:
             assert isinstance(arg, Scalar)
             values[key] = sizes.value(arg.value)  # type: ignore[arg-type]
     grid = tuple(sizes.value(size) for size in launch.grid)
-    if 0 not in grid:
-        source: Any = importlib.import_module(module)
+    if 0 in grid:
+        return
+    source: Any = importlib.import_module(module)
     source.gdc_wait = source.gdc_launch_dependents = lambda: None  # the order of launches is the card's
     getattr(source, name)[grid](**values)
 

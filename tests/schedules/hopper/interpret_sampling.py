@@ -1,6 +1,7 @@
 """Runs gate and sampling kernels in Triton's interpreter, on a CPU: `interpret_sampling.py FAMILY [LABEL ...]`.
 
-As interpret.py, with what these kernels use of the card alone replaced: the order of launches, and one function.
+As interpret.py, with what these kernels use of the card alone replaced: the order of launches, and two functions. And a
+third, which the interpreter is slow at.
 """
 
 from __future__ import annotations
@@ -22,9 +23,23 @@ def log1p(x):
     return tl.log(1.0 + x)
 
 
+@triton.jit
+def fast_log2f(x):
+    return tl.log2(x)
+
+
+@triton.jit
+def above(p, cut):
+    """As sampling's own, in two sums: the interpreter walks a reduction by a function of one's own in Python."""
+    over = p >= cut
+    return tl.sum(over.to(tl.int32), 0), tl.sum(tl.where(over, p, 0.0), 0)
+
+
 for texts in (gate, sampling):
     texts.gdc_wait = texts.gdc_launch_dependents = lambda: None
 gate.libdevice = types.SimpleNamespace(log1p=log1p)
+sampling._above = above
+sampling.libdevice = types.SimpleNamespace(fast_log2f=fast_log2f)
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
