@@ -14,17 +14,15 @@ No pickle, no Python callables: JSON, safetensors and binaries only.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dsv4c.errors import ArtifactError
+from dsv4c.strictjson import decode_object
 
 FORMAT_VERSION = 4
 
@@ -390,72 +388,6 @@ class Manifest:
     """None: every step gives a request one token."""
 
 
-def decode(kind: Any, value: Any) -> Any:
-    """A JSON value as this annotated type, strictly. Raises ArtifactError naming the place that does not fit."""
-    return _decode(kind, value, "")
-
-
-def _shape_error(path: str, expected: str, value: Any) -> ArtifactError:
-    return ArtifactError(
-        f"manifest: `{path or 'top level'}` should be {expected}, not {json.dumps(value)[:60]}",
-        hint="the manifest is corrupted; compile the artifact again",
-    )
-
-
-def _decode(kind: Any, value: Any, path: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _decode_dataclass(kind, value, path)
-    if origin is Literal:
-        if value not in args:
-            raise _shape_error(path, f"one of {', '.join(map(str, args))}", value)
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _shape_error(path, "a list", value)
-        return tuple(_decode(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _shape_error(path, "an object", value)
-        return {key: _decode(args[1], item, f"{path}.{key}") for key, item in value.items()}
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            if option is type(None) and value is None:
-                return None
-            if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                return _decode(option, value, path)
-            if isinstance(option, type) and type(value) is option:
-                return value
-        raise _shape_error(path, " or ".join(getattr(a, "__name__", str(a)) for a in args), value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise _shape_error(path, getattr(kind, "__name__", str(kind)), value)
-    return value
-
-
-def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
-    if not isinstance(value, dict):
-        raise _shape_error(path, "an object", value)
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in value:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else "was it written by another version of dsv4c?"
-            raise ArtifactError(f"manifest: unknown key `{f'{path}.{key}'.lstrip('.')}`", hint=hint)
-    for name, f in fields.items():
-        optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        if name not in value and not optional:
-            raise ArtifactError(
-                f"manifest: `{f'{path}.{name}'.lstrip('.')}` is missing",
-                hint="the manifest is corrupted; compile the artifact again",
-            )
-    return kind(**{k: _decode(hints[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()})
-
-
 def manifest_to_json(manifest: Manifest) -> str:
     """Canonical text: the same manifest gives the same bytes."""
     return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
@@ -473,7 +405,7 @@ def manifest_from_json(text: str) -> Manifest:
             f"artifact has format version {version!r}, this dsv4c reads {FORMAT_VERSION}",
             hint="compile it again with this version",
         )
-    manifest: Manifest = _decode_dataclass(Manifest, data, "")
+    manifest: Manifest = decode_object(Manifest, data)
     return manifest
 
 

@@ -75,7 +75,8 @@ def lower(
     program = capture(
         config, options.layout(), fake_quant=options.fake_quant, drafter=drafts > 0 or config.drafter != "dspark"
     )
-    for step in (pipeline or default_pipeline(stored_formats(config), arch, drafts)).steps(program):
+    pipeline = pipeline or default_pipeline(stored_formats(config), arch, drafts, options.max_context)
+    for step in pipeline.steps(program):
         program = step.after
         if watch:
             watch(step)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4c.artifact import Manifest, decode
+from dsv4c.artifact import Manifest
 from dsv4c.errors import ArtifactError
 
 if TYPE_CHECKING:

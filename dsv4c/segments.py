@@ -41,7 +41,7 @@ def segments_of(
 
 
 def padded_symbols(inputs: Iterable[Input], symbols: Iterable[str] = ()) -> set[str]:
-    """Sizes that hold live rows and padding behind them. Of all `symbols` also those that count streams of such rows."""
+    """Sizes that hold live rows and padding behind them; of `symbols` also those that count streams of such rows."""
     found = {size for item in inputs if item.kind in PADDED_KINDS for size in item.shape if isinstance(size, str)}
     return found | {name for name in symbols if name.removesuffix("_streams") in found}
 

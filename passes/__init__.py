@@ -76,15 +76,17 @@ STORE: tuple[Pass, ...] = (
 
 
 def default_pipeline(
-    formats: Mapping[str, str] | None = None, arch: str = "cpu", drafts: int = 0
+    formats: Mapping[str, str] | None = None, arch: str = "cpu", drafts: int = 0, max_context: int = 0
 ) -> Pipeline:  # fmt: skip
     """From a captured program to a lowered one. `formats`: how the checkpoint stores each weight (None: as usual).
 
-    `drafts`: the most that a step on a GPU verifies; on a CPU the host drafts with a program of its own.
+    `drafts`: the most that a step on a GPU verifies, of requests of up to `max_context` tokens; on a CPU the host
+    drafts with a program of its own.
     """
     lower: tuple[Pass, ...] = WIDEN
     if arch != "cpu":
-        lower = (*STORE, *((FlattenStreams(), AppendDrafts(max_tokens=drafts)) if drafts else (AppendSampling(),)))
+        drafting = (FlattenStreams(), AppendDrafts(max_tokens=drafts, max_context=max_context))
+        lower = (*STORE, *(drafting if drafts else (AppendSampling(),)))
     return Pipeline((*RAISE, *FUSE, *lower, Quantise(formats=formats), CheckLowered()), machine=arch)
 
 

@@ -52,7 +52,10 @@ def graph_name(drafts: int) -> str:
 
 @dataclass(frozen=True)
 class AppendDrafts(Pass):
+    """`max_tokens`: the most drafts; `max_context`: tokens of the longest request, behind which no page lies."""
+
     max_tokens: int
+    max_context: int
     name: ClassVar[str] = "append-drafts"
     needs: ClassVar[frozenset[str]] = frozenset({"activations-narrow", "streams-flat"})
     gives: ClassVar[frozenset[str]] = frozenset({"samples-inside"})
@@ -64,7 +67,9 @@ class AppendDrafts(Pass):
         step, block = program.graphs["step"], program.graphs["mtp"]
         graphs = {}
         for drafts in range(self.max_tokens + 1):
-            graphs[graph_name(drafts)] = _Builder(program, _copied(step), block, self.max_tokens).build(drafts)
+            graphs[graph_name(drafts)] = _Builder(
+                program, _copied(step), block, self.max_tokens, self.max_context
+            ).build(drafts)
         program.graphs = graphs
         return len(graphs)
 
@@ -83,14 +88,16 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 class _Builder:
     """Rewrites one copy of the step's graph."""
 
-    def __init__(self, program: Program, graph: fx.Graph, block: fx.Graph, max_tokens: int) -> None:
+    def __init__(
+        self, program: Program, graph: fx.Graph, block: fx.Graph, max_tokens: int, max_context: int
+    ) -> None:  # fmt: skip
         self.program, self.graph, self.block = program, graph, block
         self.given: dict[Value, fx.Node] = {n.meta["value"]: n for n in graph.nodes if n.op == "placeholder"}
         self.place = list(self.given.values())[-1]
         self.end = graph.output_node()
         self.results = results_of(graph)
         self.tables = {k: n.meta["type"] for k, n in self.given.items()}
-        self.max_tokens = max_tokens
+        self.max_tokens, self.max_context = max_tokens, max_context
 
     def build(self, drafts: int) -> fx.Graph:
         vocab = self.program.config.vocab_size
@@ -181,7 +188,7 @@ class _Builder:
                 length, counts)  # fmt: skip
         states = (pending.meta["type"], length.meta["type"], counts.meta["type"])
         accepted, self.rows, self.positions, self.counters, *after = self.several(
-            end, scope, "accept_drafts", args, (one, one, one, one, *states)
+            end, scope, "accept_drafts", args, (one, one, one, one, *states), end=self.max_context
         )
         results["accepted"] = accepted
         for name, node in zip((PENDING, LENGTH, COUNTS), after, strict=True):
@@ -211,10 +218,10 @@ class _Builder:
                 kind = TensorType(("D", *streams.meta["type"].shape[1:]), streams.meta["type"].dtype)
                 streams = self.call(end, scope, "take_rows", (streams, self.rows), kind)
                 at = self.positions
-            args = (self.positions, self.counters)
+            args, limit = (self.positions, self.counters), {"end": self.max_context}
             if number > 1:
-                at, _ = self.several(end, scope, "advance_rows", args, (one, one), by=number - 1)
-            _, counters = self.several(end, scope, "advance_rows", args, (one, one), by=number)
+                at, _ = self.several(end, scope, "advance_rows", args, (one, one), by=number - 1, **limit)
+            _, counters = self.several(end, scope, "advance_rows", args, (one, one), by=number, **limit)
             values = {"positions": at, "request_rows": seats, "next_ids": token}
             found = self.inline(scope, values, streams, one_row=True)
 

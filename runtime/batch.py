@@ -77,7 +77,8 @@ class BatchBuilder:
             tokens_T = np.array([s.request.token(s.start) for s in spans], dtype=np.int64)
         else:
             tokens_T = np.concatenate([tokens_of(s) for s in spans])
-        widths = self._widths(int(ends_R.max()))
+        # drafts beyond those that the step verifies look at a few columns more
+        widths = self._widths(int(ends_R.max()) + max(s.wanted for s in spans))
         plain: dict[str, Int64Array] = {
             "token_ids": tokens_T,
             "positions": positions_T,

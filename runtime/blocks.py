@@ -25,7 +25,7 @@ from torch import Tensor
 from dsv4c.artifact import Drafter as Described
 from dsv4c.artifact import Input
 from dsv4c.errors import ArtifactError
-from dsv4c.runtime.drafts import HiddenExecutor, goes_on
+from dsv4c.runtime.drafts import HiddenExecutor, room_for_drafts
 from dsv4c.runtime.sampler import SamplerState
 from dsv4c.runtime.scheduler import Span
 from dsv4c.runtime.speculation import StepCost, linear_cost
@@ -76,7 +76,7 @@ class BlockDrafter:
                 found = next(given)
                 length += len(found) - 1 - span.drafts
                 token = found[-1]
-                wanted.append(min(span.wanted, self.block_size) if goes_on(span, found) else 0)
+                wanted.append(min(span.wanted, self.block_size, room_for_drafts(span, found)))
                 if wanted[-1] and token is not None:
                     blocks.append((i, token, span.start + length))
             rows += range(first, first + length)

@@ -82,7 +82,7 @@ class MtpDrafter:
         last = torch.from_numpy(lasts)
         logits = self._pass(tables, positions, owners, following, last, hidden)
         sampling = [span for span in spans if span.samples]
-        wanted = [s.wanted if goes_on(s, t) else 0 for s, t in zip(sampling, tokens, strict=True)]
+        wanted = [min(s.wanted, room_for_drafts(s, t)) for s, t in zip(sampling, tokens, strict=True)]
         alive = list(range(len(sampling)))
         while True:
             going = [n for n, i in enumerate(alive) if len(drafts[i]) < wanted[i]]
@@ -149,9 +149,9 @@ def _known(tokens: Sequence[int | None]) -> list[int]:
     return [token for token in tokens if token is not None]
 
 
-def goes_on(span: Span, tokens: Sequence[int | None]) -> bool:
-    """Whether the request surely has two tokens more to come: fewer need no draft."""
+def room_for_drafts(span: Span, tokens: Sequence[int | None]) -> int:
+    """How many tokens the request may still have to come that are not its last: that one needs no draft."""
     request = span.request
     if None in tokens or not request.stop_ids.isdisjoint(tokens):
-        return False
-    return request.num_tokens + len(tokens) + 1 < request.max_tokens_total
+        return 0
+    return max(0, request.max_tokens_total - 1 - request.num_tokens - len(tokens))

@@ -119,8 +119,12 @@ def accept_drafts(
     pending_ZK: Tensor,
     length_Z: Tensor,
     counts_ZV: Tensor,
+    *,
+    end: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(accepted, rows, next positions, next counters) [D], then pending, length and counts (in place on a device).
+
+    `end`: of the context. Behind a request that reaches it, what is drafted has no place, and its position is the last.
 
     Request d has rows starts[d] ... starts[d] + limits[d] of logits. The first counts; the next does if the one before
     gave the token that is there. `rows`: the last that counts, as a row of the batch. Its token becomes the seat's
@@ -136,7 +140,7 @@ def accept_drafts(
         row = int(logit_rows_S[last])
         accepted.append(kept + 1)
         rows.append(row)
-        positions.append(int(positions_T[row]) + 1)
+        positions.append(min(int(positions_T[row]) + 1, end - 1))
         counters.append(int(counters_S[last]) + 1)
         if seat:
             pending_ZK[seat, 0], length_Z[seat] = tokens_S[last], positions[-1]
@@ -157,9 +161,9 @@ def place_tokens(next_ids_T: Tensor, logit_rows_S: Tensor, seats_S: Tensor, toke
     return next_ids_T.index_put((logit_rows_S[live],), tokens_S[live].clamp(min=0))
 
 
-def advance_rows(positions_D: Tensor, counters_D: Tensor, *, by: int) -> tuple[Tensor, Tensor]:
-    """Both plus `by`."""
-    return positions_D + by, counters_D + by
+def advance_rows(positions_D: Tensor, counters_D: Tensor, *, by: int, end: int) -> tuple[Tensor, Tensor]:
+    """Both plus `by`, positions up to the last before `end`."""
+    return (positions_D + by).clamp(max=end - 1), counters_D + by
 
 
 def keep_draft(pending_ZK: Tensor, seats_D: Tensor, drafts_D: Tensor, *, at: int) -> Tensor:

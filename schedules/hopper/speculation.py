@@ -44,9 +44,9 @@ def _constants(node: OpNode) -> dict[str, Any]:
     if node.op == "feed_ends":
         return {"RATIO": node.attrs["ratio"]}
     if node.op == "accept_drafts":
-        return {"K1": columns(9), "V": columns(11)}
+        return {"K1": columns(9), "V": columns(11), "END": node.attrs["end"]}
     if node.op == "advance_rows":
-        return {"BY": node.attrs["by"]}
+        return {"BY": node.attrs["by"], "END": node.attrs["end"]}
     return {"K1": columns(0), "AT": node.attrs["at"]} if node.op == "keep_draft" else {}
 
 

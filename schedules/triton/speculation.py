@@ -69,7 +69,8 @@ def row_facts(token_ids, positions, rows, shifts, drafted, counters, count, N: t
 @triton.jit
 def accept_drafts(
     tokens, drafted, rows, positions, counters, starts, limits, seats, penalty_seats, pending, length, counts,
-    accepted, out_rows, next_positions, next_counters, count, V: tl.constexpr, K1: tl.constexpr, N: tl.constexpr,
+    accepted, out_rows, next_positions, next_counters, count, V: tl.constexpr, K1: tl.constexpr, END: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     """A thread walks the rows of its request: N threads, so that no request has two."""
     gdc_wait()
@@ -93,7 +94,7 @@ def accept_drafts(
     at = tl.load(positions + row, live, 0) + 1
     tl.store(accepted + d, kept + 1, live)
     tl.store(out_rows + d, row, live)
-    tl.store(next_positions + d, at, live)
+    tl.store(next_positions + d, tl.minimum(at, END - 1), live)
     tl.store(next_counters + d, tl.load(counters + last, live, 0) + 1, live)
     somebody = live & (seat != 0)
     tl.store(pending + seat * K1, tl.load(tokens + last, live, 0), somebody)
@@ -117,12 +118,14 @@ def place_tokens(next_ids, rows, seats, tokens, count, N: tl.constexpr):
 
 
 @triton.jit
-def advance_rows(positions, counters, out_positions, out_counters, count, BY: tl.constexpr, N: tl.constexpr):
+def advance_rows(
+    positions, counters, out_positions, out_counters, count, BY: tl.constexpr, END: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
     gdc_wait()
     gdc_launch_dependents()
     d = tl.program_id(0) * N + tl.arange(0, N)
     live = d < count
-    tl.store(out_positions + d, tl.load(positions + d, live, 0) + BY, live)
+    tl.store(out_positions + d, tl.minimum(tl.load(positions + d, live, 0) + BY, END - 1), live)
     tl.store(out_counters + d, tl.load(counters + d, live, 0) + BY, live)
 
 

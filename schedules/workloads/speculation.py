@@ -139,6 +139,7 @@ def _keep_draft(rows: int, draw: Draw) -> Args:
 
 
 S, TABLE, ONE = (Value((size,), "int64", "input") for size in ("S", "R", "D"))
+CONTEXT = 4900  # fewer than the largest positions drawn
 COUNTS = Value((SEATS, VOCAB), "int16", "pool")
 Case = tuple[OpNode, Callable[[int, Draw], Args]]
 CASES: tuple[Case, ...] = (
@@ -154,12 +155,12 @@ CASES: tuple[Case, ...] = (
     ),
     (OpNode("row_facts", {}, (ROW, ROW, S, S), (S, S)), _row_facts),
     (
-        OpNode("accept_drafts", {}, (S, S, S, ROW, S, ONE, ONE, ONE, S, PENDING, SEAT, COUNTS),
+        OpNode("accept_drafts", {"end": CONTEXT}, (S, S, S, ROW, S, ONE, ONE, ONE, S, PENDING, SEAT, COUNTS),
                4 * (ONE,), mutates=(9, 10, 11)),
         _accept_drafts,
     ),
     (OpNode("place_tokens", {}, (ROW, S, S, S), (), mutates=(0,)), _place_tokens),
-    *((OpNode("advance_rows", {"by": by}, (ROW, ROW), (ROW, ROW)), _advance_rows) for by in (1, 2)),
+    *((OpNode("advance_rows", {"by": by, "end": CONTEXT}, (ROW, ROW), (ROW, ROW)), _advance_rows) for by in (1, 2)),
     *((OpNode("keep_draft", {"at": at}, (PENDING, ROW, ROW), (), mutates=(0,)), _keep_draft) for at in (1, DRAFTS)),
 )  # fmt: skip
 

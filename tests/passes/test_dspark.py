@@ -110,7 +110,7 @@ def test_without_a_drafter_the_step_is_the_models(captured: Program) -> None:
 def test_packed_entries_are_refused(captured: Program) -> None:
     with pytest.raises(PassError, match=r"attend_block.* has no form that reads packed entries") as error:
         default_pipeline(stored_formats(TINY), "sm_90a").run(captured)
-    assert error.value.hint == "DSpark drafts on `cpu` only: capture without the drafter"
+    assert error.value.hint.startswith("DSpark drafts on `cpu` only: capture without the drafter")
 
 
 def test_the_main_model_compiles_for_a_card() -> None:

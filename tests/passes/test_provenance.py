@@ -141,11 +141,11 @@ class AddSwiglu(Pass):
 def test_a_pass_of_the_user_keeps_provenance_without_helping(stitched: Program) -> None:
     program = Pipeline((SwapNorms(),)).run(stitched)
     latent = next(n for n in program.find("dsv4.rms_norm") if "q_norm" in str(n.args[1]))
-    assert texts(origin_of(latent)) == ["attention.py:Attention.forward"]
+    assert texts(origin_of(latent)) == ["attention.py:Attention.queries"]
     assert passes_of(latent) == ("raise-norm", "stitch", "swap-norms")
     program = LATE.with_(SetEps(), after="fuse-norm-rope-write").run(stitched)
     latent = next(n for n in program.find("dsv4.rms_norm") if "q_norm" in str(n.args[1]))
-    assert texts(origin_of(latent)) == ["attention.py:Attention.forward"]
+    assert texts(origin_of(latent)) == ["attention.py:Attention.queries"]
     assert passes_of(latent) == ("raise-norm", "stitch", "set-eps")
 
 

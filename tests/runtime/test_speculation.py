@@ -29,7 +29,13 @@ STEPS = 2000  # a bound for tests that hang, far above what they need
 
 
 def engine_of(
-    tokens: int = 2, lag: int = 0, oracle: Oracle | None = None, *, requests: int = 4, share: float = 1.0, **options: Any
+    tokens: int = 2,
+    lag: int = 0,
+    oracle: Oracle | None = None,
+    *,
+    requests: int = 4,
+    share: float = 1.0,
+    **options: Any,
 ) -> tuple[Engine, StandIn]:
     """An engine with `tokens` drafts a request; `share`: of the pages that its requests need at most."""
     oracle = oracle or Oracle(horizon=HORIZON, wide=WIDE)
