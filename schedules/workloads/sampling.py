@@ -112,14 +112,25 @@ def make(kind: Kind, rows: int, vocab: int, op: str, generator: torch.Generator)
 
 
 def _in_chains(args: Args, generator: torch.Generator) -> Args:
-    """Rows in chains of four of a seat, the last one short: drafts are likely tokens, some of them twice."""
+    """Rows in chains of four of a seat, the last one short. Of a row's drafts one is its best token if nothing counts.
+
+    Some drafts are twice in a chain.
+    """
     logits, slots = args[0], args[7]
     assert logits is not None and slots is not None
     row = torch.arange(slots.numel(), device=slots.device)
+    chain = row % DEEP
+
+    def random() -> Tensor:
+        return torch.rand(row.shape, generator=generator, device=slots.device)
+
     drafted = logits.argmax(-1)
-    again = torch.rand(row.shape, generator=generator, device=slots.device) < 0.3
-    drafted = torch.where(again, drafted[(row - 1).clamp(min=0)], drafted)
-    return [*args[:7], slots[row // DEEP * DEEP], *args[8:], row % DEEP, drafted]
+    drafted = torch.where(random() < 0.3, drafted[(row - 1).clamp(min=0)], drafted)
+    which = drafted[row - (random() * chain).long()]
+    best = logits.amax(-1)
+    lifted = (chain > 0) & best.isfinite()
+    logits[row[lifted], which[lifted]] = best[lifted] + 0.1
+    return [*args[:7], slots[row - chain], *args[8:], chain, drafted]
 
 
 def judged_by(*tensors: Tensor) -> tuple[Tensor, ...]:

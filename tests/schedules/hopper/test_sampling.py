@@ -192,5 +192,5 @@ def test_a_row_behind_drafts_draws_as_if_they_had_been_generated(kind: str) -> N
         one = [a[s : s + 1] for a in args[:8]]
         expected, _ = sample_penalised(*one, counts, *(a[s : s + 1] for a in args[9:12]))
         assert tokens[s] == expected[0]
-    without = sample_drafted(*args[:12], torch.zeros_like(chain), drafted)
-    assert not torch.equal(tokens, without), "drafts matter"
+    for fewer in (torch.zeros_like(chain), (chain - 1).clamp(min=0)):
+        assert not torch.equal(tokens, sample_drafted(*args[:12], fewer, drafted)), "each draft matters"
