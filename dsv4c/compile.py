@@ -178,11 +178,10 @@ def plan_artifact(program: Program, target: Target, options: Options, schedules:
     """
     choose_from = (*SCHEDULES, *schedules)
     config, layout = program.config, program.layout
-    inputs = artifact_inputs(config, layout)
+    inputs, drafts = artifact_inputs(config, layout), options.speculative_tokens
     if target.arch == "cpu":
         symbols = largest_symbols(config, layout, options)
-        drafts = options.speculative_tokens > 0
-        step = plan(program, "step", "step", "mixed", target.arch, symbols, inputs, choose_from, hidden=drafts)
+        step = plan(program, "step", "step", "mixed", target.arch, symbols, inputs, choose_from, hidden=drafts > 0)
         if not drafts:
             return step
         if config.drafter == "dspark":
@@ -190,7 +189,6 @@ def plan_artifact(program: Program, target: Target, options: Options, schedules:
         inputs = (*inputs, *draft_inputs(config))
         block = plan(program, "mtp", "mtp", "draft", target.arch, symbols, inputs, choose_from, hidden=True)
         return Plan.joined((step, block))
-    drafts = options.speculative_tokens
     inputs = (*inputs, *sampling_inputs(drafts))
     shared = state_symbols(config, layout, options)
     return Plan.joined(

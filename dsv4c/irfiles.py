@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4c.artifact import Manifest
 from dsv4c.errors import ArtifactError
+from dsv4c.strictjson import decode
 
 if TYPE_CHECKING:
     from dsv4c.pipeline import Step

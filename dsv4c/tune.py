@@ -29,6 +29,7 @@ from dsv4c.schedules._tuned import FOLDER, Row, Tuned, read_rows, write_rows
 from dsv4c.schedules._workload import Workload
 from dsv4c.schedules.emit import emit
 from dsv4c.schedules.select import choose, select
+from dsv4c.strictjson import decode
 from dsv4c.trial import Others, Trial, measure_ceilings
 
 FAMILIES = (
@@ -137,7 +138,7 @@ def measure(
         raise ArtifactError(
             f"`{bundle}` is no bundle: {error}", hint="make one with `dsv4c tune --build-only DIR`"
         ) from error
-    kernels: dict[str, artifact.Kernel] = artifact.decode(dict[str, artifact.Kernel], data["kernels"])
+    kernels: dict[str, artifact.Kernel] = decode(dict[str, artifact.Kernel], data["kernels"])
     entries = [Entry(**e) for e in data["entries"]]
     native = GpuKernels(kernels, bundle, data["arch"]) if any(k.kind == "gpu" for k in kernels.values()) else None
     ceilings = measure_ceilings() if timing else None

@@ -174,7 +174,7 @@ class _Builder:
         kinds = (logits.meta["type"], edits[3].meta["type"])
         results["logits"], results["replaced"] = self.several(end, scope, "edit_logits", (logits, *edits), kinds)
         row, one = TensorType(("S",), "int64"), TensorType(("D",), "int64")
-        args = (tokens, positions, rows, self.input("noise_shifts"))
+        args: tuple[Any, ...] = (tokens, positions, rows, self.input("noise_shifts"))
         drafted, counters = self.several(end, scope, "row_facts", args, (row, row))
         counts = self.state(COUNTS)
         asked = [self.input(name) for name in ("temperature", "top_k", "top_p", "min_p", "noise_keys")]
@@ -197,7 +197,12 @@ class _Builder:
     def draft(self, positions: fx.Node, drafts: int) -> None:
         end, seats = self.end, self.input("draft_seats")
         row, one = TensorType(("T",), "int64"), TensorType(("D",), "int64")
-        args = (self.input("next_ids"), self.input("logit_rows"), self.input("token_seats"), self.results["tokens"])
+        args: tuple[Any, ...] = (
+            self.input("next_ids"),
+            self.input("logit_rows"),
+            self.input("token_seats"),
+            self.results["tokens"],
+        )
         following = self.call(end, "draft1", "place_tokens", args, row)
         values = {"positions": positions, "request_rows": self.input("request_rows"), "next_ids": following}
         found = self.inline("draft1", {**values, "logit_rows": self.rows}, self.results["streams"], one_row=False)
@@ -207,8 +212,7 @@ class _Builder:
             asked = [self.input(f"draft_{name}") for name in ("temperature", "top_k", "top_p", "min_p", "keys")]
             token = self.call(end, scope, "sample", (found["logits"], *asked, counters), one)
             pending = self.state(PENDING)
-            args = (pending, seats, token)
-            kept = self.call(end, scope, "keep_draft", args, pending.meta["type"], at=number)
+            kept = self.call(end, scope, "keep_draft", (pending, seats, token), pending.meta["type"], at=number)
             self.results[f"state.{PENDING}"] = kept
             if number == drafts:
                 return
@@ -289,10 +293,10 @@ class _Builder:
             or node.target is operator.getitem
         ):
             return None
-        args, attrs = fx.map_arg(node.args, lambda n: here[n]), dict(node.kwargs)
-        known = next(iter(args[0].users), None) if args and isinstance(args[0], fx.Node) else None
-        users = args[0].users if known is not None else ()
-        return next((u for u in users if u.target is node.target and u.args == args and dict(u.kwargs) == attrs), None)
+        args = tuple(fx.map_arg(arg, lambda n: here[n]) for arg in node.args)
+        users = args[0].users if args and isinstance(args[0], fx.Node) else ()
+        same = (u for u in users if u.target is node.target and u.args == args and u.kwargs == node.kwargs)
+        return next(same, None)
 
 
 def _resized(kind: TensorType, sizes: Mapping[Size, Size]) -> TensorType:

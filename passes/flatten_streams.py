@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -48,10 +49,10 @@ def _flatten(node: fx.Node) -> None:
         place = result.next
         back = call_before(place, "row_streams", (result,), {"streams": int(kind[at].shape[1])}, kind[at])
         back.meta = {**result.meta, "type": kind[at]}
-        result.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+        result.replace_all_uses_with(back, delete_user_cb=partial(operator.is_not, back))
 
 
-def _flat(arg: object, node: fx.Node) -> object:
+def _flat(arg: Any, node: fx.Node) -> Any:
     """A tensor of streams as rows; everything else as it is."""
     if not isinstance(arg, fx.Node) or (arg.op == "placeholder" and arg.meta["value"].kind != "streams"):
         return arg

@@ -127,7 +127,10 @@ def _rows_kept(
     spans: Sequence[Span], tokens: Sequence[Sequence[int | None]]
 ) -> tuple[Int64Array, Int64Array, Int64Array]:  # fmt: skip
     """The rows of the batch whose tokens stay, the token that follows each, and which of them are spans' last."""
-    rows, following, lasts, given = [], [], [], iter(tokens)
+    rows: list[int] = []
+    following: list[int] = []
+    lasts: list[int] = []
+    given = iter(tokens)
     first = count = 0
     for span in spans:
         length, end = span.length, span.end - span.drafts

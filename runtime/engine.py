@@ -92,8 +92,8 @@ def _drafter(executor: ArtifactExecutor, manifest: Manifest) -> Drafter:
         return MtpDrafter(executor, executor.beside(programs["mtp"]), programs["mtp"].inputs)
     absorb, draft = (programs[f"dspark.{name}"] for name in ("absorb", "draft"))
     inputs = {item.name: item for item in (*absorb.inputs, *draft.inputs)}.values()
-    run = (executor.beside(program).outputs for program in (absorb, draft))
-    return BlockDrafter(executor, *run, inputs, manifest.drafter)
+    absorbing, drafting = executor.beside(absorb).outputs, executor.beside(draft).outputs
+    return BlockDrafter(executor, absorbing, drafting, inputs, manifest.drafter)
 
 
 class _Flight(NamedTuple):

@@ -168,7 +168,9 @@ def _kept(tokens: Sequence[int | None], guesses: Sequence[Sequence[int]]) -> lis
 
 def _split_rows(spans: Sequence[Span], logits_SV: torch.Tensor) -> tuple[torch.Tensor, dict[str, list[TokenLogprob]]]:
     """The rows to sample from, and by request the log-probabilities of the prompt's tokens."""
-    sample_rows, prompt, row = [], {}, 0
+    sample_rows: list[int] = []
+    prompt: dict[str, list[TokenLogprob]] = {}
+    row = 0
     for span in spans:
         count = len(span.prompt_rows)
         if count:

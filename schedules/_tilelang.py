@@ -24,13 +24,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4c import artifact
 from dsv4c.artifact import Launch, LaunchArg, TensorMap
 from dsv4c.errors import ScheduleError
 from dsv4c.ops import DTYPE_BYTES
 from dsv4c.schedules._gpu import SHARED_LIMIT, Compiled
 from dsv4c.schedules._launch import Expr, TileLaunch
 from dsv4c.schedules._schedule import Value
+from dsv4c.strictjson import decode
 
 # A GEMM lowered to these runs at a quarter of wgmma's rate or less, and TileLang chooses them without a word.
 _LEGACY_MMA = ("mma_sync", "ptx_mma", "gemm_ss<", "gemm_rs<")
@@ -68,7 +68,7 @@ def compile_tile(launch: TileLaunch, values: Sequence[Value | None], arch: str, 
     key = _key(launch, values, arch)
     record, code = cache_dir / f"{key}.json", cache_dir / f"{key}.cubin"
     if record.is_file() and code.is_file():
-        return Compiled(code.read_bytes(), artifact.decode(Launch, json.loads(record.read_text(encoding="utf-8"))))
+        return Compiled(code.read_bytes(), decode(Launch, json.loads(record.read_text(encoding="utf-8"))))
     lowered = lower(launch, values, arch)
     image, registers = _nvcc(launch, lowered, arch)
     done = Launch(

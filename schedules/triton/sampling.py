@@ -8,9 +8,7 @@
     draw_rows    every row: the cut, a weight p = exp((x - best) / temperature) that top_k and top_p keep all above,
                  by bisection over the bits of p; then the token above it that arrives first
 
-Token v arrives at E / p, for the noise E of (key, counter, v) that dsv4c/ops/sampling.py defines; its bits are integer
-arithmetic and two roundings, the same everywhere. Two tokens share a 64-bit hash: 13 integer instructions a token of 45
-in all. Philox4x32-10 would take 11, and NumPy 97 us in place of 10 for 4096 tokens, a host's whole sampling being 50.
+Token v arrives at E / p, for the noise E of (key, counter, v): noise.py.
 
 Lists hold 1024 tokens a chunk; a row with more in some chunk (a flat distribution) is bisected over all its logits.
 Sums have a fixed order and rows do not meet. A NaN, or a best that is not finite, makes a row's total no number.
@@ -20,12 +18,11 @@ Legend: T rows, V vocabulary, C chunks of W tokens, B bins, L most listed tokens
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dsv4c.schedules.triton.noise import chunk_noise, noise, row_stream
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-GAMMA: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)  # SplitMix64's increment
-SHORT_2_32: tl.constexpr = tl.constexpr((1 - 2.0**-24) * 2.0**-32)  # a float32; times 2^32 it is below 1
 GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)  # as the reference
 MOST: tl.constexpr = tl.constexpr((1 << 14) - 1)  # of a token's count; the bit above marks the prompt's tokens
 BIN: tl.constexpr = tl.constexpr(0.25)  # nats; 128 bins reach 32 nats, beyond which 2^17 tokens weigh 2e-9
@@ -79,52 +76,6 @@ def _weight(x, best, temperature):
 
 
 @triton.jit
-def _hash(stream, counter):
-    """Number `counter` of a SplitMix64 stream, but for its last step; uint64."""
-    z = stream + GAMMA + counter.to(tl.uint64) * GAMMA
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    return (z ^ (z >> 27)) * 0x94D049BB133111EB
-
-
-@triton.jit
-def _stream(keys, counters, s):
-    """The noise of row s: number counters[s] of stream keys[s]; uint64."""
-    z = _hash(tl.load(keys + s).to(tl.uint64, bitcast=True), tl.load(counters + s))
-    return z ^ (z >> 31)
-
-
-@triton.jit
-def _words(stream, half):
-    """The random bits of tokens 2 * half and 2 * half + 1; uint32."""
-    z = _hash(stream, half)
-    high = (z >> 32).to(tl.uint32)
-    return z.to(tl.uint32) ^ (z >> 31).to(tl.uint32), high ^ (high >> 31)
-
-
-@triton.jit
-def _exponential(word):
-    """Noise of these random bits, in units of log 2."""
-    past = (word.to(tl.float32) + 0.5) * SHORT_2_32
-    # the card's logarithm is good to 2^-22 of 1, and 1 - past loses bits of what is small: there a minimax cubic
-    near = past * (1.4426950 + past * (0.72136706 + past * (0.4793475 + past * 0.39949802)))
-    return tl.where(past < 0.0625, near, -libdevice.fast_log2f(1.0 - past))
-
-
-@triton.jit
-def _chunk_noise(stream, c, W: tl.constexpr):
-    """The noise of every token of chunk c."""
-    low, high = _words(stream, c * (W // 2) + tl.arange(0, W // 2))
-    return _exponential(tl.interleave(low, high))
-
-
-@triton.jit
-def _noise(stream, v):
-    """The noise of tokens v."""
-    low, high = _words(stream, v >> 1)
-    return _exponential(tl.where((v & 1) != 0, high, low))
-
-
-@triton.jit
 def _filtered(temperature, top_k, top_p, min_p, V: tl.constexpr):
     some = ((top_k > 0) & (top_k < V)) | (top_p < 1) | (min_p > 0)
     return some & (temperature >= GREEDY_BELOW)
@@ -164,7 +115,7 @@ def scan_rows(
         if degree < GREEDY_BELOW:
             first = tl.min(tl.where(x == best, at, V - 1), 0)
         else:
-            time = _chunk_noise(_stream(keys, counters, s), c, W) * tl.exp2(-y)
+            time = chunk_noise(row_stream(keys, counters, s), c, W) * tl.exp2(-y)
             earliest = tl.min(time, 0)
             first = tl.min(tl.where(time == earliest, at, V - 1), 0)
         tl.store(times + s * C + c, earliest)
@@ -350,7 +301,7 @@ def _draw_listed(
         weight = _weight(tl.load(listed + place, live, float("-inf")), best, degree)
         v = tl.load(places + place, live, 0)
         keep = (weight >= cut) & (weight >= least) & (weight > 0)
-        time = tl.where(keep, _noise(stream, v) / weight, float("inf"))
+        time = tl.where(keep, noise(stream, v) / weight, float("inf"))
         soonest = tl.min(tl.min(time, 1), 0)
         if soonest < earliest:
             earliest = soonest
@@ -373,7 +324,7 @@ def draw_rows(
     mode = tl.load(modes + s)
     best, total = tl.load(best_in + s), tl.load(total_in + s)
     degree, k, share, least = tl.load(temperature + s), tl.load(top_k + s), tl.load(top_p + s), tl.load(min_p + s)
-    stream = _stream(keys, counters, s)
+    stream = row_stream(keys, counters, s)
     cut = 0.0
     token = -1
     if mode == WHOLE:
@@ -461,7 +412,7 @@ def draw_rows(
                 s, chunk * W + i, V, PENALISED,
             )  # fmt: skip
             p = _weight(x, best, degree)
-            noise = _chunk_noise(stream, chunk, W)
+            noise = chunk_noise(stream, chunk, W)
             time = tl.where((p >= cut) & (p >= least) & (p > 0), noise / p, float("inf"))
             soonest = tl.min(time, 0)
             if soonest < earliest:
