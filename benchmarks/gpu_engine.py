@@ -114,11 +114,11 @@ def tile_pools(engine: Engine, manifest: artifact.Manifest) -> None:
     torch.cuda.synchronize()
 
 
-def seat(engine: Engine, batch: int, context: int) -> bool:
+def seat(engine: Engine, batch: int, context: int, new: int = STEPS + 16, temperature: float = 0.0) -> bool:
     """Seats `batch` requests as if their prompts had been computed but for the last token; False: they do not fit."""
     for i in range(batch):
-        length = min(context - 64 + i % 32, engine.max_context - STEPS - 24)
-        params = SamplingParams(max_tokens=STEPS + 16, temperature=0.0, ignore_eos=True)
+        length = min(context - 64 + i % 32, engine.max_context - new - 8)
+        params = SamplingParams(max_tokens=new, temperature=temperature, seed=i, ignore_eos=True)
         engine.submit(Request(f"{time.perf_counter_ns()}", prompt(engine, length, i), params))
     scheduler = engine.scheduler
     while scheduler.waiting:

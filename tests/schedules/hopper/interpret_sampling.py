@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4c.schedules.triton import gate, sampling
+from dsv4c.schedules.triton import gate, noise, sampling
 
 
 @triton.jit
@@ -39,7 +39,7 @@ for texts in (gate, sampling):
     texts.gdc_wait = texts.gdc_launch_dependents = lambda: None
 gate.libdevice = types.SimpleNamespace(log1p=log1p)
 sampling._above = above
-sampling.libdevice = types.SimpleNamespace(fast_log2f=fast_log2f)
+noise.libdevice = types.SimpleNamespace(fast_log2f=fast_log2f)
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
