@@ -49,6 +49,12 @@ class Options:
     fake_quant: bool = False
 
 
+def usual_options(config: ModelConfig, target: Target) -> Options:
+    """What is chosen where nobody says otherwise: contexts of 128K, and steps that suit the target."""
+    tokens, requests = (512, 64) if target.arch == "cpu" else (8192, 256)
+    return Options(min(config.max_position_embeddings, 131072), tokens, requests)
+
+
 def lower(
     config: ModelConfig,
     options: Options,
@@ -175,7 +181,11 @@ def numerics(program: Program, options: Options) -> tuple[str, ...]:
 
 def planned_manifest(program: Program, target: Target, options: Options) -> artifact.Manifest:
     """What the artifact of a lowered program would say, with no kernel built: for references and for planning."""
-    made = plan_artifact(program, target, options)
+    return manifest_of_plan(program, plan_artifact(program, target, options), target, options)
+
+
+def manifest_of_plan(program: Program, made: Plan, target: Target, options: Options) -> artifact.Manifest:
+    """The same of a program that is planned already."""
     return _manifest(program, made, records(made.choices), target, options, {}, embedded=False, truncated_from=None)
 
 

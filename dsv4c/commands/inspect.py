@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dsv4c.commands.arguments import positive
 from dsv4c.commands.models import chosen_model
+from dsv4c.commands.reporting import add_options, check_options, write_report
 from dsv4c.commands.terminal import console, progress_bars
 from dsv4c.errors import ConfigError
 
@@ -35,6 +36,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--target", help="of a model: cpu (default), or sm_90a (Hopper)")
     parser.add_argument("--num-layers", type=positive, help="of a preset: only the first layers")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,14 +46,18 @@ def run(args: argparse.Namespace) -> int:
     from dsv4c.opened import load
 
     asked = any((args.pass_name, args.diff, args.stop_after, args.dump_ir))
+    check_options(args, asked or args.other is not None)
     if args.other is not None:
         if asked or args.target or args.num_layers:
             raise ConfigError("two artifacts are compared as they are", hint="`dsv4c inspect DIR DIR`, without options")
         return _compare(args)
-    if not (Path(args.what) / "manifest.json").is_file():
-        return _inspect_model(args)
-    if args.target or args.num_layers:
+    is_artifact = (Path(args.what) / "manifest.json").is_file()
+    if is_artifact and (args.target or args.num_layers):
         raise ConfigError(f"`{args.what}` is an artifact: its target and layers are given")
+    if args.report is not None:
+        return write_report(args)
+    if not is_artifact:
+        return _inspect_model(args)
     artifact = load(args.what)
     if asked:
         return _inspect_artifact(args, artifact)
