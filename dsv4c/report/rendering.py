@@ -66,6 +66,7 @@ def render(report: Report) -> str:
         work=work_tables(report),
         chart_box=(WIDTH, HEIGHT, LEFT, WIDTH - RIGHT),
         groups=program_groups(report.programs),
+        segment_kinds=list(dict.fromkeys(s.kind for p in report.programs for s in p.segments)),
         source_numbers=(sources := _sources(report)),
         source_facts=[_source_facts(source) for source in sources],
         kernel_facts={kernel.name: kernel_facts(kernel) for kernel in report.kernels},

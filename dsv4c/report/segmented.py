@@ -64,6 +64,11 @@ class ProgramRow:
     segments: tuple[SegmentRow, ...]
     rows: tuple[Lane, ...] = ()
 
+    @property
+    def families(self) -> set[str]:
+        """Of the calls that are drawn."""
+        return {cell.family for row in self.rows for cell in row.cells}
+
 
 def program_rows(artifact: Artifact, sources: Mapping[str, Sequence[Source]]) -> tuple[ProgramRow, ...]:
     """All programs of an artifact; one of each phase is drawn. `sources`: of every call of each program."""

@@ -62,6 +62,23 @@ def test_an_artifact_is_reported_as_its_manifest_has_it(of_artifact: Report) -> 
     assert "dsv4.attend_window" in page and "fuse-linears" in page
 
 
+def test_segments_break_where_the_manifest_says(copied: Path) -> None:
+    manifest = load_manifest(copied)
+    program = manifest.programs["step"]
+    (only,) = program.segments
+    first, second = only.calls[:7], only.calls[7:]
+    eager = dataclasses.replace(only, kind="eager", calls=second, why="`own` cannot be captured")
+    cut = dataclasses.replace(program, segments=(dataclasses.replace(only, calls=first), eager))
+    save_manifest(dataclasses.replace(manifest, programs={"step": cut}), copied)
+    (row,) = report_of_artifact(copied, Load(memory_bytes=8 * 10**9)).programs
+    assert [(s.kind, s.calls, s.why) for s in row.segments] == [
+        ("graph", 7, ""),
+        ("eager", len(second), "`own` cannot be captured"),
+    ]
+    assert row.segments[0].ends.endswith("is eager: `own` cannot be captured")
+    assert [c.number for lane in row.rows for c in lane.cells if c.breaks] == [7]
+
+
 def test_an_artifact_without_a_pass_is_reported_without_it(tmp_path: Path) -> None:
     planned(tmp_path, Pipeline.default("cpu").without("fuse-hc-norm").without("fuse-hc-post-pre"))
     names = [stage.name for stage in report_of_artifact(tmp_path, Load(memory_bytes=8 * 10**9)).stages]

@@ -28,9 +28,17 @@
   one("theme").addEventListener("click", (event) => {
     const now = themes[(themes.indexOf(root.dataset.theme || "") + 1) % 3];
     if (now) root.dataset.theme = now; else delete root.dataset.theme;
-    event.target.textContent = now ? now[0].toUpperCase() + now.slice(1) : "Auto";
+    event.target.textContent = "Colours: " + (now || "auto");
     event.target.setAttribute("aria-label", "Colours: " + (now || "as the system"));
   });
+
+  // what is wider than the page scrolls by keyboard too
+  const sized = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      if (target.scrollWidth > target.clientWidth) target.tabIndex = 0; else target.removeAttribute("tabindex");
+    }
+  });
+  all(".scroll").forEach((box) => sized.observe(box));
 
   // contents: closed on a phone, arrow keys, where the reader is
   const contents = document.querySelector(".contents details");
@@ -58,7 +66,7 @@
       link.classList.toggle("here", i === here);
       if (i === here) link.setAttribute("aria-current", "true"); else link.removeAttribute("aria-current");
     });
-  }, { rootMargin: "0px 0px -75% 0px" });
+  }, { rootMargin: "0px 0px -90% 0px" });
   watched.forEach((target) => watcher.observe(target));
 
   // passes: a link to one opens it
@@ -250,7 +258,7 @@
     for (const [name, size] of limits) {
       const x = `${Math.min(100, 100 * size / scale)}%`;
       part(svg, "line", { x1: x, x2: x, y1: -3, y2: 26 });
-      part(svg, "text", { x, y: 46, "text-anchor": size > scale / 2 ? "end" : "start" }, `${name} ${bytes(size)}`);
+      part(svg, "text", { x, y: 50, "text-anchor": size > scale / 2 ? "end" : "start" }, `${name} ${bytes(size)}`);
     }
   }
   let shown = data.chosen;
