@@ -28,3 +28,20 @@ def test_inspect_passes_prints_every_pass(capsys: pytest.CaptureFixture[str]) ->
 def test_generate_completes_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     assert module("generate").main(["To install the package"]) == 0
     assert len(capsys.readouterr().out) > 40
+
+
+def test_a_pass_of_ones_own_joins_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    assert module("own_pass").main(["16"]) == 0
+    out = capsys.readouterr().out
+    assert "fewer-picks: 3 rewrites; holds now: few-picks" in out and "topk=16} : i64[T, 16]" in out
+    assert "raise-indexer, raise-rope, stitch, fewer-picks, fuse-head-rope, pack-state" in out
+
+
+def test_a_schedule_of_ones_own_is_chosen_and_computes_what_the_reference_does(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert module("own_schedule").main([]) == 0
+    out, err = capfd.readouterr()
+    assert "6 calls, such as that of L00.ffn: swiglu_pair.cpp_own, model " in out
+    assert "off its reference" not in err
+    assert len(out.splitlines()[-1]) > 40
