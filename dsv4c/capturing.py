@@ -59,6 +59,8 @@ def capture(
 ) -> Program:
     """The program of the whole model (entry point `step`, and `mtp` if the model has it), not yet stitched.
 
+    `config`: the model; `layout`: how its state is paged (by default as compiled artifacts page it); `fake_quant`:
+    whether KV entries are fake-quantised as in training. Deterministic, without weights; `nano` takes ten seconds.
     `only` names the pieces to capture (`attention.csa`, ...): such a program can be raised but not stitched.
     """
     layout = layout or StateLayout()

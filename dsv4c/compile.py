@@ -43,10 +43,13 @@ class Options:
     """What the user chooses when compiling. Counts are upper bounds that the memory plan is made for."""
 
     max_context: int = 4096
+    """Tokens of the longest request."""
     max_tokens: int = 512
     """Tokens of one step: the chunk size of prefill and the most requests that decode together."""
     max_requests: int = 64
+    """Requests of one step."""
     fake_quant: bool = False
+    """Whether KV entries are fake-quantised as in training."""
 
 
 def usual_options(config: ModelConfig, target: Target) -> Options:
@@ -62,9 +65,10 @@ def lower(
     arch: str = "cpu",
     pipeline: Pipeline | None = None,
 ) -> Program:
-    """The lowered program of a model: capture, then every pass of the pipeline (by default that of `arch`).
+    """The lowered program of a model: capture, then every pass of `pipeline` (by default that of `arch`).
 
-    `watch` is called after every pass. Raises PassError where a pass breaks its contract.
+    `config`: the model; of `options` only `fake_quant` counts; `arch`: `cpu` or `sm_90a`; `watch` is called after every
+    pass. Raises PassError where a pass breaks its contract.
     """
     program = capture(config, StateLayout(), fake_quant=options.fake_quant)
     for step in (pipeline or default_pipeline(stored_formats(config), arch)).steps(program):
@@ -203,10 +207,12 @@ def compile_artifact(
     pipeline: Pipeline | None = None,
     schedules: Sequence[Schedule] = (),
 ) -> artifact.Manifest:
-    """Compiles `config` for `target` into the directory `output`, with the checkpoint's files if one is given.
+    """Compiles `config` for `target` into the directory `output`, with the files of `checkpoint` if one is given.
 
-    `pipeline`: other passes than the target's default; `schedules`: more to choose from.
+    `options`: the largest step; `pipeline`: other passes than the target's default; `schedules`: more to choose from.
     `truncated_from`: layers of the model if `config` is only its first ones (`ModelConfig.truncated`).
+    `cache`: a directory of kernels built before (by default `.dsv4c-cache` beside `output`). `watch` is called after
+    every pass, `progress` with kernels built and kernels in all.
     The directory appears whole or not at all: it is written beside `output` and moved into place. Raises ConfigError
     for options out of range, ArtifactError if `output` holds something else than an artifact.
     """

@@ -24,7 +24,8 @@ __all__ = ["Artifact", "ArtifactProgram", "PlacedCall", "load"]
 
 @dataclass(frozen=True)
 class PlacedCall:
-    """One call of a program: its number there, its segment's, its kernel, and where it comes from."""
+    """One call of a `program`, number `index` there, of segment number `segment`; `call` and `kernel` as the manifest
+    says them; and where it comes from."""
 
     program: ArtifactProgram
     index: int
@@ -70,7 +71,7 @@ class PlacedCall:
 
 @dataclass(frozen=True)
 class ArtifactProgram:
-    """One executable program of an artifact: `name` is its key in the manifest, `program` what the manifest says."""
+    """One executable program `of` an artifact: `name` is its key in the manifest, `program` what the manifest says."""
 
     of: Artifact
     name: str
@@ -129,7 +130,7 @@ def _shortened(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled artifact on disk: its manifest, its programs, and what `ir/` says of them."""
+    """A compiled artifact in `directory`: its `manifest`, its programs, and what `ir/` says of them."""
 
     directory: Path
     manifest: Manifest
@@ -178,8 +179,9 @@ class Artifact:
 
 
 def load(directory: str | Path) -> Artifact:
-    """Opens an artifact: reads and checks its manifest and the hash of every kernel file; loads no weight, no kernel.
+    """Opens the artifact in `directory`: reads and checks its manifest and the hash of every kernel file.
 
-    Raises ArtifactError for a directory that is none, of another format version, or damaged.
+    Loads no weight and no kernel. Raises ArtifactError for a directory that is none, of another format version, or
+    damaged.
     """
     return Artifact(Path(directory), artifact.load_manifest(directory))

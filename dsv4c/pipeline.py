@@ -60,7 +60,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Change:
-    """The work of a program before and after a pass."""
+    """The work of a program `before` and `after` a pass."""
 
     before: Work
     after: Work
@@ -68,7 +68,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Step:
-    """One pass as it ran: the program before and after."""
+    """One pass as it ran, by `name`: its `record`, and the programs `before` and `after` it."""
 
     name: str
     record: PassRecord
@@ -113,7 +113,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes, in no order: it is solved from the facts that they need and give when they run."""
+    """`passes` in no order: it is solved from the facts that they need and give when they run."""
 
     passes: tuple[Pass, ...]
     after: tuple[tuple[str, str], ...] = ()
@@ -143,7 +143,7 @@ class Pipeline:
         """Runs pass after pass, checking each one's contract; `progress` is told the name of the one that begins.
 
         Raises PassError for an order that cannot be solved and for a broken contract: it names the pass, the fact,
-        the nodes and what ran before. A CompileError of a pass keeps its class.
+        the nodes and what ran before. A Dsv4cError of a pass keeps its class.
         """
         checkers = {fact: check for one in self.passes for fact, check in one.checkers.items()}
         for one in self.ordered(program.facts):

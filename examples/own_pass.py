@@ -1,9 +1,10 @@
-"""A pass of one's own, in one file outside the package: the indexer picks fewer compressed entries for every query.
+"""A pass of one's own, in one file outside the package: what would KV entries in FP8 cost a model that runs in float32?
 
-usage: python examples/own_pass.py [COUNT]
+usage: python examples/own_pass.py
 
-It joins the default pipeline directly behind `stitch`. The pipeline holds it to its contract like any other pass: the
-number of rewrites, its fact, the types it leaves; and every later call knows that `fewer-picks` changed it.
+It rounds every KV entry to FP8 and back before it is written. It joins the default pipeline directly behind `stitch`,
+which holds it to its contract like any other pass: the rewrites that it reports, its fact, its tolerance, the types
+that it leaves. Every call that it adds or changes knows so.
 """
 
 from __future__ import annotations
@@ -17,57 +18,68 @@ from torch import fx
 
 import dsv4c
 from dsv4c.facts import Checker
-from dsv4c.ops import TensorType
-from dsv4c.program import is_op, types_of
+from dsv4c.ops import OPS
+from dsv4c.program import is_op
 
 
-def too_many(program: dsv4c.Program) -> list[fx.Node]:
-    """The nodes where the fact `few-picks` does not hold: none, if every indexer picks alike."""
-    counts = {node.kwargs["topk"] for node in program.find("dsv4.index_topk")}
-    return program.find("dsv4.index_topk") if len(counts) > 1 else []
+def writes(graph: fx.Graph) -> list[fx.Node]:
+    """The calls that write KV entries; index keys have a format of their own."""
+    found = (n for n in graph.nodes if is_op(n, "page_write"))
+    return [n for n in found if not n.args[0].meta["value"].name.endswith(".index")]
+
+
+def not_rounded(program: dsv4c.Program) -> list[fx.Node]:
+    """Where the fact `kv-rounded` does not hold."""
+    found = (node for graph in program.graphs.values() for node in writes(graph))
+    return [node for node in found if not is_op(node.args[2], "quantise_kv")]
 
 
 @dataclass(frozen=True)
-class FewerPicks(dsv4c.Pass):
-    """%1 = dsv4.index_topk(...) {topk=64} : i64[T, 64]  ->  the same with topk=32 : i64[T, 32]"""
+class RoundKv(dsv4c.Pass):
+    """%2 = dsv4.page_write(%p, %slots, %1)  ->  %2 = dsv4.quantise_kv(%1); %3 = dsv4.page_write(%p, %slots, %2)"""
 
-    name: ClassVar[str] = "fewer-picks"
+    name: ClassVar[str] = "round-kv"
     needs: ClassVar[frozenset[str]] = frozenset({"stitched"})
-    gives: ClassVar[frozenset[str]] = frozenset({"few-picks"})
-    checkers: ClassVar[Mapping[str, Checker]] = {"few-picks": too_many}
+    gives: ClassVar[frozenset[str]] = frozenset({"kv-rounded"})
+    checkers: ClassVar[Mapping[str, Checker]] = {"kv-rounded": not_rounded}
     exact: ClassVar[bool] = False
-    why: ClassVar[str] = "queries no longer see the entries that they picked last"
+    tolerance: ClassVar[float] = 2**-4
+    why: ClassVar[str] = "KV entries are rounded to FP8: 3 bits of mantissa, half an ulp is 1/16 of a value"
 
-    count: int = 32
-    """Entries a query picks, at most."""
+    rope_dim: int = 64
+    """Rotated channels, behind the others, that stay as they are."""
+    group: int = 64
+    """Channels that share a scale."""
 
     def run(self, graph: fx.Graph) -> int:
-        found = [n for n in graph.nodes if is_op(n, "index_topk") and n.kwargs["topk"] > self.count]
-        for node in found:
-            (kind,) = types_of(node)
-            node.kwargs = {**node.kwargs, "topk": self.count}
-            node.meta["type"] = TensorType((kind.shape[0], self.count), kind.dtype)
+        found, attrs = writes(graph), {"rope_dim": self.rope_dim, "group": self.group}
+        for write in found:
+            entry = write.args[2]
+            assert isinstance(entry, fx.Node)
+            with graph.inserting_before(write):
+                rounded = graph.call_function(OPS["quantise_kv"], (entry,), attrs)
+            rounded.meta = {"type": entry.meta["type"], "scope": write.meta["scope"]}
+            write.replace_input_with(entry, rounded)
         return len(found)
 
 
-def main(argv: list[str]) -> int:
-    count = int(argv[0]) if argv else 32
-    program = dsv4c.capture(dsv4c.preset("nano"))
-    pipeline = dsv4c.Pipeline.default("sm_90a").with_(FewerPicks(count), after="stitch")
+def main() -> int:
+    config = dsv4c.preset("nano")
+    one = RoundKv(rope_dim=config.qk_rope_head_dim, group=32)
+    pipeline = dsv4c.Pipeline.default("cpu").with_(one, after="stitch")
+    program = dsv4c.capture(config)
     for step in pipeline.steps(program):
         program = step.after
-        if step.name == FewerPicks.name:
-            before, after = step.work.before, step.work.after
+        if step.name == RoundKv.name:
             print(
-                f"{step.name}: {step.record.rewrites} rewrites; holds now: {', '.join(step.facts - step.before.facts)}"
+                f"{step.name}: {step.record.rewrites} rewrites; {', '.join(step.facts - step.before.facts)} holds now"
             )
-            print(f"predicted for 64 decoding requests: {before.microseconds:,.1f} us -> {after.microseconds:,.1f} us")
-            print(step.diff())
-    (attend, *_) = program.find("dsv4.index_topk_packed")
-    print(f"{attend} went through {', '.join(attend.meta['passes'])}")
-    print("it comes from", *attend.meta["origin"], sep="\n  ")
+            print(f"on seeded inputs: {step.check()}")
+            print(f"kernels: {step.work.before.kernels} -> {step.work.after.kernels}\n{step.diff()}")
+    rounded = program.find("dsv4.quantise_kv")[0]
+    print(f"{rounded} comes from {', '.join(rounded.meta['origin'])}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
