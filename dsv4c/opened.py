@@ -107,9 +107,8 @@ class ArtifactProgram:
         found = tuple(c for c in self.calls if c.scope.split(".")[0] == scope or fnmatch.fnmatchcase(c.scope, scope))
         if not found:
             layers = dict.fromkeys(part for name in self.scopes for part in (name.split(".")[0], name))
-            near = difflib.get_close_matches(scope.upper(), layers, n=1) or difflib.get_close_matches(
-                scope, layers, n=1
-            )
+            small = {name.lower(): name for name in layers}
+            near = [small[name] for name in difflib.get_close_matches(scope.lower(), small, n=1)]
             known = _shortened([name for name in layers if "." not in name])
             raise ConfigError(
                 f"program `{self.name}` has no calls in `{scope}`",

@@ -175,6 +175,19 @@ def test_a_pass_that_raises_is_an_error_that_names_it_and_what_ran_before(captur
     assert error.value.hint == "ran before: canonicalize"
 
 
+def test_any_error_of_dsv4c_that_a_pass_raises_keeps_its_class_and_names_the_pass(stitched: Program) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Choosy(Pass):
+        name: ClassVar[str] = "choosy"
+
+        def run(self, graph: fx.Graph) -> int:
+            raise ConfigError("no such format", hint="take fp8")
+
+    with pytest.raises(ConfigError, match="pass `choosy`: no such format") as error:
+        Pipeline((Choosy(),)).run(stitched)
+    assert error.value.hint.startswith("take fp8; ran before: canonicalize, ")
+
+
 def test_an_error_of_a_raising_pass_keeps_its_class_and_names_the_pass(captured: Program) -> None:
     changed = captured.clone()
     node = changed.find("aten.rsqrt.default")[0]
