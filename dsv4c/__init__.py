@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from dsv4c.inputs import Inputs
     from dsv4c.numerics import Check, Runs
-    from dsv4c.opened import Artifact, load
+    from dsv4c.opened import Artifact, ArtifactProgram, PlacedCall, load
     from dsv4c.pipeline import Change, Pass, Pipeline, Step
     from dsv4c.program import Program
     from dsv4c.work import Sizes, Work, node_work, work_of
@@ -33,6 +33,7 @@ __all__ = [
     "PRESETS",
     "Artifact",
     "ArtifactError",
+    "ArtifactProgram",
     "Change",
     "Check",
     "CheckpointError",
@@ -46,6 +47,7 @@ __all__ = [
     "Pass",
     "PassError",
     "Pipeline",
+    "PlacedCall",
     "Program",
     "RaiseError",
     "Runs",
@@ -73,7 +75,7 @@ _HOMES = {
     ),
     "dsv4c.inputs": ("Inputs",),
     "dsv4c.numerics": ("Check", "Runs"),
-    "dsv4c.opened": ("Artifact", "load"),
+    "dsv4c.opened": ("Artifact", "ArtifactProgram", "PlacedCall", "load"),
     "dsv4c.pipeline": ("Change", "Pass", "Pipeline", "Step"),
     "dsv4c.program": ("Program",),
     "dsv4c.work": ("Sizes", "Work", "node_work", "work_of"),

@@ -62,6 +62,8 @@ def capture(
     """The program of the whole model, not yet stitched.
 
     Its entry points are `step` and, with `drafter`, those of what drafts: `mtp`, or `dspark.absorb` and `dspark.draft`.
+    `config`: the model; `layout`: how its state is paged (by default as compiled artifacts page it); `fake_quant`:
+    whether KV entries are fake-quantised as in training. Deterministic, without weights; `nano` takes ten seconds.
     `only` names the pieces to capture (`attention.csa`, ...): such a program can be raised but not stitched.
     """
     layout = layout or StateLayout()

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import fx
 
 from dsv4c.artifact import PassRecord
-from dsv4c.errors import CompileError, Dsv4cError, PassError
+from dsv4c.errors import Dsv4cError, PassError
 from dsv4c.facts import CHECKERS, Checker
 from dsv4c.ops import Op
 from dsv4c.ordering import Contract
@@ -38,7 +38,7 @@ class Runnable(Contract, Protocol):
 def run_checked(one: Runnable, before: Program, program: Program, checkers: Mapping[str, Checker]) -> PassRecord:
     """Runs a pass on `program`, a clone of `before`; its record, which joins the program's history.
 
-    `checkers`: of facts that are no facts of dsv4c's own. Raises PassError, or the pass's own CompileError.
+    `checkers`: of facts that are no facts of dsv4c's own. Raises PassError, or the pass's own Dsv4cError.
     """
     ran = tuple(record.name for record in before.history)
     hint = f"ran before: {', '.join(ran) or 'nothing'}"
@@ -63,11 +63,9 @@ def run_checked(one: Runnable, before: Program, program: Program, checkers: Mapp
 def _apply(one: Runnable, program: Program, hint: str) -> int:
     try:
         rewrites = one.apply(program)
-    except CompileError as error:
+    except Dsv4cError as error:
         hints = f"{error.hint}; {hint}" if error.hint else hint
         raise type(error)(f"pass `{one.name}`: {error.message}", hint=hints) from error
-    except Dsv4cError:
-        raise
     except Exception as error:  # a border: a pass may be the user's, and whatever it raises is its fault
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise PassError(

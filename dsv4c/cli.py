@@ -17,9 +17,8 @@ from dsv4c.errors import ConfigError, Dsv4cError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    parser = _parser()
     try:
-        args = parser.parse_args(argv)
+        args = parser().parse_args(argv)
         return int(args.run(args))
     except Dsv4cError as error:
         print(f"error: {error.message}", file=sys.stderr)
@@ -36,10 +35,11 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message, hint=f"see `{self.prog} --help`")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; `parse_args` raises ConfigError for what it does not take."""
     parser = _Parser(prog="dsv4c", description="Compile DeepSeek-V4 to an artifact, and serve it.")
     parser.add_argument("--version", action="version", version=f"dsv4c {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True, parser_class=_Parser)
     for command in COMMANDS:
         command.add(commands)
     return parser

@@ -48,16 +48,25 @@ class Options:
     """What the user chooses when compiling. Counts are upper bounds that the memory plan is made for."""
 
     max_context: int = 4096
+    """Tokens of the longest request."""
     max_tokens: int = 512
     """Tokens of one step: the chunk size of prefill and the most requests that decode together."""
     max_requests: int = 64
+    """Requests of one step."""
     fake_quant: bool = False
+    """Whether KV entries are fake-quantised as in training."""
     speculative_tokens: int = 0
     """Most drafts of the MTP block that a step verifies for a request; 0 compiles no drafter."""
 
     def layout(self) -> StateLayout:
         """Rings are longer by what drafts may overwrite, and by what a snapshot may come late."""
         return StateLayout(extra_ring=DRAFT_RING if self.speculative_tokens else 0)
+
+
+def usual_options(config: ModelConfig, target: Target) -> Options:
+    """What is chosen where nobody says otherwise: contexts of 128K, and steps that suit the target."""
+    tokens, requests = (512, 64) if target.arch == "cpu" else (8192, 256)
+    return Options(min(config.max_position_embeddings, 131072), tokens, requests)
 
 
 def lower(
@@ -67,9 +76,10 @@ def lower(
     arch: str = "cpu",
     pipeline: Pipeline | None = None,
 ) -> Program:
-    """The lowered program of a model: capture, then every pass of the pipeline (by default that of `arch`).
+    """The lowered program of a model: capture, then every pass of `pipeline` (by default that of `arch`).
 
-    `watch` is called after every pass. Raises PassError where a pass breaks its contract.
+    `config`: the model; of `options` what shapes the program; `arch`: `cpu` or `sm_90a`; `watch` is called after every
+    pass. Raises PassError where a pass breaks its contract.
     """
     drafts = options.speculative_tokens
     program = capture(
@@ -212,7 +222,11 @@ def numerics(program: Program, options: Options) -> tuple[str, ...]:
 
 def planned_manifest(program: Program, target: Target, options: Options) -> artifact.Manifest:
     """What the artifact of a lowered program would say, with no kernel built: for references and for planning."""
-    made = plan_artifact(program, target, options)
+    return manifest_of_plan(program, plan_artifact(program, target, options), target, options)
+
+
+def manifest_of_plan(program: Program, made: Plan, target: Target, options: Options) -> artifact.Manifest:
+    """The same of a program that is planned already."""
     return _manifest(program, made, records(made.choices), target, options, {}, embedded=False, truncated_from=None)
 
 
@@ -230,10 +244,12 @@ def compile_artifact(
     pipeline: Pipeline | None = None,
     schedules: Sequence[Schedule] = (),
 ) -> artifact.Manifest:
-    """Compiles `config` for `target` into the directory `output`, with the checkpoint's files if one is given.
+    """Compiles `config` for `target` into the directory `output`, with the files of `checkpoint` if one is given.
 
-    `pipeline`: other passes than the target's default; `schedules`: more to choose from.
+    `options`: the largest step; `pipeline`: other passes than the target's default; `schedules`: more to choose from.
     `truncated_from`: layers of the model if `config` is only its first ones (`ModelConfig.truncated`).
+    `cache`: a directory of kernels built before (by default `.dsv4c-cache` beside `output`). `watch` is called after
+    every pass, `progress` with kernels built and kernels in all.
     The directory appears whole or not at all: it is written beside `output` and moved into place. Raises ConfigError
     for options out of range, ArtifactError if `output` holds something else than an artifact.
     """

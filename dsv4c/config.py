@@ -162,6 +162,7 @@ class ModelConfig:
         return "csa" if ratio < 16 else "hca"
 
     def gate_kind(self, layer: int) -> Literal["hash", "bias"]:
+        """How a layer's tokens find their experts: by a table over token ids, or by affinity and a bias."""
         return "hash" if layer < self.num_hash_layers else "bias"
 
     def truncated(self, layers: int) -> ModelConfig:
@@ -191,7 +192,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Reads a config.json mapping. Unused keys of Hugging Face's file are ignored, missing ones named."""
+        """Reads a config.json mapping. Unused keys of Hugging Face's file are ignored.
+
+        Raises ConfigError that names what is missing or cannot be.
+        """
         known = {f.name: f for f in dataclasses.fields(cls)}
         values = {k: v for k, v in data.items() if k in known}
         missing = [
@@ -215,7 +219,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
-        """Reads a config.json file."""
+        """Reads a config.json file. Raises ConfigError for a file that cannot be read, and as `from_dict` does."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -315,10 +319,11 @@ NANO = ModelConfig(
 """Small, and with every component: window, csa and hca layers, hash and bias gates, MTP, FP4 experts."""
 
 PRESETS: dict[str, ModelConfig] = {"flash": FLASH, "flash-0731": FLASH_0731, "nano": NANO, "pro": PRO}
+"""The models that are known by name: `flash`, `flash-0731` and `pro` as published, `nano` for tests and shows."""
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset of this name; raises ConfigError with the nearest name."""
+    """The preset of this `name` (`flash`, `pro`, `nano`); raises ConfigError with the nearest name."""
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1)
@@ -331,7 +336,8 @@ ARCHS = ("cpu", "sm_90a")
 
 @dataclass(frozen=True)
 class Target:
-    """What an artifact is compiled for: an architecture, and how many ranks share tensors and experts."""
+    """What an artifact is compiled for: an architecture `arch` (`cpu`, `sm_90a`), and how many ranks share tensors
+    (`tp`) and experts (`ep`). Raises ConfigError with the nearest name, and for more than one rank."""
 
     arch: str
     tp: int = 1

@@ -46,7 +46,7 @@ class ReachingSource(DummySource):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Token ids [n] of every request, n >= 2 (the last one is only a next token), and the weights.
+    """Token ids [n] of every request in `ids`, n >= 2 (the last one is only a next token), and the weights' `source`.
 
     `text_bytes`: UTF-8 bytes that all tokens but the first of each request stand for; 0 where there is no text.
     """
@@ -82,6 +82,7 @@ class Inputs:
 
     @property
     def config(self) -> ModelConfig:
+        """Of the model that the weights belong to."""
         return self.source.config
 
     @property

@@ -5,6 +5,7 @@ If two commits print the same text, they compile the same thing.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -16,6 +17,7 @@ from dsv4c.ops import Op
 def graph_text(graph: fx.Graph, name: str) -> str:
     """`%n = op(args) {attrs} : types  # scope`, one line a call; placeholders are named after their value."""
     names: dict[fx.Node, str] = {}
+    numbers = itertools.count()
     lines = [f"graph {name} {{"]
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -29,7 +31,7 @@ def graph_text(graph: fx.Graph, name: str) -> str:
         elif node.target is operator.getitem:
             names[node] = f"{names[node.args[0]]}.{node.args[1]}"
         else:
-            names[node] = f"%{sum(1 for v in names.values() if v[1:].isdigit())}"
+            names[node] = f"%{next(numbers)}"
             lines.append(f"  {names[node]} = {_call(node, names)}")
     return "\n".join([*lines, "}"])
 

@@ -134,20 +134,24 @@ class Check:
     other_form: tuple[str, ...] = ()
     """Results of another shape or dtype, such as packed state."""
     missing: tuple[str, ...] = ()
+    """Results that are no longer there."""
     first_op: str | None = None
     equal_inputs: float | None = None
     worst_op: str | None = None
 
     @property
     def max_abs(self) -> float:
+        """Largest difference of a value."""
         return max((d.max_abs for d in self.results), default=0.0)
 
     @property
     def max_rel(self) -> float:
+        """Largest relative error, as `Difference` measures it."""
         return max((d.max_rel for d in self.results), default=0.0)
 
     @property
     def cosine(self) -> float:
+        """Least cosine of a result before and after."""
         return min((d.cosine for d in self.results), default=1.0)
 
     def __str__(self) -> str:

@@ -24,7 +24,8 @@ __all__ = ["Artifact", "ArtifactProgram", "PlacedCall", "load"]
 
 @dataclass(frozen=True)
 class PlacedCall:
-    """One call of a program: its number there, its segment's, its kernel, and where it comes from."""
+    """One call of a `program`, number `index` there, of segment number `segment`; `call` and `kernel` as the manifest
+    says them; and where it comes from."""
 
     program: ArtifactProgram
     index: int
@@ -70,7 +71,7 @@ class PlacedCall:
 
 @dataclass(frozen=True)
 class ArtifactProgram:
-    """One executable program of an artifact: `name` is its key in the manifest, `program` what the manifest says."""
+    """One executable program `of` an artifact: `name` is its key in the manifest, `program` what the manifest says."""
 
     of: Artifact
     name: str
@@ -106,9 +107,8 @@ class ArtifactProgram:
         found = tuple(c for c in self.calls if c.scope.split(".")[0] == scope or fnmatch.fnmatchcase(c.scope, scope))
         if not found:
             layers = dict.fromkeys(part for name in self.scopes for part in (name.split(".")[0], name))
-            near = difflib.get_close_matches(scope.upper(), layers, n=1) or difflib.get_close_matches(
-                scope, layers, n=1
-            )
+            small = {name.lower(): name for name in layers}
+            near = [small[name] for name in difflib.get_close_matches(scope.lower(), small, n=1)]
             known = _shortened([name for name in layers if "." not in name])
             raise ConfigError(
                 f"program `{self.name}` has no calls in `{scope}`",
@@ -129,7 +129,7 @@ def _shortened(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled artifact on disk: its manifest, its programs, and what `ir/` says of them."""
+    """A compiled artifact in `directory`: its `manifest`, its programs, and what `ir/` says of them."""
 
     directory: Path
     manifest: Manifest
@@ -178,8 +178,9 @@ class Artifact:
 
 
 def load(directory: str | Path) -> Artifact:
-    """Opens an artifact: reads and checks its manifest and the hash of every kernel file; loads no weight, no kernel.
+    """Opens the artifact in `directory`: reads and checks its manifest and the hash of every kernel file.
 
-    Raises ArtifactError for a directory that is none, of another format version, or damaged.
+    Loads no weight and no kernel. Raises ArtifactError for a directory that is none, of another format version, or
+    damaged.
     """
     return Artifact(Path(directory), artifact.load_manifest(directory))

@@ -60,7 +60,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Change:
-    """The work of a program before and after a pass."""
+    """The work of a program `before` and `after` a pass."""
 
     before: Work
     after: Work
@@ -68,7 +68,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Step:
-    """One pass as it ran: the program before and after."""
+    """One pass as it ran, by `name`: its `record`, and the programs `before` and `after` it."""
 
     name: str
     record: PassRecord
@@ -113,13 +113,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes, in no order: it is solved from the facts that they need and give when they run."""
+    """`passes` in no order: it is solved from the facts that they need and give when they run."""
 
     passes: tuple[Pass, ...]
     after: tuple[tuple[str, str], ...] = ()
     """(pass, the pass that it runs directly after)."""
-    waived: frozenset[str] = frozenset()
-    """Facts that nobody needs any more: those that only removed passes gave."""
+    waived: tuple[tuple[str, frozenset[str]], ...] = ()
+    """(fact that only a removed pass gave, what that pass needed): who needs the one now needs the others."""
     machine: str = "cpu"
     """Whose roofline `Step.work` predicts by: `cpu` (one core) or `sm_90a` (one H200)."""
 
@@ -143,7 +143,7 @@ class Pipeline:
         """Runs pass after pass, checking each one's contract; `progress` is told the name of the one that begins.
 
         Raises PassError for an order that cannot be solved and for a broken contract: it names the pass, the fact,
-        the nodes and what ran before. A CompileError of a pass keeps its class.
+        the nodes and what ran before. A Dsv4cError of a pass keeps its class.
         """
         checkers = {fact: check for one in self.passes for fact, check in one.checkers.items()}
         for one in self.ordered(program.facts):
@@ -154,7 +154,7 @@ class Pipeline:
 
     def ordered(self, facts: Iterable[str] = ()) -> tuple[Pass, ...]:
         """The passes in the order in which they run on a program of these facts. Raises PassError if there is none."""
-        return order(self.passes, facts, after=dict(self.after), waived=self.waived)
+        return order(self.passes, facts, after=dict(self.after), waived=dict(self.waived))
 
     def named(self, name: str) -> Pass:
         """The pass of this name; raises ConfigError with the nearest name if there is none."""
@@ -167,7 +167,8 @@ class Pipeline:
         return self.passes[names.index(name)]
 
     def without(self, name: str) -> Pipeline:
-        """The pipeline without one pass. Those that needed a fact which only it gave run all the same.
+        """The pipeline without one pass. Those that needed a fact which only it gave run all the same, behind
+        what it needed.
 
         Raises ConfigError with the nearest name if there is no such pass, or if another is to run directly after it.
         """
@@ -180,7 +181,9 @@ class Pipeline:
         left = tuple(p for p in self.passes if p is not gone)
         orphans = gone.gives.difference(*(p.gives for p in left))
         places = tuple(pair for pair in self.after if pair[0] != name)
-        return replace(self, passes=left, after=places, waived=self.waived | orphans)
+        return replace(
+            self, passes=left, after=places, waived=self.waived + tuple((fact, gone.needs) for fact in sorted(orphans))
+        )
 
     def with_(self, one: Pass, *, after: str | None = None) -> Pipeline:
         """The pipeline with one pass more: directly after another, or where its needs put it.
@@ -194,4 +197,9 @@ class Pipeline:
         if after is not None:
             self.named(after)
         places = self.after if after is None else (*self.after, (one.name, after))
-        return replace(self, passes=(*self.passes, one), after=places, waived=self.waived - one.gives)
+        return replace(
+            self,
+            passes=(*self.passes, one),
+            after=places,
+            waived=tuple(pair for pair in self.waived if pair[0] not in one.gives),
+        )

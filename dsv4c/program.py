@@ -75,17 +75,27 @@ class Stored:
 
 @dataclass
 class Program:
-    """Graphs, the recipe that joins them, symbols, the facts that hold, and the passes that ran."""
+    """Graphs, the recipe that joins them, symbols, the facts that hold, and the passes that ran.
+
+    `config` and `layout` are the model's and its state's.
+    """
 
     config: ModelConfig
     layout: StateLayout
     graphs: dict[str, fx.Graph]
+    """By piece (`attention.csa`, `ffn.bias`, ...); when stitched, by entry point (`step`, `mtp`)."""
     recipes: dict[str, tuple[Instance, ...]]
+    """Entry point -> the pieces that make it, in order, each with its place in the model."""
     symbols: dict[str, Symbol]
+    """Sizes unknown until a step runs: `T` tokens, `R` requests, `S` rows of logits, ..."""
     constants: dict[str, Tensor]
+    """Values that are no weights, by name."""
     weight_types: dict[str, TensorType]
+    """Shape and dtype of every weight, by name."""
     facts: frozenset[str] = frozenset()
+    """Names of checked properties that hold, see dsv4c/facts.py."""
     history: tuple[PassRecord, ...] = ()
+    """A record of every pass that ran."""
     weight_sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Weights made by passes: name -> the weights it concatenates along dim 0."""
     stored: dict[str, Stored] = field(default_factory=dict)

@@ -79,8 +79,11 @@ class Work:
     """Calls that would be launched, bytes read and written, operations (multiply-adds count two), and microseconds."""
 
     kernels: int = 0
+    """Calls that are no views."""
     bytes_moved: float = 0.0
+    """Every tensor once; of tables and pools the rows that are touched."""
     flops: float = 0.0
+    """Operations of matrix products and what ops count besides; a multiply-add counts two."""
     microseconds: float = 0.0
     """By roofline: the slower of bytes and operations of every kernel, and its launch."""
 
@@ -98,9 +101,10 @@ class Work:
 
 
 def work_of(program: Program, sizes: Sizes | None = None, machine: str = "cpu", entry: str = "step") -> Work:
-    """The work of one run of an entry point (`step`, `mtp`). `machine`: `cpu` (one core) or `sm_90a` (one H200).
+    """The work of one run of `program` from `entry` (`step`, `mtp`) on.
 
-    `sizes`: by default `Sizes.usual`. Raises ConfigError for an unknown machine or entry point, or impossible sizes.
+    `machine`: `cpu` (one core) or `sm_90a` (one H200). `sizes`: by default `Sizes.usual`. Raises ConfigError for an
+    unknown machine or entry point, or impossible sizes.
     """
     if entry not in program.recipes:
         raise ConfigError(f"no entry point `{entry}`", hint=f"there are {', '.join(program.recipes)}")
@@ -119,9 +123,10 @@ def _graph_work(graph: fx.Graph, symbols: Mapping[str, int], machine: str) -> Wo
 
 
 def node_work(node: fx.Node, symbols: Mapping[str, int], machine: str = "cpu") -> Work:
-    """The work of one node; nothing for placeholders, views and what computes nothing.
+    """The work of one `node` of a program on `machine` (`cpu`, `sm_90a`).
 
-    `symbols` as `Sizes.symbols` gives them. Raises ConfigError for an unknown machine.
+    Nothing for placeholders, views and what computes nothing. `symbols` as `Sizes.symbols` gives them. Raises
+    ConfigError for an unknown machine.
     """
     if machine not in MACHINES:
         raise ConfigError(f"unknown machine `{machine}`", hint=f"machines are {', '.join(MACHINES)}")

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import sys
 
-from dsv4c.capturing import capture
-from dsv4c.config import NANO
-from dsv4c.passes import default_pipeline
-from dsv4c.weights import stored_formats
+import dsv4c
 
 
 def main(argv: list[str]) -> int:
-    program = capture(NANO)
-    for step in default_pipeline(stored_formats(NANO)).steps(program):
-        record = step.record
-        print(
-            f"{step.name:<22} {record.rewrites:>5} rewrites {record.nodes_before:>6} -> {record.nodes_after:>5} nodes"
-        )
+    program = dsv4c.capture(dsv4c.preset("nano"))
+    for step in dsv4c.Pipeline.default("cpu").steps(program):
+        record, work = step.record, step.work.after
+        nodes = f"{record.nodes_before:>6} -> {record.nodes_after:>5} nodes"
+        print(f"{step.name:<22} {record.rewrites:>5} rewrites {nodes} {work.kernels:>6} kernels")
         if step.name in argv:
             print(step.diff())
     return 0

@@ -103,6 +103,8 @@ def test_bad_input_is_exit_code_2_and_a_hint(
         ((nano_artifact, "--stop-after", "stich"), "did you mean `stitch`?"),
         ((nano_artifact, "--pass", "stitch", "--stop-after", "raise-rope"), "`stitch` runs behind `raise-rope`"),
         ((nano_artifact, "--dump-ir", file), f"cannot write to `{file}`: File exists"),
+        (("nano", "--dump-ir", file), f"cannot write to `{file}`: File exists"),
+        (("nano", "--report", file / "out.html"), f"cannot write the report to `{file / 'out.html'}`"),
         ((nano_artifact, "--target", "cpu"), "is an artifact: its target and layers are given"),
         ((nano_artifact, nano_artifact, "--diff"), "two artifacts are compared as they are"),
         ((nano_artifact, "nano"), "`nano` is not an artifact"),
@@ -155,6 +157,7 @@ def test_explain_refuses_with_the_nearest(
     assert "did you mean `L01`? there are prelude, embed, L00 to L05, head" in refused(
         capsys, "explain", nano_artifact, "L1"
     )
+    assert "did you mean `L02.attn`?" in refused(capsys, "explain", nano_artifact, "l02.atn")
     assert "has no calls in `L43`" in refused(capsys, "explain", nano_artifact, "L43")
     wrong = refused(capsys, "explain", gpu_artifact, "L01", "--program", "decode.5")
     assert "has no program `decode.5`\nhint: did you mean `decode.4`?" in wrong

@@ -34,18 +34,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compiles, or with `--dry-run` lowers and plans; 0 when done."""
-    from dsv4c.compile import Options, compile_artifact, lower, plan_artifact
+    from dsv4c.compile import Options, compile_artifact, lower, plan_artifact, usual_options
     from dsv4c.config import Target
     from dsv4c.describe import PassTable, plan_table
 
     target = Target(args.target)
     model = chosen_model(args.model, args.num_layers)
     config = model.config
-    max_tokens = args.max_tokens or (512 if target.arch == "cpu" else 8192)
+    usual = usual_options(config, target)
+    max_tokens = args.max_tokens or usual.max_tokens
     options = Options(
-        max_context=args.max_context or min(config.max_position_embeddings, 131072),
+        max_context=args.max_context or usual.max_context,
         max_tokens=max_tokens,
-        max_requests=min(args.max_requests or (64 if target.arch == "cpu" else 256), max_tokens),
+        max_requests=min(args.max_requests or usual.max_requests, max_tokens),
         fake_quant=args.fake_quant,
         speculative_tokens=args.speculative_tokens,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dsv4c.commands.arguments import positive
 from dsv4c.commands.models import chosen_model
+from dsv4c.commands.reporting import add_options, check_options, write_report
 from dsv4c.commands.terminal import console, progress_bars
 from dsv4c.errors import ConfigError
 
@@ -35,6 +36,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--target", help="of a model: cpu (default), or sm_90a (Hopper)")
     parser.add_argument("--num-layers", type=positive, help="of a preset: only the first layers")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,14 +46,18 @@ def run(args: argparse.Namespace) -> int:
     from dsv4c.opened import load
 
     asked = any((args.pass_name, args.diff, args.stop_after, args.dump_ir))
+    check_options(args, asked or args.other is not None)
     if args.other is not None:
         if asked or args.target or args.num_layers:
             raise ConfigError("two artifacts are compared as they are", hint="`dsv4c inspect DIR DIR`, without options")
         return _compare(args)
-    if not (Path(args.what) / "manifest.json").is_file():
-        return _inspect_model(args)
-    if args.target or args.num_layers:
+    is_artifact = (Path(args.what) / "manifest.json").is_file()
+    if is_artifact and (args.target or args.num_layers):
         raise ConfigError(f"`{args.what}` is an artifact: its target and layers are given")
+    if args.report is not None:
+        return write_report(args)
+    if not is_artifact:
+        return _inspect_model(args)
     artifact = load(args.what)
     if asked:
         return _inspect_artifact(args, artifact)
@@ -80,14 +86,14 @@ def _inspect_model(args: argparse.Namespace) -> int:
         if name is not None:
             pipeline.named(name)
     _check_order(args, [one.name for one in pipeline.ordered()])
-    config = chosen_model(args.what, args.num_layers).config
+    config, dump = chosen_model(args.what, args.num_layers).config, _dump(args)
     sizes = Sizes.usual(config)
     with progress_bars() as progress:
         task = progress.add_task("passes", total=None, detail="capture")
         program = capture(config)
         steps = pipeline.steps(program, lambda name: progress.update(task, advance=1, detail=name))
         words = sizes_text(sizes.tokens, sizes.requests, sizes.context, pipeline.machine)
-        return _show(args, shown_steps(steps, sizes), words, pipeline)
+        return _show(args, shown_steps(steps, sizes), words, pipeline, dump)
 
 
 def _inspect_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
@@ -103,7 +109,7 @@ def _inspect_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
     _check_order(args, names)
     found = artifact.stages
     words = sizes_text(found.sizes["tokens"], found.sizes["requests"], found.sizes["context"], found.machine)
-    return _show(args, shown_artifact(artifact), words, Pipeline.default(artifact.manifest.target))
+    return _show(args, shown_artifact(artifact), words, Pipeline.default(artifact.manifest.target), _dump(args))
 
 
 def _check_order(args: argparse.Namespace, names: list[str]) -> None:
@@ -111,12 +117,11 @@ def _check_order(args: argparse.Namespace, names: list[str]) -> None:
         raise ConfigError(f"pass `{args.pass_name}` runs behind `{args.stop_after}`", hint="leave out `--stop-after`")
 
 
-def _show(args: argparse.Namespace, passes: Iterator[Shown], sizes: str, known: Pipeline) -> int:
+def _show(args: argparse.Namespace, passes: Iterator[Shown], sizes: str, known: Pipeline, dump: _Dump | None) -> int:
     """Goes through the passes once and prints what the options ask for."""
     from dsv4c.describe_passes import PassRows, pass_detail, pass_diff
 
     out, rows, parts = console(), PassRows(sizes), []
-    dump = _Dump(args.dump_ir) if args.dump_ir else None
     last: Shown | None = None
     for one in passes:
         last, name = one, one.record.name
@@ -146,6 +151,11 @@ def _summary(made: object) -> str:
     module = sys.modules.get(type(made).__module__) if made is not None else None
     text = (module.__doc__ or "").strip() if module is not None else ""
     return text.split("\n\n")[0].replace("\n", " ")
+
+
+def _dump(args: argparse.Namespace) -> _Dump | None:
+    """Where `--dump-ir` writes. Raises ConfigError, before anything runs, if nothing can be written there."""
+    return _Dump(args.dump_ir) if args.dump_ir else None
 
 
 class _Dump:

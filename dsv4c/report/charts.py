@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 260, 110
-LEFT, RIGHT, TOP, BOTTOM = 36, 4, 8, 10
+LEFT, RIGHT, TOP, BOTTOM = 42, 4, 8, 10
 _NICE = (1.0, 2.0, 5.0)
 
 

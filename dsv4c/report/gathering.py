@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv4c.artifact import Manifest
+from dsv4c.irfiles import Source
+from dsv4c.opened import Artifact
 from dsv4c.report.pools import MemoryPicture
 from dsv4c.report.segmented import ProgramRow, program_rows
 from dsv4c.report.stages import Frame, Stage, Stages
@@ -64,9 +66,18 @@ class Report:
 
 
 def gather(
-    name: str, stages: Stages, manifest: Manifest, memory: MemoryPicture, measured: Measured | None = None
+    name: str,
+    stages: Stages,
+    artifact: Artifact,
+    sources: Mapping[str, Sequence[Source]],
+    memory: MemoryPicture,
+    measured: Measured | None = None,
 ) -> Report:
-    """The report of a pipeline that ran, and of the artifact planned from its result."""
+    """The report of a pipeline that ran, and of the artifact made, or planned, from its result.
+
+    `sources`: program -> where each of its calls comes from.
+    """
+    manifest = artifact.manifest
     return Report(
         name=name,
         target=manifest.target,
@@ -79,7 +90,7 @@ def gather(
         last_work=stages.last_work,
         stages=tuple(stages.stages),
         frames={name: tuple(frames) for name, frames in stages.frames.items()},
-        programs=program_rows(manifest),
+        programs=program_rows(artifact, sources),
         kernels=tuple(_kernels(manifest)),
         memory=memory,
         numerics=manifest.numerics,

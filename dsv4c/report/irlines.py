@@ -47,11 +47,14 @@ class Line:
 
 
 def lines_of(dump: str) -> dict[str, list[Line]]:
-    """Graph -> its lines; `return a=%1, b=%2` becomes a line for each value."""
+    """Graph (or other part of the text, such as `constants`) -> its lines.
+
+    `return a=%1, b=%2` becomes a line for each value.
+    """
     out: dict[str, list[Line]] = {}
     graph = ""
     for raw in dump.splitlines():
-        if raw.startswith("graph "):
+        if raw.endswith(" {") and not raw.startswith(" "):
             graph = raw.removeprefix("graph ").removesuffix(" {")
             out[graph] = []
             continue

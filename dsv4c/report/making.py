@@ -8,20 +8,22 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from dsv4c.artifact import Manifest, load_manifest
+from dsv4c.artifact import Manifest
 from dsv4c.capturing import capture
-from dsv4c.compile import Options, planned_manifest
+from dsv4c.compile import Options, manifest_of_plan, plan_artifact
 from dsv4c.config import ModelConfig, StateLayout, Target
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.launch import SNAPSHOTS
+from dsv4c.opened import Artifact
+from dsv4c.opened import load as open_artifact
 from dsv4c.pipeline import Pipeline, Step
 from dsv4c.program import Program
 from dsv4c.report.gathering import Measured, Report, gather
-from dsv4c.report.pools import memory_picture
+from dsv4c.report.pools import MemoryPicture, memory_picture
 from dsv4c.report.stages import Stages
 from dsv4c.room import given_room, measured_room, plan_of
 from dsv4c.runtime.memory import MemoryPlan, Room
@@ -53,19 +55,23 @@ def report_of_model(
     options: Options,
     load: Load | None = None,
     *,
+    truncated_from: int | None = None,
     pipeline: Pipeline | None = None,
     measured: Measured | None = None,
     watch: Watch | None = None,
 ) -> Report:
     """The report of a model compiled for `target`: its passes, and the artifact that `options` would give.
 
-    `pipeline`: another than the target's own; it must end in a program that schedules accept. `watch` is called with
-    every step. Raises what the passes and the planner raise, and ConfigError for a load out of range.
+    `truncated_from`: layers of the model if `config` is only its first ones. `pipeline`: another than the target's
+    own; it must end in a program that schedules accept. `watch` is called with every step. Raises what the passes and
+    the planner raise, and ConfigError for a load out of range.
     """
     captured = capture(config, StateLayout(), fake_quant=options.fake_quant)
     stages, program = _run(captured, pipeline or Pipeline.default(target), target.arch, watch)
-    manifest = planned_manifest(program, target, options)
-    return _gathered(name, stages, manifest, MemoryPlan.of(manifest), load, measured)
+    made = plan_artifact(program, target, options)
+    manifest = replace(manifest_of_plan(program, made, target, options), truncated_from=truncated_from)
+    picture = _picture(MemoryPlan.of(manifest), load)
+    return gather(name, stages, Artifact(Path(), manifest), made.sources, picture, measured)
 
 
 def report_of_artifact(
@@ -75,8 +81,9 @@ def report_of_artifact(
 
     Raises ArtifactError if the folder is no artifact, holds no IR, or holds another than these passes make.
     """
-    manifest = load_manifest(folder)
-    held = _held_ir(folder)
+    artifact = open_artifact(folder)
+    manifest, held = artifact.manifest, _held_ir(folder)
+    sources, picture = artifact.provenance, _picture(plan_of(folder, manifest), load)
     config = ModelConfig.from_dict(manifest.model)
     fake_quant = any(record.name == "raise-quant" and record.rewrites for record in manifest.passes)
     captured = capture(config, StateLayout(), fake_quant=fake_quant)
@@ -87,7 +94,7 @@ def report_of_artifact(
             hint="it was compiled by another version, or with passes of your own; compile it again, or report on the "
             "model with `dsv4c.report.report_of_model`",
         )
-    return _gathered(folder.name, stages, manifest, plan_of(folder, manifest), load, measured)
+    return gather(folder.resolve().name, stages, artifact, sources, picture, measured)
 
 
 def _held_ir(folder: Path) -> str:
@@ -125,12 +132,9 @@ def _run(captured: Program, pipeline: Pipeline, machine: str, watch: Watch | Non
     return stages, program
 
 
-def _gathered(
-    name: str, stages: Stages, manifest: Manifest, plan: MemoryPlan, load: Load | None, measured: Measured | None
-) -> Report:
+def _picture(plan: MemoryPlan, load: Load | None) -> MemoryPicture:
     load = load or Load()
-    picture = memory_picture(plan, load.room(manifest.target), SNAPSHOTS, load.context, load.requests)
-    return gather(name, stages, manifest, picture, measured)
+    return memory_picture(plan, load.room(plan.target), SNAPSHOTS, load.context, load.requests)
 
 
 @contextmanager

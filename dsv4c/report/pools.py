@@ -45,6 +45,11 @@ class MemoryPicture:
     snapshots: int
 
     @property
+    def answer(self) -> str | None:
+        """The answer, where it is one for every context."""
+        return self.answers[0] if len(set(self.answers)) == 1 else None
+
+    @property
     def fixed_bytes(self) -> int:
         return sum(item.size_bytes for item in self.fixed)
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dsv4c import __version__
+from dsv4c.irfiles import Source
 from dsv4c.report.charts import HEIGHT, LEFT, RIGHT, WIDTH
 from dsv4c.report.code import code
 from dsv4c.report.drawing import BOX_HEIGHT, Drawing, draw
@@ -25,6 +26,7 @@ from dsv4c.report.wording import (
     count_text,
     counted_text,
     layers_text,
+    origin_text,
     pairs_json,
     script_json,
     span_text,
@@ -64,6 +66,9 @@ def render(report: Report) -> str:
         work=work_tables(report),
         chart_box=(WIDTH, HEIGHT, LEFT, WIDTH - RIGHT),
         groups=program_groups(report.programs),
+        segment_kinds=list(dict.fromkeys(s.kind for p in report.programs for s in p.segments)),
+        source_numbers=(sources := _sources(report)),
+        source_facts=[_source_facts(source) for source in sources],
         kernel_facts={kernel.name: kernel_facts(kernel) for kernel in report.kernels},
         memory_data=_memory_data(report.memory),
         schedules=schedule_rows(report),
@@ -133,6 +138,18 @@ def _block_kind(row: Row | Gap) -> str:
     if row.kind in ("removed", "added"):
         return "moved"
     return "rewired" if row.stale else row.kind
+
+
+def _sources(report: Report) -> dict[Source, int]:
+    """Every source of a call that is drawn -> its number."""
+    numbers: dict[Source, int] = {}
+    for cell in (cell for p in report.programs for row in p.rows for cell in row.cells):
+        numbers.setdefault(cell.source, len(numbers))
+    return numbers
+
+
+def _source_facts(source: Source) -> list[tuple[str, str]]:
+    return [("from", origin_text(source.origin)), ("passes", ", ".join(source.passes))]
 
 
 def _memory_data(memory: MemoryPicture) -> dict[str, Any]:

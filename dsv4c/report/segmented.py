@@ -1,15 +1,15 @@
-"""The programs of a manifest, cut into segments and laid out by sublayer: which kernels a step launches, in order.
-
-A segment ends where a call of another kind follows, for the reason that the manifest gives, or with the program.
-"""
+"""The programs of an artifact, cut into segments and laid out by sublayer: which kernels a step launches, in order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from dsv4c.artifact import Call, Manifest, Program
+from dsv4c.artifact import Manifest
+from dsv4c.describe_calls import segment_ends
+from dsv4c.irfiles import Source
+from dsv4c.opened import Artifact, ArtifactProgram, PlacedCall
 from dsv4c.report.families import family_of
 
 SHOWN_TOKENS = (64, 2048)  # of the decode and the prefill program that are drawn: the steps that people ask about
@@ -26,6 +26,7 @@ class Cell:
     waits: tuple[int, ...]
     breaks: str
     """Why a segment ends before this call; empty within one."""
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,17 @@ class ProgramRow:
     segments: tuple[SegmentRow, ...]
     rows: tuple[Lane, ...] = ()
 
+    @property
+    def families(self) -> set[str]:
+        """Of the calls that are drawn."""
+        return {cell.family for row in self.rows for cell in row.cells}
 
-def program_rows(manifest: Manifest) -> tuple[ProgramRow, ...]:
-    """All programs of a manifest; one of each phase is drawn."""
-    drawn = _drawn(manifest)
-    return tuple(_row(manifest, name, program, name in drawn) for name, program in manifest.programs.items())
+
+def program_rows(artifact: Artifact, sources: Mapping[str, Sequence[Source]]) -> tuple[ProgramRow, ...]:
+    """All programs of an artifact; one of each phase is drawn. `sources`: of every call of each program."""
+    drawn = _drawn(artifact.manifest)
+    programs = (artifact.program(name) for name in artifact.programs)
+    return tuple(_row(p, sources[p.name] if p.name in drawn else None) for p in programs)
 
 
 def _drawn(manifest: Manifest) -> set[str]:
@@ -81,54 +88,41 @@ def _drawn(manifest: Manifest) -> set[str]:
     return out
 
 
-def _row(manifest: Manifest, name: str, program: Program, drawn: bool) -> ProgramRow:
-    calls = [call for segment in program.segments for call in segment.calls]
+def _row(program: ArtifactProgram, sources: Sequence[Source] | None) -> ProgramRow:
+    symbols = program.program.symbols
+    ends = segment_ends(program)
+    held = [[call for call in program.calls if call.segment == i] for i in range(len(program.segments))]
     return ProgramRow(
-        name,
-        program.phase,
-        tuple((size, program.symbols[size]) for size in ("T", "R", "S") if size in program.symbols),
-        len(calls),
-        _launches(manifest, calls),
-        1 + max((call.lane for call in calls), default=0),
-        program.arena_bytes,
-        tuple(_segments(manifest, program)),
-        _lanes(manifest, program) if drawn else (),
+        program.name,
+        program.program.phase,
+        tuple((size, symbols[size]) for size in ("T", "R", "S") if size in symbols),
+        len(program.calls),
+        _launches(program.calls),
+        1 + max((call.call.lane for call in program.calls), default=0),
+        program.program.arena_bytes,
+        tuple(
+            SegmentRow(s.kind, len(c), _launches(c), c[0].scope if c else "", c[-1].scope if c else "", s.why, end)
+            for s, c, end in zip(program.segments, held, ends, strict=True)
+        ),
+        _lanes(program, ends, sources) if sources is not None else (),
     )
 
 
-def _segments(manifest: Manifest, program: Program) -> Iterable[SegmentRow]:
-    for segment, after in zip(program.segments, [*program.segments[1:], None], strict=True):
-        ends = "the program ends" if after is None else _boundary(segment.kind, after.kind, segment.why, after.why)
-        scopes = [call.scope for call in segment.calls]
-        yield SegmentRow(
-            segment.kind, len(scopes), _launches(manifest, segment.calls), scopes[0] if scopes else "",
-            scopes[-1] if scopes else "", segment.why, ends,
-        )  # fmt: skip
-
-
-def _boundary(kind: str, after: str, why: str, why_after: str) -> str:
-    """Why a segment of this kind gives way to the next."""
-    if after != "graph":
-        return f"{after} follows: {why_after}"
-    return f"what {why or f'runs as {kind}'} is over"
-
-
-def _lanes(manifest: Manifest, program: Program) -> tuple[Lane, ...]:
-    cells: list[tuple[str, Cell]] = []
-    before = None
-    for segment in program.segments:
-        for place, call in enumerate(segment.calls):
-            breaks = "" if place or before is None else _boundary(before.kind, segment.kind, before.why, segment.why)
-            cells.append((call.scope, _cell(manifest, len(cells), call, breaks)))
-        before = segment
+def _lanes(program: ArtifactProgram, ends: Sequence[str], sources: Sequence[Source]) -> tuple[Lane, ...]:
+    breaks = {}
+    before = 0
+    for call in program.calls:
+        if call.segment != before:
+            breaks[call.index], before = ends[before], call.segment
+    cells = [(c.scope, _cell(c, breaks.get(c.index, ""), sources[c.index])) for c in program.calls]
     return tuple(Lane(scope, tuple(c for _, c in run)) for scope, run in groupby(cells, key=lambda item: item[0]))
 
 
-def _cell(manifest: Manifest, number: int, call: Call, breaks: str) -> Cell:
-    family = family_of(manifest.kernels[call.kernel].op)
-    return Cell(number, call.kernel, family, call.lane, tuple(wait.call for wait in call.waits), breaks)
+def _cell(call: PlacedCall, breaks: str, source: Source) -> Cell:
+    waits = tuple(wait.call for wait in call.call.waits)
+    return Cell(call.index, call.kernel.name, family_of(call.op), call.call.lane, waits, breaks, source)
 
 
-def _launches(manifest: Manifest, calls: Iterable[Call]) -> int:
+def _launches(calls: Iterable[PlacedCall]) -> int:
     """Launches of these calls; a kernel without a list of them is one."""
-    return sum(max(1, len(manifest.kernels[call.kernel].launches)) for call in calls)
+    return sum(max(1, len(call.kernel.launches)) for call in calls)

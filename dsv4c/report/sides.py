@@ -89,7 +89,7 @@ def difference(before: str, after: str, pieces: Mapping[str, str] | None = None,
         rows = list(_joined(old, new, pieces or {}))
     folds: list[Fold] = []
     shown = left_out = 0
-    for fold in fold_alike(hunks(rows)):
+    for fold in sorted(fold_alike(hunks(rows)), key=lambda fold: _part(fold.hunk.section)):
         count = sum(isinstance(row, Row) for row in fold.hunk.rows)
         if folds and shown + count > most_rows:
             left_out += sum(row.kind != "same" for row in fold.hunk.rows if isinstance(row, Row)) * (
@@ -100,6 +100,11 @@ def difference(before: str, after: str, pieces: Mapping[str, str] | None = None,
         folds.append(fold)
     counts = {kind: sum(row.kind == kind for row in rows) for kind in ("removed", "added", "changed")}
     return Difference(tuple(folds), **counts, left_out=left_out)
+
+
+def _part(section: str) -> int:
+    """Calls come first, then what graphs are given, then what they return."""
+    return 1 if section.endswith(" values") else 2 if section.endswith(" results") else 0
 
 
 def align(old: Sequence[Line], new: Sequence[Line]) -> list[Row]:

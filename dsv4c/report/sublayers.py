@@ -19,7 +19,7 @@ from dsv4c.program import Program, target_name, types_of
 from dsv4c.provenance import origin_of, passes_of
 from dsv4c.report.families import family_of
 from dsv4c.report.figures import NodeWork
-from dsv4c.report.wording import bytes_text, flops_text, time_text
+from dsv4c.report.wording import bytes_text, flops_text, origin_text, time_text
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _box(key: str, group: _Group, work: NodeWork) -> Box:
     if done.kernels:
         figures = f"{bytes_text(done.bytes_moved)}, {flops_text(done.flops)}, {time_text(done.microseconds)}"
         facts.append((f"work: {work.step}", figures))
-    facts.append(("from", "\n".join(dict.fromkeys(place for call in group.calls for place in origin_of(call)))))
+    facts.append(("from", origin_text(place for call in group.calls for place in origin_of(call))))
     facts.append(("passes", ", ".join(passes_of(last))))
     return Box(key, group.label, note, group.family, group.kind, tuple(f for f in facts if f[1]))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dsv4c.places import locate
 from dsv4c.runtime.memory import text_of
 
 
@@ -77,6 +78,12 @@ def counted_text(labels: Iterable[str]) -> str:
     for label in labels:
         counts[label] = counts.get(label, 0) + 1
     return ", ".join(label if n == 1 else f"{label} x{n}" for label, n in counts.items())
+
+
+def origin_text(origin: Iterable[str]) -> str:
+    """A line for each place in the model: `attention.py:194 latent = ...`."""
+    places = [locate(place) for place in dict.fromkeys(origin)]
+    return "\n".join(f"{place.where} {place.text}".strip() for place in places)
 
 
 def pairs_json(pairs: Iterable[tuple[str, str]]) -> str:

@@ -175,6 +175,19 @@ def test_a_pass_that_raises_is_an_error_that_names_it_and_what_ran_before(captur
     assert error.value.hint == "ran before: canonicalize"
 
 
+def test_any_error_of_dsv4c_that_a_pass_raises_keeps_its_class_and_names_the_pass(stitched: Program) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Choosy(Pass):
+        name: ClassVar[str] = "choosy"
+
+        def run(self, graph: fx.Graph) -> int:
+            raise ConfigError("no such format", hint="take fp8")
+
+    with pytest.raises(ConfigError, match="pass `choosy`: no such format") as error:
+        Pipeline((Choosy(),)).run(stitched)
+    assert error.value.hint.startswith("take fp8; ran before: canonicalize, ")
+
+
 def test_an_error_of_a_raising_pass_keeps_its_class_and_names_the_pass(captured: Program) -> None:
     changed = captured.clone()
     node = changed.find("aten.rsqrt.default")[0]
@@ -273,6 +286,32 @@ def test_a_pass_can_run_directly_after_another() -> None:
     names = [p.name for p in pipeline.ordered()]
     assert names[names.index("fuse-hc-norm") :][:3] == ["fuse-hc-norm", "mine", "zz"]
     assert [n for n in names if n not in ("mine", "zz")] == [p.name for p in Pipeline.default("cpu").ordered()]
+
+
+@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
+def test_without_a_pass_the_others_keep_their_order(target: str) -> None:
+    """Whoever needed what only it gave runs where it would have run, not before what that needed."""
+    pipeline = Pipeline.default(target)
+    for name in (p.name for p in pipeline.passes):
+        rest = [p for p in pipeline.ordered() if p.name != name]
+        shorter = pipeline.without(name).ordered()
+        given: set[str] = set()
+        for one in shorter:
+            mine = {f for p in pipeline.passes if p.name == name for f in p.gives}
+            assert one.needs - mine <= given, f"`{one.name}` without `{name}`"
+            if one.needs & mine:
+                assert pipeline.named(name).needs <= given, f"`{one.name}` without `{name}`"
+            given |= one.gives
+        assert sorted(p.name for p in shorter) == sorted(p.name for p in rest)
+
+
+def test_passes_removed_one_after_the_other_leave_what_the_first_needed() -> None:
+    chain = Pipeline((Contract("a", "", "x"), Contract("b", "x", "y"), Contract("c", "y", "z"), Contract("aa", "z")))
+    assert [p.name for p in chain.without("b").without("c").ordered()] == ["a", "aa"]
+    assert [p.name for p in chain.without("c").without("b").ordered()] == ["a", "aa"]
+    assert [p.name for p in chain.without("b").with_(Contract("bb", "x", "y")).ordered()] == ["a", "bb", "c", "aa"]
+    late = chain.without("b").ordered({"y"})
+    assert [p.name for p in late] == ["a", "c", "aa"]
 
 
 def test_where_a_pass_cannot_run_is_an_error() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pytest
+
+from dsv4c.report import Report, render
+from dsv4c.report.segmented import SegmentRow
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -19,22 +23,25 @@ def open_page(browser: Browser, page_file: Path) -> Iterator[Open]:
     """Opens the report; afterwards nothing was printed to the console, nothing raised and nothing requested."""
     said: list[str] = []
     requested: list[str] = []
-    contexts = []
+    contexts, files = [], set()
 
-    def open_(width: int = 1280, scheme: Literal["light", "dark"] = "light", anchor: str = "") -> Page:
+    def open_(
+        width: int = 1280, scheme: Literal["light", "dark"] = "light", anchor: str = "", file: Path = page_file
+    ) -> Page:
         context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: requested.append(request.url.split("#")[0]))
-        page.goto(page_file.as_uri() + anchor)
+        files.add(file.as_uri())
+        page.goto(file.as_uri() + anchor)
         return page
 
     yield open_
     for context in contexts:
         context.close()
-    assert said == [] and set(requested) == {page_file.as_uri()}
+    assert said == [] and set(requested) == files
 
 
 def focused(page: Page) -> str:
@@ -118,6 +125,51 @@ def test_tabs_and_maps_by_keyboard(open_page: Open) -> None:
         "id"
     )
     assert panel.locator(".readout h4").inner_text() == chosen.get_attribute("data-k")
+
+
+def test_a_break_stands_in_the_map_with_its_reason(open_page: Open, report: Report, tmp_path: Path) -> None:
+    """Of a program whose second half is not captured."""
+    program = next(p for p in report.programs if p.rows)
+    at = program.calls // 2
+    why = "`topk.own` cannot be captured"
+    rows = tuple(
+        dataclasses.replace(
+            row, cells=tuple(dataclasses.replace(c, breaks=why if c.number == at else "") for c in row.cells)
+        )
+        for row in program.rows
+    )
+    segments = (
+        SegmentRow("graph", at, at, "prelude", "L02.attn", "", f"call {at} is eager: {why}"),
+        SegmentRow("eager", program.calls - at, program.calls - at, "L02.attn", "head", why, "the program ends"),
+    )
+    file = tmp_path / "broken.html"
+    broken = dataclasses.replace(program, segments=segments, rows=rows)
+    file.write_text(render(dataclasses.replace(report, programs=(broken,))), encoding="utf-8")
+    page = open_page(file=file)
+    panel = page.locator("#programs")
+    assert [row.inner_text().split("\t")[1] for row in panel.locator(".breaks tbody tr").all()] == ["graph", "eager"]
+    assert why in panel.locator(".breaks tbody tr").nth(1).inner_text()
+    assert panel.locator(".legend").first.locator("li").all_inner_texts() == ["graph: captured", "eager"]
+    assert panel.locator("i.brk").count() == 1
+    panel.locator("i.brk").click()
+    assert why in panel.locator(".readout").inner_text()
+
+
+def test_what_is_wider_than_a_phone_scrolls_by_keyboard(open_page: Open) -> None:
+    phone, wide = open_page(390), open_page(1280)
+    box = phone.locator("#programs > .scroll")
+    phone.wait_for_function("document.querySelector('#programs > .scroll').tabIndex === 0")
+    box.focus()
+    phone.keyboard.press("ArrowRight")
+    phone.wait_for_function("document.querySelector('#programs > .scroll').scrollLeft > 0")
+    assert wide.locator("#programs > .scroll").get_attribute("tabindex") is None
+
+
+def test_the_contents_mark_where_the_reader_is(open_page: Open) -> None:
+    page = open_page()
+    for name in ("passes", "graph", "memory"):
+        page.evaluate("name => document.getElementById(name).scrollIntoView()", name)
+        page.wait_for_function("name => document.querySelector('.toc .here')?.hash === '#' + name", arg=name)
 
 
 def test_another_load_changes_the_memory_picture(open_page: Open) -> None:

@@ -28,9 +28,17 @@
   one("theme").addEventListener("click", (event) => {
     const now = themes[(themes.indexOf(root.dataset.theme || "") + 1) % 3];
     if (now) root.dataset.theme = now; else delete root.dataset.theme;
-    event.target.textContent = now ? now[0].toUpperCase() + now.slice(1) : "Auto";
+    event.target.textContent = "Colours: " + (now || "auto");
     event.target.setAttribute("aria-label", "Colours: " + (now || "as the system"));
   });
+
+  // what is wider than the page scrolls by keyboard too
+  const sized = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      if (target.scrollWidth > target.clientWidth) target.tabIndex = 0; else target.removeAttribute("tabindex");
+    }
+  });
+  all(".scroll").forEach((box) => sized.observe(box));
 
   // contents: closed on a phone, arrow keys, where the reader is
   const contents = document.querySelector(".contents details");
@@ -58,7 +66,7 @@
       link.classList.toggle("here", i === here);
       if (i === here) link.setAttribute("aria-current", "true"); else link.removeAttribute("aria-current");
     });
-  }, { rootMargin: "0px 0px -75% 0px" });
+  }, { rootMargin: "0px 0px -90% 0px" });
   watched.forEach((target) => watcher.observe(target));
 
   // passes: a link to one opens it
@@ -189,7 +197,7 @@
   }
 
   // maps of calls
-  const kernels = JSON.parse(one("kernels").textContent);
+  const kernels = JSON.parse(one("kernels").textContent), sources = JSON.parse(one("sources").textContent);
   for (const map of all(".map")) {
     const cells = all("i", map), readout = map.parentElement.querySelector(".readout");
     let now = -1;
@@ -202,6 +210,7 @@
       map.setAttribute("aria-activedescendant", cell.id);
       const lane = /\bl(\d)\b/.exec(cell.className);
       const pairs = [["call", String(now)], ["in", cell.closest(".lane").querySelector(".sc").textContent], ["lane", lane ? lane[1] : "0"], ...kernels[cell.dataset.k]];
+      pairs.push(...sources[cell.dataset.s].filter((pair) => pair[1]));
       if (cell.dataset.w) pairs.push(["waits for call", cell.dataset.w]);
       if (cell.dataset.b) pairs.push(["segment breaks here", cell.dataset.b]);
       listed(pairs, cell.dataset.k, readout);
@@ -241,17 +250,20 @@
     for (const [name, size, cls] of parts) {
       const share = 100 * size / scale;
       const rect = part(svg, "rect", { x: `${left}%`, y: 0, width: `${share}%`, height: 22, class: cls, style: "fill:var(--f)" });
-      part(rect, "title", {}, `${name} ${bytes(size)}`);
-      if (share > 9) part(svg, "text", { x: `${left + 0.3}%`, y: 36 }, `${name} ${bytes(size)}`);
+      const label = `${name} ${bytes(size)}`;
+      part(rect, "title", {}, label);
+      if (share * svg.clientWidth / 100 > 6.2 * label.length) part(svg, "text", { x: `${left + 0.3}%`, y: 36 }, label);
       left += share;
     }
     for (const [name, size] of limits) {
       const x = `${Math.min(100, 100 * size / scale)}%`;
       part(svg, "line", { x1: x, x2: x, y1: -3, y2: 26 });
-      part(svg, "text", { x, y: 46, "text-anchor": size > scale / 2 ? "end" : "start" }, `${name} ${bytes(size)}`);
+      part(svg, "text", { x, y: 50, "text-anchor": size > scale / 2 ? "end" : "start" }, `${name} ${bytes(size)}`);
     }
   }
+  let shown = data.chosen;
   function load(i, j) {
+    shown = [i, j];
     const chosen = data.loads[i][j], pools = chosen.pools.reduce((a, b) => a + b, 0);
     const fixed = data.fixed.reduce((sum, item) => sum + item[1], 0), sum = fixed + pools;
     const parts = [...data.fixed.map(([name, size], n) => [name, size, `m${n}`]), ...data.pools.map((name, n) => [name, chosen.pools[n], `p${n}`])];
@@ -280,7 +292,8 @@
     event.preventDefault();
     target.focus();
   });
-  load(...data.chosen);
+  load(...shown);
+  addEventListener("resize", () => load(...shown));
 
   reveal();
 })();
