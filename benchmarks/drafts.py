@@ -153,10 +153,10 @@ def host(args: argparse.Namespace) -> list[Row]:
     manifest = load_manifest(args.artifact)
     given = prompts_of(args.artifact / "tokenizer", args.heldout, args.prompts)
     rows, texts = [], []
-    for row in measured(engine_of(args.artifact, manifest, None), drafts_of(manifest), given, args.new, (1, 32)):
+    for row in measured(engine_of(args.artifact, manifest, None), drafts_of(manifest), given, args.new, args.batches):
         texts = row.pop("texts", texts)
         rows += show(row)
-    plain = plain_acceptance(args.artifact / "weights", ModelConfig.from_dict(manifest.model), given[:64], texts)
+    plain = plain_acceptance(args.artifact / "weights", ModelConfig.from_dict(manifest.model), given[:64], texts[:64])
     rows += show({"phase": "plain", "prompts": 64, "acceptance": [round(plain, 4)]})
     args.output.write_text(json.dumps({"prompts": given, "new": args.new, "rows": rows}), encoding="utf-8")
     return rows
@@ -167,7 +167,7 @@ def card(args: argparse.Namespace) -> list[Row]:
     manifest = load_manifest(args.artifact)
     engine = engine_of(args.artifact, manifest, args.weights)
     rows = []
-    for row in measured(engine, drafts_of(manifest), known["prompts"], known["new"], (1, 32)):
+    for row in measured(engine, drafts_of(manifest), known["prompts"], known["new"], args.batches):
         row.pop("texts", None)
         keys = {k: row[k] for k in ("phase", "batch", "drafts", "temperature") if k in row}
         beside = next((r for r in known["rows"] if keys.items() <= r.items()), {})
@@ -196,6 +196,7 @@ def main() -> None:
     two.add_argument("--weights", type=Path)
     two.set_defaults(run=card)
     for each in (one, two):
+        each.add_argument("--batches", type=int, nargs="*", default=[1, 32], help="requests that run at once")
         each.add_argument("--rows", type=Path, help="JSONL file to append to")
     args = parser.parse_args()
     found = args.run(args)

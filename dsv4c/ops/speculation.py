@@ -143,7 +143,7 @@ def accept_drafts(
         positions.append(min(int(positions_T[row]) + 1, end - 1))
         counters.append(int(counters_S[last]) + 1)
         if seat:
-            pending_ZK[seat, 0], length_Z[seat] = tokens_S[last], positions[-1]
+            pending_ZK[seat, 0], length_Z[seat] = tokens_S[last], positions_T[row] + 1
         counted = int(penalty_seats_S[first]) if seat else 0  # nobody's first row is somebody else's
         for token in tokens_S[first : last + 1].tolist() if counted else ():
             if token >= 0:
