@@ -142,10 +142,15 @@ def plain_acceptance(
     return kept / tried
 
 
-def engine_of(folder: Path, manifest: Manifest, weights: Path | None) -> Engine:
+def engine_of(folder: Path, manifest: Manifest, weights: Path | None, executor: Any = "graph") -> Engine:
     options = LaunchOptions(
-        weights=weights, prefix_cache=False, max_requests=32, max_context=512, kv_memory_bytes=400_000_000
-    )
+        weights=weights,
+        executor=executor,
+        prefix_cache=False,
+        max_requests=32,
+        max_context=512,
+        kv_memory_bytes=400_000_000,
+    )  # fmt: skip
     return launch_engine(folder, manifest, options)
 
 
@@ -165,13 +170,15 @@ def host(args: argparse.Namespace) -> list[Row]:
 def card(args: argparse.Namespace) -> list[Row]:
     known = json.loads(args.reference.read_text(encoding="utf-8"))
     manifest = load_manifest(args.artifact)
-    engine = engine_of(args.artifact, manifest, args.weights)
-    rows = []
-    for row in measured(engine, drafts_of(manifest), known["prompts"], known["new"], args.batches):
-        row.pop("texts", None)
+    engine = engine_of(args.artifact, manifest, args.weights, args.executor)
+    rows, given = [], known["prompts"][: args.prompts]
+    for row in measured(engine, drafts_of(manifest), given, args.new or known["new"], args.batches):
+        texts = row.pop("texts", None)
+        if texts and args.texts:
+            args.texts.write_text(json.dumps(texts), encoding="utf-8")
         keys = {k: row[k] for k in ("phase", "batch", "drafts", "temperature") if k in row}
         beside = next((r for r in known["rows"] if keys.items() <= r.items()), {})
-        rows += show({**row, "acceptance_on_cpu": beside.get("acceptance")})
+        rows += show({**row, "executor": args.executor, "acceptance_on_cpu": beside.get("acceptance")})
     return rows
 
 
@@ -194,6 +201,10 @@ def main() -> None:
     two.add_argument("artifact", type=Path)
     two.add_argument("reference", type=Path)
     two.add_argument("--weights", type=Path)
+    two.add_argument("--executor", default="graph", help="graph, eager, contracts or shadow")
+    two.add_argument("--prompts", type=int, help="only the first so many")
+    two.add_argument("--new", type=int, help="fewer tokens of each")
+    two.add_argument("--texts", type=Path, help="file for the greedy tokens, to compare executors by")
     two.set_defaults(run=card)
     for each in (one, two):
         each.add_argument("--batches", type=int, nargs="*", default=[1, 32], help="requests that run at once")
