@@ -221,6 +221,8 @@ class Program:
     `drafts` int64 [R, B] and `confidences` float32 [R, B]: the tokens that may follow a block's first row, and how sure
     each one is if those before it are right, as the logit of a probability."""
     arena_bytes: int
+    predicted_us: float = 0.0
+    """What its calls should take one after the other, by measurement or roofline; 0 where sizes are not fixed."""
 
     @property
     def any_size(self) -> bool:

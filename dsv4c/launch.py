@@ -43,6 +43,7 @@ from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
+from dsv4c.runtime.speculation import Speculation, predicted_cost
 from dsv4c.runtime.weights import LoadProgress, LoadReport
 from dsv4c.shadow import Difference, HostShadowExecutor, Shadow, ShadowExecutor
 
@@ -147,7 +148,11 @@ def launch_engine(
     else:
         runner, pool = _device_runner(directory, manifest, source, sizes, options, progress, loaded)
         limits = limits_for(manifest, sizes, limits)
-        engine = Engine(runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids)
+        speculation = Speculation(limits.speculative_tokens, predicted_cost(manifest.programs.values()))
+        engine = Engine(
+            runner, pool=pool, vocab_size=manifest.vocab_size, limits=limits, eos_token_ids=eos_token_ids,
+            speculation=speculation,
+        )  # fmt: skip
     rehearse(engine)
     return engine.renewed()
 

@@ -363,4 +363,7 @@ def plan(
     padded = () if phase in ("mixed", "draft") else tuple(sorted(padded_symbols(used, symbols)))
     segments = segments_of(planner.calls, planner.ranges, planner.choices, buffers, padded)
     made = artifact.Program(phase, dict(symbols), used, buffers, segments, outputs, arena)
+    if not made.any_size:
+        spent = sum(choice.seconds if choice.measured is None else choice.measured for choice in planner.costs)
+        made = replace(made, predicted_us=round(1e6 * spent, 1))
     return Plan({name: made}, planner.choices, planner.weights, planner.states, {name: tuple(planner.origins)})

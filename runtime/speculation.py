@@ -11,8 +11,11 @@ lengths are tried out while serving: now and then a step verifies one draft more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+from dsv4c.artifact import Program
 
 FADE = 0.998  # of a rate's weight with every outcome: the last 500 count
 PRIOR_RATE, PRIOR_WEIGHT = 0.7, 8.0  # the first draft of DeepSeek-V3's MTP block is kept in 0.85 to 0.9 of steps
@@ -29,6 +32,26 @@ StepCost = Callable[[int, int], float]
 def linear_cost(requests: int, drafts: int) -> float:
     """A guess for machines whose step is bound by weights: a draft costs a fifth of a step, whoever is served."""
     return 1.0 + 0.2 * drafts
+
+
+def predicted_cost(programs: Iterable[Program]) -> StepCost:
+    """What the compiler predicts of the decode program that holds a step; linear_cost where there is none."""
+    known: dict[int, list[tuple[int, float]]] = {}
+    for program in programs:
+        if program.phase == "decode" and program.predicted_us and "D" in program.symbols:
+            requests = program.symbols["D"]
+            known.setdefault(program.symbols["S"] // requests - 1, []).append((requests, program.predicted_us))
+    if not known:
+        return linear_cost
+    for sizes in known.values():
+        sizes.sort()
+
+    def cost(requests: int, drafts: int) -> float:
+        sizes = known[drafts]
+        at = bisect_left(sizes, (requests, 0.0))
+        return sizes[min(at, len(sizes) - 1)][1]
+
+    return cost
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
+from dsv4c.runtime.speculation import linear_cost, predicted_cost
 from dsv4c.runtime.step_check import StepBounds, check_step
 from tests.runtime.devices import PatientRunner, Planned, RowByRow, device_engine, drain, gathered, tokens_of
 
@@ -72,6 +73,13 @@ def test_contracts_hold_and_change_nothing(planned: Planned, nano_prompts: list[
     assert tokens_of(found) == tokens_of(drain(engine_of(planned, DRAFTS), requests(nano_prompts, temperature=0.7)))
     contracts = [s.contract for p in planned.manifest.programs.values() for s in p.segments]
     assert all({"D", "T"} <= set(contract.padded) for contract in contracts)
+
+
+def test_the_compiler_predicts_what_drafts_cost(planned: Planned) -> None:
+    cost = predicted_cost(planned.manifest.programs.values())
+    assert 0 < cost(1, 0) < cost(1, 1) < cost(1, 2) and cost(1, 0) <= cost(2, 0)
+    assert cost(2, 1) < 3 * cost(2, 0), "a draft is not a step of its own"
+    assert predicted_cost(()) is linear_cost
 
 
 def test_a_step_of_nobody_changes_nothing_that_is_somebodys(planned: Planned) -> None:
