@@ -240,7 +240,7 @@ class Engine:
         if len(self._flights) > (self.runner.lag if spans else 0):
             events += self._collect()
         self._last_step_s = time.perf_counter() - began
-        if spans and self.speculation.max_tokens and all(s.samples and s.length == 1 + s.drafts for s in spans):
+        if spans and self.speculation.max_tokens and all(s.decodes for s in spans):
             self.speculation.observe(len(spans), max(s.drafts for s in spans), self._last_step_s)
         self._step_s += self._last_step_s
         return events

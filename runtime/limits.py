@@ -26,7 +26,7 @@ def bounds_of(manifest: Manifest) -> Bounds:
     if phases == {"decode", "prefill"}:
         sizes = {phase: [p.symbols for p in manifest.programs.values() if p.phase == phase] for phase in phases}
         largest = max(sizes["prefill"], key=lambda s: (s["T"], s["S"]))
-        return Bounds(largest["T"], max(s["T"] for s in sizes["decode"]), largest["S"])
+        return Bounds(largest["T"], max(s.get("D", s["T"]) for s in sizes["decode"]), largest["S"])
     if phases != {"mixed"}:
         raise ArtifactError(
             f"the artifact has programs of phase {', '.join(sorted(phases)) or 'none'}, this runtime serves `mixed` "

@@ -55,7 +55,7 @@ class Limits:
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, not {getattr(self, name)}")
         least = f"`max_requests` {self.max_requests}"
-        if self.speculative_tokens:
+        if self.decode_tokens > self.max_requests:
             least += f" with {self.speculative_tokens} drafts each"
         if self.max_step_tokens < self.decode_tokens:
             raise ConfigError(
@@ -70,8 +70,8 @@ class Limits:
 
     @property
     def decode_tokens(self) -> int:
-        """Tokens of a step in which all running requests decode."""
-        return self.max_requests * (1 + self.speculative_tokens)
+        """Tokens of a step that may compute prompts beside, in which all running requests decode."""
+        return self.max_requests * (1 + (self.speculative_tokens if self.mixed_drafts else 0))
 
     @property
     def prompt_rows(self) -> int:
@@ -134,6 +134,11 @@ class Span:
     @property
     def length(self) -> int:
         return self.end - self.start
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a token and its drafts, each of which chooses the next."""
+        return self.samples and self.length == 1 + self.drafts and not self.prompt_rows
 
 
 class Scheduler:
@@ -248,7 +253,7 @@ class Scheduler:
             if not self._has_room(first, match):
                 break
             self._extend(self._admit(match), spans)
-        if not self.limits.mixed_drafts and any(s.length != 1 + s.drafts for s in spans.values()):
+        if not self.limits.mixed_drafts and not all(s.decodes for s in spans.values()):
             for span in spans.values():
                 span.end -= span.drafts
                 span.drafts = 0
@@ -297,7 +302,7 @@ class Scheduler:
                     lacking.append(request)
             elif request.params.prompt_logprobs is None or request.num_prompt < end:
                 spans[request.id] = Span(request, start, end + drafts, True, _NO_ROWS, drafts, floating, most)
-                tokens += 1 + drafts
+                tokens += 1 + (drafts if self.limits.mixed_drafts else 0)
             else:
                 lacking.append(request)
         self._tokens_left -= tokens
@@ -317,7 +322,7 @@ class Scheduler:
             victim = self.preempt_newest()
             dropped = spans.pop(victim.id, None)
             if dropped is not None:
-                self._tokens_left += dropped.length
+                self._tokens_left += dropped.length - (0 if self.limits.mixed_drafts else dropped.drafts)
                 self._prompt_rows_left += len(dropped.prompt_rows)
             if victim is request:
                 return
