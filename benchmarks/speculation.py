@@ -6,7 +6,7 @@ usage: python benchmarks/speculation.py ARTIFACT [--batches 1 16 64 256] [--cont
 ARTIFACT is compiled with `--speculative-tokens`. Dummy weights draft nothing sensible; but a draft is drawn with the
 noise of the token that it guesses, so the hotter requests sample, the more the noise decides and the more often both
 agree. The temperature that gives the acceptance asked for is searched first. Steps are the engine's own, as in
-gpu_engine.py; device time is from events around each replay. `layers_ms` is the step up to the head, its calls one after the other.
+gpu_engine.py; device time is from events around each replay. `layers_ms` is the step up to the head, call by call.
 """
 
 from __future__ import annotations
