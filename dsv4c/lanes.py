@@ -74,17 +74,17 @@ class _Buffer(Protocol):
 
 
 def tasks_of(
-    calls: Sequence[artifact.Call], choices: Sequence[Choice], buffers: Iterable[_Buffer], states: Iterable[str]
+    calls: Sequence[artifact.Call], choices: Sequence[Choice], buffers: Iterable[_Buffer], kept: Iterable[str]
 ) -> list[Task]:
-    """Planned calls with the choice of each, as dependences and costs see them."""
-    roots = {b.name: b.of or b.name for b in buffers} | {name: name for name in states}
+    """Planned calls with the choice of each, as dependences and costs see them. `kept`: states and inputs."""
+    roots = {b.name: b.of or b.name for b in buffers} | {name: name for name in kept}
     pairs = list(zip(calls, choices, strict=True))
     needs = dependences([access(call.args, choice, call.outputs, roots) for call, choice in pairs])
     return [task(choice, found) for (_, choice), found in zip(pairs, needs, strict=True)]
 
 
 def access(args: Sequence[object], choice: Choice, outputs: int, roots: Mapping[str, str]) -> Access:
-    """What a planned call touches. `roots`: value -> the buffer or state behind it; others are never written."""
+    """What a planned call touches. `roots`: value -> the buffer, state or input behind it, not for weights."""
     count = len(args)
     workspace = range(count - outputs - len(choice.workspace), count)
     first = [0] * count

@@ -349,7 +349,8 @@ def plan(
     for value in outputs.values():
         root = planner.buffers[value].of or value
         planner.buffers[root].uses.add(len(planner.calls))
-    tasks = tasks_of(planner.calls, planner.costs, planner.buffers.values(), planner.states)
+    kept = (*planner.states, *(item.name for item in inputs))  # some inputs are completed in place
+    tasks = tasks_of(planner.calls, planner.costs, planner.buffers.values(), kept)
     beside = target != "cpu" and phase == "decode" and symbols["T"] <= LANE_TOKENS
     settled = assign(tasks) if beside else settle(tasks, [0] * len(tasks))
     for i, (lane, waits) in enumerate(zip(settled.lanes, settled.waits, strict=True)):

@@ -295,8 +295,8 @@ class Scheduler:
             floating = request.num_uncertain > 0
             # the last token that can be chosen is not computed: it ends the request
             drafts = min(most, request.num_drafts, request.max_tokens_total - 1 - end - request.num_uncertain)
-            if drafts and not covers(request.slot, end + request.num_uncertain + drafts):
-                drafts = drafts if self.pool.grow(request.slot, end + request.num_uncertain + drafts) else 0
+            if most:
+                drafts = self._room_for_drafts(request, end + request.num_uncertain, drafts, most)
             if not covers(request.slot, end + request.num_uncertain):
                 if not floating:  # else where it stands will be known after this step, and need fewer pages
                     lacking.append(request)
@@ -307,6 +307,16 @@ class Scheduler:
                 lacking.append(request)
         self._tokens_left -= tokens
         return lacking
+
+    def _room_for_drafts(self, request: Request, end: int, drafts: int, wanted: int) -> int:
+        """Pages for drafts behind `end` tokens, if they are to be had; how many drafts can be verified.
+
+        Those `wanted` for the next step are made on places behind; without pages they would be made from garbage.
+        """
+        made = min(end + drafts + wanted - 1, self.pool.sizes.max_context)
+        if self.pool.covers(request.slot, made) or self.pool.grow(request.slot, made):
+            return drafts
+        return drafts if drafts and self.pool.grow(request.slot, end + drafts) else 0
 
     def _extend(self, request: Request, spans: dict[str, Span]) -> None:
         """Gives the request a span: as much as budget, logit rows and pages allow."""
@@ -329,6 +339,8 @@ class Scheduler:
         if self.prefix is not None:
             self.prefix.make_room(request, fit)
         self.pool.grow(request.slot, fit)
+        if fit == request.num_total and self.limits.speculative_tokens:
+            self._room_for_drafts(request, fit, 0, self.limits.speculative_tokens)
         rows = request.prompt_logprob_rows(start, fit)
         spans[request.id] = Span(request, start, fit, fit == request.num_total, rows, wanted=self._wanted)
         self._tokens_left -= fit - start

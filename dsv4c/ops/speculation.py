@@ -148,7 +148,8 @@ def accept_drafts(
         for token in tokens_S[first : last + 1].tolist() if counted else ():
             if token >= 0:
                 counts_ZV[counted, token] += (counts_ZV[counted, token] & MOST) < MOST
-    given = (torch.tensor(values, dtype=torch.int64) for values in (accepted, rows, positions, counters))
+    lists, device = (accepted, rows, positions, counters), tokens_S.device
+    given = (torch.tensor(values, dtype=torch.int64, device=device) for values in lists)
     return (*given, pending_ZK, length_Z, counts_ZV)  # type: ignore[return-value]
 
 

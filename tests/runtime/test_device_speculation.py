@@ -82,6 +82,20 @@ def test_the_compiler_predicts_what_drafts_cost(planned: Planned) -> None:
     assert predicted_cost(()) is linear_cost
 
 
+def test_inputs_that_are_completed_in_place_order_their_readers(planned: Planned) -> None:
+    """`place_tokens` writes `next_ids`; whoever reads them comes behind it, in its lane or by waiting."""
+    kernels = planned.manifest.kernels
+    for program in (p for p in planned.manifest.programs.values() if "next_ids" in {i.name for i in p.inputs}):
+        calls = [call for segment in program.segments for call in segment.calls]
+        (writer,) = (i for i, call in enumerate(calls) if kernels[call.kernel].op == "place_tokens")
+        behind: list[set[int]] = []  # of each call: those that are over when it begins
+        for i, call in enumerate(calls):
+            near = [j for j in range(i) if calls[j].lane == call.lane][-1:] + [wait.call for wait in call.waits]
+            behind.append(set(near).union(*(behind[j] for j in near)))
+        readers = [i for i, call in enumerate(calls) if i != writer and "next_ids" in call.args]
+        assert readers and all(writer in behind[i] for i in readers)
+
+
 def test_a_step_of_nobody_changes_nothing_that_is_somebodys(planned: Planned) -> None:
     engine = engine_of(planned, DRAFTS)
     executor: Any = engine.runner.executor  # type: ignore[attr-defined]
