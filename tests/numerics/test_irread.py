@@ -50,7 +50,7 @@ def test_constants_and_parts_of_weights_are_in_the_text(steps_of: Steps) -> None
     [
         ("dsv4.rms_norm", "dsv4.rms_nrom", "dsv4.rms_nrom"),
         ("%0 = ", "%0 := ", "%0 :="),
-        ("(%9, ", "(%999, ", "%999"),
+        ("(%8, ", "(%999, ", "%999"),
         ("{eps=1e-06", "{eps=open('x')", "open('x')"),
         ("graph ", "gaph ", "no graph of a program"),
     ],
