@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv4c.agreement import Seen
+from dsv4c.aligned import digest
 from dsv4c.artifact import Call, Manifest, Program
 from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.errors import ConfigError
 from dsv4c.inputs import Inputs
 from dsv4c.model.state import columns, group_ratios
 from dsv4c.numerics import somebodys_state
-from dsv4c.reference import plain_weights
-from dsv4c.runtime.executor import ArtifactExecutor
+from dsv4c.reference import Reference, plain_weights
 from dsv4c.runtime.kernels import Binder, Kernels
 from dsv4c.runtime.loader import allocate, check_host
 from dsv4c.runtime.weights import load_weights
@@ -31,18 +32,21 @@ LAYOUT = StateLayout()  # of every artifact
 
 
 class Compiled:
-    """A CPU artifact's program `step` with its kernels. Raises ArtifactError if this machine cannot run them."""
+    """A CPU artifact's program `step` with its kernels, or those of `binder`.
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    Raises ArtifactError if this machine cannot run them.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, binder: Binder | None = None) -> None:
         check_host(manifest)
         self.manifest = manifest
-        self._kernels = Kernels(manifest.kernels, directory, manifest.target)
+        self._kernels = binder or Kernels(manifest.kernels, directory, manifest.target)
 
     @torch.no_grad()
-    def results(self, inputs: Inputs, binder: Binder | None = None) -> tuple[dict[str, Tensor], Shadow]:
+    def results(self, inputs: Inputs) -> tuple[dict[str, Tensor], Watched]:
         """Logits [S, V], streams [T, N, D] and state, as `Runs.results` names them, and what each call did.
 
-        `binder`: other kernels than the artifact's own. Raises ConfigError for inputs larger than it was compiled for.
+        Raises ConfigError for inputs larger than the artifact was compiled for.
         """
         manifest, program = self.manifest, self.manifest.programs["step"]
         config = ModelConfig.from_dict(manifest.model)
@@ -50,11 +54,9 @@ class Compiled:
         _check_fits(program, manifest, inputs, steps)
         weights, _ = load_weights(manifest.weights, inputs.source)
         states = allocate(manifest, _Rows.of(config, inputs))
-        shadow = _Watched(manifest, plain_weights(manifest, weights))
+        shadow = Watched(manifest, plain_weights(manifest, weights))
         shadow.want = _streams(program, manifest)
-        executor: ArtifactExecutor = HostShadowExecutor(
-            program, binder or self._kernels, weights, states, shadow=shadow
-        )
+        executor = HostShadowExecutor(program, self._kernels, weights, states, shadow=shadow)
         logits = [executor.step(step).clone() for step in steps]
         out = {"logits": torch.cat(logits), "streams": torch.cat(shadow.seen)}
         return {**out, **somebodys_state(config, LAYOUT, states)}, shadow
@@ -75,8 +77,18 @@ class _Rows:
         return cls(pages, requests + 1)
 
 
-class _Watched(Shadow):
-    """A shadow that keeps what the calls write to the value `want`."""
+@dataclass(frozen=True)
+class Called:
+    """One call of one step: its op, place and schedule, and the digests of what it gave."""
+
+    op: str
+    scope: str
+    schedule: str
+    digests: tuple[bytes, ...]
+
+
+class Watched(Shadow):
+    """A shadow that keeps what the calls write to the value `want`, and what each call gave."""
 
     want = ""
 
@@ -91,9 +103,16 @@ class _Watched(Shadow):
         if self.want in call.args[len(call.args) - call.outputs :]:
             self.seen.append(values[self.want].clone())
 
+    def _judge(self, call: Call, reference: Reference, seen: Seen) -> None:
+        super()._judge(call, reference, seen)
+        kernel = self.manifest.kernels[call.kernel]
+        given = tuple(digest(out[first:]) for out, first in zip(seen.outputs, seen.null, strict=True))
+        self.called.append(Called(kernel.op, call.scope, kernel.schedule, given))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seen: list[Tensor] = []
+        self.called: list[Called] = []
 
 
 def _streams(program: Program, manifest: Manifest) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from dsv4c.bisecting import Bisection
 from dsv4c.verifying import Row, ScheduleRow, Verification
 
 COLUMNS = (
@@ -21,7 +22,7 @@ COLUMNS = (
     "KL of plain",
     "greedy of plain",
 )
-"""`streams` and `logits`: the largest error over the largest value, of the stage before; then against the plain model."""
+"""`streams` and `logits`: the largest error over the largest value; then against the plain model."""
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -72,6 +73,24 @@ def verdict(found: Verification) -> str:
     name = f"pass `{first.name}`" if isinstance(first, Row) else f"schedule `{first.schedule}`"
     more = len(found.broken) - 1
     return f"broken: {name} {first.broken}" + (f"; and {more} more" if more else "")
+
+
+def bisection_text(found: Bisection) -> str:
+    """What was observed, what is to blame, and how many runs it took."""
+    runs = f"{found.runs} runs"
+    lines = [f"{found.subject}: {found.observed}"]
+    if found.kept:
+        lines.append(f"differs as claimed: {', '.join(found.kept)}")
+    if found.kind == "nothing":
+        lines.append(f"nothing to blame ({runs})")
+        return "\n".join(lines)
+    lines.append(f"first {found.kind}: {found.cause}" + (f": {found.said}" if found.said else ""))
+    if found.op is not None:
+        lines.append(f"first op: {found.op}")
+    if found.schedule is not None and found.kind != "schedule":
+        lines.append(f"schedule of that op: {found.schedule}")
+    lines.append(f"({runs})")
+    return "\n".join(lines)
 
 
 def _schedules(rows: Sequence[ScheduleRow]) -> Table:

@@ -57,7 +57,7 @@ def of_steps(steps: Iterable[Step]) -> Lineage:
     return tuple(out)
 
 
-def of_pipeline(pipeline: Pipeline, program: Program, watch: Callable[[str], None] | None = None) -> Lineage:
+def of_pipeline(pipeline: Pipeline, program: Program, watch: Callable[[str], object] | None = None) -> Lineage:
     """The captured program and what every pass makes of it."""
     return of_steps(pipeline.steps(program, watch))
 

@@ -210,8 +210,11 @@ def first_op(before: Program, after: Program, runs: Runs) -> str | None:
     return first.op()
 
 
-def on_equal_inputs(found: Check, before: Program, after: Program, runs: Runs) -> Check:
-    """The check with the errors on equal inputs, of stitched programs. Two runs."""
+def on_equal_inputs(found: Check, before: Program, after: Program, runs: Runs, tolerance: float = math.inf) -> Check:
+    """The check with the errors on equal inputs, of stitched programs; `first_op` is the first beyond `tolerance`.
+
+    Two runs.
+    """
     if not (before.stitched and after.stitched):
         return found
     values = Values()
@@ -219,7 +222,12 @@ def on_equal_inputs(found: Check, before: Program, after: Program, runs: Runs) -
     forced = EqualInputs(values, counterparts(before, after))
     got = runs.results(after, forced.watch)
     returned = max((rows_apart(got[n], expected[n]) for n in _ALWAYS if n in expected and n in got), default=0.0)
-    return replace(found, equal_inputs=max(forced.worst(), returned), worst_op=forced.op())
+    return replace(
+        found,
+        equal_inputs=max(forced.worst(), returned),
+        worst_op=forced.op(),
+        first_op=found.first_op or forced.first_beyond(tolerance),
+    )
 
 
 def check_step(step: Step, inputs: Inputs | None = None, seed: int = 0) -> Check:

@@ -183,7 +183,7 @@ def _judged(stage: Staged, before: Staged | None, found: Check, runs: Runs) -> t
     if before is None or stage.record is None:
         return found, f"is not the plain model: {found}"
     if not stage.exact:
-        found = on_equal_inputs(found, before.program, stage.program, runs)
+        found = on_equal_inputs(found, before.program, stage.program, runs, stage.record.tolerance)
     wrong = broken(stage.record, found)
     if wrong is not None and stage.exact:
         found = replace(found, first_op=first_op(before.program, stage.program, runs))
