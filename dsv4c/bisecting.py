@@ -231,13 +231,13 @@ class _Pair:
         return self._results[side, index]
 
     def between(self, index: int) -> str:
-        """The passes behind the common stage before this one, up to this one, that changed something."""
+        """The passes that changed something since the common stage before this one: first those that only one has."""
         (a0, b0), (a1, b1) = self.common[index - 1], self.common[index]
         ours = [s.name for s in self.one.lineage[a0 + 1 : a1 + 1] if s.changed]
         theirs = [s.name for s in self.other.lineage[b0 + 1 : b1 + 1] if s.changed]
-        named = [n if n in theirs else f"{n} (only in {self.one.name})" for n in ours]
-        named += [f"{n} (only in {self.other.name})" for n in theirs if n not in ours]
-        return ", ".join(named)
+        apart = [f"{n} (only in {self.one.name})" for n in ours if n not in theirs]
+        apart += [f"{n} (only in {self.other.name})" for n in theirs if n not in ours]
+        return ", ".join([*apart, *(n for n in theirs if n in ours)])
 
     def op(self, index: int) -> str | None:
         """The first call of the other's stage that gives what this one's has nowhere. Two runs."""

@@ -1,4 +1,4 @@
-"""Twelve deliberate faults, each of the kind that engines for this model have shipped: a pass that does its work, then harm."""
+"""Twelve deliberate faults, of the kind that engines for this model have shipped: a pass does its work, then harm."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ FAULTS = (
         _attrs("gate_hash", "gate_bias", scaling=lambda s: 2 * s),
         "gate_hash",
         "L00.ffn",
-    ),  # fmt: skip
+    ),
     Fault("causal bound off by one", "raise-indexer", causal_bound_off_by_one, "index_topk", "L02.attn"),
     Fault("bf16 softmax", "raise-attention", bf16_softmax, "attend_window", "L00.attn"),
     Fault("swapped gate and up", "fuse-linears", swapped_gate_and_up, "swiglu_pair", "L00.ffn"),
