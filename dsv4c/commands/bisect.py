@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4c.commands.subjects import add_options, open_subject, write_json
+from dsv4c.commands.subjects import add_options, check_json, open_subject, write_json
 from dsv4c.commands.terminal import console, progress_bars
 from dsv4c.errors import ConfigError
 
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints what is to blame; 0 if nothing is, else 1."""
     from dsv4c.describe_numerics import bisection_text
 
+    check_json(args.json)
     with progress_bars("{task.fields[amount]}") as progress, tempfile.TemporaryDirectory() as scratch:
         task = progress.add_task("bisect", total=None, detail="", amount="")
 

@@ -44,6 +44,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found")
 
 
+def check_json(file: Path | None) -> None:
+    """Raises ConfigError for a file in no folder, before anything runs."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ConfigError(f"cannot write `{file}`", hint="give a file in a folder that exists as `--json FILE`")
+
+
 def write_json(file: Path, text: str) -> None:
     """Raises ConfigError for a file that cannot be written."""
     try:

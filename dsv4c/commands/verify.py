@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from dsv4c.commands.subjects import add_options, open_subject, write_json
+from dsv4c.commands.subjects import add_options, check_json, open_subject, write_json
 from dsv4c.commands.terminal import console, progress_bars
 
 
@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from dsv4c.describe_numerics import verification_table
     from dsv4c.verifying import verify_lineage
 
+    check_json(args.json)
     with progress_bars("{task.fields[amount]}") as progress, tempfile.TemporaryDirectory() as scratch:
         task = progress.add_task("verify", total=None, detail="", amount="")
 
