@@ -33,9 +33,10 @@ Kind = Literal["nothing", "model", "pass", "schedule"]
 class Bisection:
     """What causes an observed difference.
 
-    `kind` says what `cause` names: a pass, a schedule, the captured model itself, or nothing that is to blame. `op` is
-    the first call that gives other numbers, `schedule` the one that computes it in the artifact. `kept`: passes that
-    differ as they may. `runs`: of whole programs.
+    `subject` is what was compared, `observed` how far apart it is at the end. `kind` says what `cause` names: a pass, a
+    schedule, the captured model itself, or nothing that is to blame; `said` is how. `op` is the first call that gives
+    other numbers, `schedule` the one that computes it in the artifact. `kept`: passes that differ as they may. `runs`:
+    of whole programs.
     """
 
     subject: str
@@ -150,10 +151,12 @@ def bisect_lineage(
     subject: str = "",
     watch: Watch | None = None,
 ) -> Bisection:
-    """The first pass that breaks its claim against the plain model, and its first op; or the first schedule.
+    """The first pass of `lineage` that breaks its claim against the plain model, and its first op; or a schedule.
 
-    `fake_quant`: the plain model that was captured quantises as in training. Only if every pass keeps its claim are
-    the kernels of `compiled` run: one run beside their references tells all.
+    `runs`: of programs on the inputs to be used. `fake_quant`: the plain model that was captured quantises as in
+    training. Only if every pass keeps its claim are the kernels of `compiled` run: one run beside their references
+    tells all. `subject` is how the result calls what was compared; `watch` is told what begins. Raises ConfigError
+    where the inputs do not fit the kernels.
     """
     tell = watch or (lambda name: None)
     before = runs.count
@@ -193,7 +196,8 @@ def _schedule_of(manifest: Manifest, op: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Side:
-    """One of two programs: its stages, its runs (on the same token ids as the other's), and its kernels if they run."""
+    """One of two programs: its `name`, its `lineage` of stages, its `runs` (on the same token ids as the other's), and
+    its kernels, `compiled`, if they can run here."""
 
     name: str
     lineage: Lineage
@@ -250,9 +254,10 @@ class _Pair:
 
 
 def bisect_pair(one: Side, other: Side, *, watch: Watch | None = None) -> Bisection:
-    """The first pass behind which two programs of one model part, and its first op; or the first schedule.
+    """The first pass behind which `one` and `other`, two programs of one model, part, and its first op; or a schedule.
 
-    The observed difference is that of their last stages; where these agree bit for bit, that of their kernels.
+    The observed difference is that of their last stages; where these agree bit for bit, that of their kernels. `watch`
+    is told what begins. Raises ConfigError where the inputs do not fit the kernels.
     """
     pair = _Pair(one, other, watch or (lambda name: None))
     counts = one.runs.count, other.runs.count

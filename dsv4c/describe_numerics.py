@@ -64,6 +64,22 @@ def verification_table(found: Verification) -> RenderableType:
     return Group(*parts)
 
 
+def markdown_tables(found: Verification) -> str:
+    """The same tables as Markdown, without a verdict."""
+    rows = [(f"`{row.name}`", *cells(row)[1:], "no" if row.broken else "yes") for row in found.rows]
+    said = f"`{found.model}` for `{found.target}`; {'; '.join(found.inputs)}."
+    parts = [said, _markdown((*COLUMNS, "bits a byte", "holds"), rows)]
+    if found.schedules:
+        kernels = [(f"`{s.op}`", f"`{s.schedule}`", f"{s.tolerance:g}", number(s.error)) for s in found.schedules]
+        parts.append(_markdown(("op", "schedule", "tolerance", "largest error"), kernels))
+    return "\n\n".join([*parts, *(f"Note: {note}." for note in found.notes)]) + "\n"
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def verdict(found: Verification) -> str:
     """One sentence."""
     if found.ok:

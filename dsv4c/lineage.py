@@ -19,7 +19,10 @@ CAPTURE = "capture"
 
 @dataclass(frozen=True)
 class Staged:
-    """The program behind one pass (`record` is None: as captured). `changed`: whether the pass rewrote anything."""
+    """The program behind the pass `name` (`record` is None: as captured). `changed`: whether it rewrote anything.
+
+    `make` gives the program.
+    """
 
     name: str
     record: PassRecord | None
@@ -58,12 +61,15 @@ def of_steps(steps: Iterable[Step]) -> Lineage:
 
 
 def of_pipeline(pipeline: Pipeline, program: Program, watch: Callable[[str], object] | None = None) -> Lineage:
-    """The captured program and what every pass makes of it."""
+    """The captured `program` and what every pass of `pipeline` makes of it; `watch` is told which one begins.
+
+    Raises PassError as `Pipeline.steps` does.
+    """
     return of_steps(pipeline.steps(program, watch))
 
 
 def of_artifact(artifact: Artifact) -> Lineage:
-    """What the passes that made an artifact did; each stage is read when it is run.
+    """What the passes that made an `artifact` did; each stage is read when it is run.
 
     Raises ArtifactError for an artifact without IR, or whose IR is that of other passes than its manifest lists.
     """

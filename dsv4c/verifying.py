@@ -38,7 +38,7 @@ PLAIN, COMPILED = "plain model", "compiled program"
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs by name, and the runs of programs on them."""
+    """Inputs by `name`, as people are told of them, and the `runs` of programs on them."""
 
     name: str
     runs: Runs
@@ -48,9 +48,11 @@ class Case:
 class Row:
     """One stage: what it claims, what it did to the results of the stage before it, and what is then off.
 
-    `changed`: whether the stage rewrote anything; if not, it was not run. `kl` (nats) and `greedy` are the divergence
-    of the next token's distribution from the plain model's, and the share of equal best tokens; `bits_per_byte` of the
-    text, where there is text. `broken`: how the claim is broken, and in which case.
+    `name` is that of the pass (or `capture`, `compiled program`), `claim` is `exact` or `to 0.25`, `why` its reason.
+    `check` compares with the stage before. `changed`: whether the stage rewrote anything; if not, it was not run.
+    `kl` (nats) and `greedy` are the divergence of the next token's distribution from the plain model's, and the share
+    of equal best tokens; `bits_per_byte` of the text, where there is text. `broken`: how the claim is broken, and in
+    which case.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ScheduleRow:
-    """One schedule: the largest error of its calls against their references, and the tolerance that it states."""
+    """One `schedule` of an `op`: the largest `error` of its calls against their references, and its `tolerance`."""
 
     op: str
     schedule: str
@@ -94,6 +96,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether every claim holds."""
         return not self.broken
 
     def to_json(self) -> str:
@@ -127,9 +130,10 @@ def verify_lineage(
     notes: Sequence[str] = (),
     watch: Watch | None = None,
 ) -> Verification:
-    """Runs every stage that changed something, and the kernels of `compiled`, in every case.
+    """Runs every stage of `lineage` that changed something, and the kernels of `compiled`, in every one of `cases`.
 
-    `fake_quant`: the plain model that was captured quantises as in training. `watch` is told what begins.
+    `fake_quant`: the plain model that was captured quantises as in training. `model`, `target` and `notes` are told on
+    in the result. `watch` is told what begins. Raises ConfigError where the inputs do not fit the kernels.
     """
     tell = watch or (lambda name: None)
     tell(PLAIN)
