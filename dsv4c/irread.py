@@ -43,9 +43,12 @@ def read_program(text: str, config: ModelConfig, layout: StateLayout | None = No
         elif kind == "recipe":
             program.recipes[name] = tuple(_use(line) for line in lines)
         else:
-            program.constants.update(_constant(*line.split(" = ", 1)) for line in lines)
+            program.constants.update((line.partition(" = ")[0], _constant(line)) for line in lines)
     if not program.recipes:
         program.recipes = dict.fromkeys(program.graphs, ())
+    for instance in (instance for recipe in program.recipes.values() for instance in recipe):
+        if instance.piece not in program.graphs:
+            raise _broken(f"{instance.scope} = {instance.piece}({instance.prefix})", instance.piece)
     for value, node in _weights(program):
         program.weight_types[value.name] = node.meta["type"]
     return program
@@ -75,8 +78,12 @@ def _use(line: str) -> Instance:
     return Instance(found[2], found[1], found[3])
 
 
-def _constant(name: str, values: str) -> tuple[str, Tensor]:
-    return name, torch.tensor(ast.literal_eval(values), dtype=torch.float32)
+def _constant(line: str) -> Tensor:
+    """`name = [1.0, 0.5]`"""
+    try:
+        return torch.tensor(ast.literal_eval(line.partition(" = ")[2]), dtype=torch.float32)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise _broken(line) from error
 
 
 def _size(text: str) -> int | str:
@@ -108,6 +115,8 @@ class _Graph:
                 self._placeholder(*found.groups(""))
             else:
                 raise _broken(line)
+        if not lines or not lines[-1].startswith("return "):
+            raise _broken(lines[-1] if lines else "graph {}")
         return self.graph
 
     def _placeholder(self, kind: str, name: str, type_: str, stored: str, made_of: str) -> None:
@@ -116,13 +125,17 @@ class _Graph:
         node.meta = {"type": _types(type_)[0], "value": value, **({"stored": stored} if stored else {})}
         self.nodes[f"{kind}.{name}"] = node
         if kind == "constant":
-            shape = [int(size) for size in node.meta["type"].shape]
-            self.program.constants[name] = _constant(name, made_of.removeprefix(" = "))[1].reshape(shape)
+            found, shape = _constant(f"{name}{made_of}"), node.meta["type"].shape
+            if found.numel() != math.prod(int(size) if str(size).isdigit() else -1 for size in shape):
+                raise _broken(f"{kind}.{name} : {type_}{made_of}")
+            self.program.constants[name] = found.reshape([int(size) for size in shape])
             return
         whole, _, parts = made_of.partition(" from ")
         of = name
         if whole:
-            part, of = whole.split(" of ")
+            part, _, of = whole.partition(" of ")
+            if part.strip() not in ("data", "scale") or not of:
+                raise _broken(f"{kind}.{name} : {type_}{made_of}", whole)
             self.program.stored[name] = Stored(of, part.strip())  # type: ignore[arg-type]
         if parts:
             self.program.weight_sources[of] = tuple(parts.split(", "))

@@ -53,6 +53,10 @@ def test_constants_and_parts_of_weights_are_in_the_text(steps_of: Steps) -> None
         ("(%8, ", "(%999, ", "%999"),
         ("{eps=1e-06", "{eps=open('x')", "open('x')"),
         ("graph ", "gaph ", "no graph of a program"),
+        (".frequency : f32[8] = [1.0, ", ".frequency : f32[8] = [", "frequency"),
+        (".frequency : f32[8] = [1.0, ", ".frequency : f32[8]  [", "frequency"),
+        (" from layers.0", " form layers.0", "form layers.0"),
+        ("  return ", "  retrun ", "retrun "),
     ],
 )
 def test_a_damaged_text_is_refused_with_its_line(steps_of: Steps, old: str, new: str, said: str) -> None:
