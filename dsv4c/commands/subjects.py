@@ -66,7 +66,10 @@ def open_subject(what: str, args: argparse.Namespace, scratch: Path, watch: Call
     if (Path(what) / "manifest.json").is_file():
         for option in ("target", "passes_only"):
             if getattr(args, option):
-                raise ConfigError(f"`{what}` is an artifact: `--{option.replace('_', '-')}` is for models")
+                raise ConfigError(
+                    f"`{what}` is an artifact: `--{option.replace('_', '-')}` is for models",
+                    hint="its target and kernels are those that it was compiled with",
+                )
         return _artifact(args, Path(what), args.weights, what)
     if args.weights is not None:
         raise ConfigError("`--weights` is for artifacts", hint="give the checkpoint's folder as MODEL")

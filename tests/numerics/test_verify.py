@@ -169,7 +169,10 @@ Damage = Callable[[Path], object]
     [
         (lambda folder: shutil.rmtree(folder / "ir"), "has no `ir/passes.json`"),
         (lambda folder: next((folder / "ir").glob("*raise-moe.txt")).unlink(), "raise-moe.txt`"),
-        (lambda folder: next((folder / "ir").glob("*stitch.txt")).write_text("nothing"), "holds no graph of a program"),
+        (
+            lambda folder: next((folder / "ir").glob("*quantise.txt")).write_text("nothing"),
+            "holds no graph of a program",
+        ),
         (lambda folder: (folder / "ir" / "passes.json").write_text("{"), "cannot read"),
     ],
 )
