@@ -80,7 +80,10 @@ class ScheduleRow:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `dsv4c verify` found. `inputs`: cases in words; `notes`: what was not verified, and why."""
+    """What `dsv4c verify` found of `model` for `target`: `rows` of stages, and of `schedules` where kernels ran.
+
+    `inputs`: cases in words; `notes`: what was not verified, and why.
+    """
 
     model: str
     target: str
