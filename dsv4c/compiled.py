@@ -42,16 +42,20 @@ class Compiled:
         self.manifest = manifest
         self._kernels = binder or Kernels(manifest.kernels, directory, manifest.target)
 
+    def check_fits(self, inputs: Inputs) -> None:
+        """Raises ConfigError for inputs larger than the artifact was compiled for."""
+        _check_fits(self.manifest.programs["step"], self.manifest, inputs, inputs.steps(LAYOUT))
+
     @torch.no_grad()
     def results(self, inputs: Inputs) -> tuple[dict[str, Tensor], Watched]:
         """Logits [S, V], streams [T, N, D] and state, as `Runs.results` names them, and what each call did.
 
         Raises ConfigError for inputs larger than the artifact was compiled for.
         """
+        self.check_fits(inputs)
         manifest, program = self.manifest, self.manifest.programs["step"]
         config = ModelConfig.from_dict(manifest.model)
         steps = inputs.steps(LAYOUT)
-        _check_fits(program, manifest, inputs, steps)
         weights, _ = load_weights(manifest.weights, inputs.source)
         states = allocate(manifest, _Rows.of(config, inputs))
         shadow = Watched(manifest, plain_weights(manifest, weights))

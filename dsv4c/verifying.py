@@ -23,7 +23,7 @@ from dsv4c.artifact import decode
 from dsv4c.checkpoint.names import inventory
 from dsv4c.compiled import Compiled
 from dsv4c.config import ModelConfig, StateLayout
-from dsv4c.errors import ConfigError
+from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.inputs import Inputs
 from dsv4c.lineage import Lineage, Staged
 from dsv4c.numerics import Check, Runs, broken, compare, first_op, on_equal_inputs
@@ -109,7 +109,11 @@ class Verification:
     @classmethod
     def from_json(cls, text: str) -> Verification:
         """What `to_json` wrote. Raises ArtifactError for anything else."""
-        found: Verification = decode(cls, json.loads(text))
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(f"no JSON: {error}", hint="give a file that `dsv4c verify --json` wrote") from error
+        found: Verification = decode(cls, value)
         return found
 
 

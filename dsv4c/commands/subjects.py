@@ -114,6 +114,9 @@ def _artifact(args: argparse.Namespace, directory: Path, weights: Path | None, n
     asked = cases(config, weights_of(artifact, weights), args.inputs, args.seed, args.max_tokens)
     fake_quant = quantised_in_training(lineage)
     if manifest.target == "cpu":
-        return Subject(name, "cpu", lineage, asked, Compiled(directory, manifest), fake_quant, ())
+        compiled = Compiled(directory, manifest)
+        for case in asked:
+            compiled.check_fits(case.runs.inputs)
+        return Subject(name, "cpu", lineage, asked, compiled, fake_quant, ())
     note = f"no kernels were run: those for {manifest.target} need its device; the passes ran on references of ops"
     return Subject(name, manifest.target, lineage, asked, None, fake_quant, (note,))

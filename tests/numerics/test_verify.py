@@ -215,6 +215,7 @@ def test_stages_of_other_passes_than_the_manifests_are_refused(nano_artifact: Pa
         (["{nano}", "--target", "sm_9"], "sm_9"),
         (["flash"], "GB in float32"),
         (["{artifact}", "--max-tokens", "0"], "--max-tokens"),
+        (["{artifact}", "--inputs", "{many}"], "the artifact was compiled for 64"),
     ],
 )
 @pytest.mark.parametrize("command", ["verify", "bisect"])
@@ -223,12 +224,18 @@ def test_bad_input_is_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     places = {"nano": nano_dir, "artifact": nano_artifact, "prompts": prompts}
-    for name, content in (("empty", b"\n \n"), ("binary", b"\xff\xfe\x00")):
+    for name, content in (("empty", b"\n \n"), ("binary", b"\xff\xfe\x00"), ("many", b"A few words.\n" * 80)):
         places[name] = tmp_path / name
         places[name].write_bytes(content)
     assert main([command, *(part.format(**places) for part in given)]) == 2
     shown = capsys.readouterr()
     assert said in shown.err and "hint: " in shown.err and not shown.out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}'])
+def test_a_file_that_verify_did_not_write_is_refused(text: str) -> None:
+    with pytest.raises(ArtifactError):
+        Verification.from_json(text)
 
 
 def test_a_report_that_cannot_be_written_is_exit_code_2(
