@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv4c.bisecting import Bisection, Side, bisect_lineage, bisect_pair
     from dsv4c.capturing import capture
     from dsv4c.compile import Options, compile_artifact, lower
     from dsv4c.config import PRESETS, ModelConfig, Target, preset
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
         ScheduleError,
     )
     from dsv4c.inputs import Inputs
+    from dsv4c.lineage import Staged, of_artifact, of_pipeline
     from dsv4c.numerics import Check, Runs
     from dsv4c.opened import Artifact, ArtifactProgram, PlacedCall, load
     from dsv4c.pipeline import Change, Pass, Pipeline, Step
     from dsv4c.program import Program
+    from dsv4c.verifying import Case, Row, ScheduleRow, Verification, verify_lineage
     from dsv4c.work import Sizes, Work, node_work, work_of
 
 __version__ = "0.1.0"
@@ -34,6 +37,8 @@ __all__ = [
     "Artifact",
     "ArtifactError",
     "ArtifactProgram",
+    "Bisection",
+    "Case",
     "Change",
     "Check",
     "CheckpointError",
@@ -50,22 +55,33 @@ __all__ = [
     "PlacedCall",
     "Program",
     "RaiseError",
+    "Row",
     "Runs",
     "ScheduleError",
+    "ScheduleRow",
+    "Side",
     "Sizes",
+    "Staged",
     "Step",
     "Target",
+    "Verification",
     "Work",
+    "bisect_lineage",
+    "bisect_pair",
     "capture",
     "compile_artifact",
     "load",
     "lower",
     "node_work",
+    "of_artifact",
+    "of_pipeline",
     "preset",
+    "verify_lineage",
     "work_of",
 ]
 
 _HOMES = {
+    "dsv4c.bisecting": ("Bisection", "Side", "bisect_lineage", "bisect_pair"),
     "dsv4c.capturing": ("capture",),
     "dsv4c.compile": ("Options", "compile_artifact", "lower"),
     "dsv4c.config": ("PRESETS", "ModelConfig", "Target", "preset"),
@@ -74,10 +90,12 @@ _HOMES = {
         "RaiseError", "ScheduleError",
     ),
     "dsv4c.inputs": ("Inputs",),
+    "dsv4c.lineage": ("Staged", "of_artifact", "of_pipeline"),
     "dsv4c.numerics": ("Check", "Runs"),
     "dsv4c.opened": ("Artifact", "ArtifactProgram", "PlacedCall", "load"),
     "dsv4c.pipeline": ("Change", "Pass", "Pipeline", "Step"),
     "dsv4c.program": ("Program",),
+    "dsv4c.verifying": ("Case", "Row", "ScheduleRow", "Verification", "verify_lineage"),
     "dsv4c.work": ("Sizes", "Work", "node_work", "work_of"),
 }  # fmt: skip
 """Module -> the public names that live there. No name is a module's own: an import of it would hide the name."""

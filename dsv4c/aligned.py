@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from dsv4c.agreement import Seen, measure
-from dsv4c.apart import quantised_rows_apart, rows_apart
+from dsv4c.apart import quantised_rows_apart, rows_apart, same_bits
 from dsv4c.model.paging import entry_rows
 from dsv4c.ops import Op
-from dsv4c.program import Program, target_name, types_of
+from dsv4c.program import Program, op_name, target_name, types_of
 
 _CHOICES = frozenset({"gate_bias", "gate_hash", "gate_linear_bias", "gate_linear_hash", "index_topk",
                       "index_topk_packed"})  # fmt: skip
@@ -104,27 +104,45 @@ class FirstDifference:
 def counterparts(before: Program, after: Program) -> dict[fx.Node, fx.Node]:
     """Call of a stitched program -> the call of an earlier stage that it is, or stands for.
 
-    It is the same if name and op are: passes keep the nodes that they do not rewrite. Of the others in one scope, those
-    of op `linear_fp8` stand for those of op `linear`, in order, if there are as many and of the same shapes.
+    Calls of one scope and op that read the same weights, state and inputs are the same, in order, if both programs have
+    as many. Of the others, those of op `linear_fp8` stand for those of op `linear`, if there are as many and of the
+    same shapes. Nothing else is known of calls whose programs were read from text.
     """
     out: dict[fx.Node, fx.Node] = {}
     for entry in before.graphs:
-        known = {n.name: n for n in before.graphs[entry].nodes}
-        calls = [n for n in after.graphs[entry].nodes if n.op == "call_function"]
-        out.update({n: known[n.name] for n in calls if n.name in known and _target(known[n.name]) == _target(n)})
+        old, new = _by_key(before.graphs[entry]), _by_key(after.graphs[entry])
+        for key, theirs in new.items():
+            if len(mine := old.get(key, [])) == len(theirs):
+                out.update(zip(theirs, mine, strict=True))
         taken = set(out.values())
-        old = [n for n in known.values() if isinstance(n.target, Op) and n not in taken]
-        new = [n for n in calls if isinstance(n.target, Op) and n not in out]
-        for scope, name in dict.fromkeys((n.meta.get("scope"), n.target.name) for n in old):
-            mine = [n for n in old if (n.meta.get("scope"), n.target.name) == (scope, name)]
-            theirs = [n for n in new if n.meta.get("scope") == scope and n.target.name.startswith(name)]
+        left = [n for nodes in old.values() for n in nodes if isinstance(n.target, Op) and n not in taken]
+        others = [n for nodes in new.values() for n in nodes if isinstance(n.target, Op) and n not in out]
+        for scope, name in dict.fromkeys((n.meta.get("scope"), op_name(n)) for n in left):
+            mine = [n for n in left if (n.meta.get("scope"), op_name(n)) == (scope, name)]
+            theirs = [n for n in others if n.meta.get("scope") == scope and op_name(n).startswith(name)]
             if len(mine) == len(theirs) and all(map(_alike, mine, theirs)):
                 out.update(zip(theirs, mine, strict=True))
+        out.update(_parts(after.graphs[entry], out))
     return out
 
 
-def _target(node: fx.Node) -> str:
-    return target_name(node.target) if node.op == "call_function" else node.op
+def _by_key(graph: fx.Graph) -> dict[tuple[str, ...], list[fx.Node]]:
+    """Calls by scope, op and the names of the values that they read directly."""
+    out: dict[tuple[str, ...], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is not operator.getitem:
+            named = [n.meta["value"].name for n in node.all_input_nodes if n.op == "placeholder"]
+            out.setdefault((node.meta.get("scope", ""), target_name(node.target), *named), []).append(node)
+    return out
+
+
+def _parts(graph: fx.Graph, calls: Mapping[fx.Node, fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Of calls with several outputs: each output and what it was."""
+    for node in graph.nodes:
+        if node.target is operator.getitem and node.args[0] in calls:
+            for known in calls[node.args[0]].users:
+                if known.target is operator.getitem and known.args[1] == node.args[1]:
+                    yield node, known
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
@@ -180,6 +198,13 @@ class EqualInputs:
                 return named(node.meta.get("scope", ""), node) + self._behind(node)
         return None
 
+    def first_beyond(self, tolerance: float) -> str | None:
+        """The first call off by more than this, and what only this program has before it."""
+        for (_, node), error in self.errors.items():
+            if error > tolerance:
+                return named(node.meta.get("scope", ""), node) + self._behind(node)
+        return None
+
     def _behind(self, node: fx.Node) -> str:
         """The nearest calls without a counterpart that the node reads."""
         waiting, new = list(node.all_input_nodes), dict[str, None]()
@@ -194,6 +219,8 @@ class EqualInputs:
     def _error(self, at: str, node: fx.Node, value: Any, known: fx.Node) -> float:
         was, op = self.before.seen[at, known], known.target
         values, others = (v if isinstance(v, tuple) else (v,) for v in (value, was))
+        if all(isinstance(v, Tensor) and same_bits(v, o) for v, o in zip(values, others, strict=True)):
+            return 0.0
         if isinstance(op, Op) and op.name in _CHOICES:
             args = self.before.args[at, known]
             seen = Seen(op, known.kwargs, args, values, others, [0] * len(values))

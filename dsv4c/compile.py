@@ -212,7 +212,7 @@ def plan_artifact(program: Program, target: Target, options: Options, schedules:
 
 def numerics(program: Program, options: Options) -> tuple[str, ...]:
     """What makes results differ from the plain float32 model."""
-    out = [f"pass {r.name}: {r.why}" for r in program.history if not r.exact and r.rewrites]
+    out = [f"pass {r.name}: {r.why} (to {r.tolerance:.2g})" for r in program.history if not r.exact and r.rewrites]
     if options.fake_quant:
         out.append("KV entries and index vectors are fake-quantised (FP8 groups of 64, FP4 groups of 32)")
     if "state-packed" not in program.facts:

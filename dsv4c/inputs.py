@@ -3,13 +3,14 @@
     Inputs.random(config, seed)          seeded ids and weights that meet the model's clamps; any config
     Inputs.of_prompts(checkpoint, tokenizer, prompts)      a checkpoint and text
 
-Three steps follow from the ids: a chunk of every other request; the rest of these beside the others' whole prompts; and
-one token of each. So every run has prefill, chunks that begin inside a window, decode, and requests side by side.
+Steps follow from the ids: a chunk of every other request; the rest of these beside the others' whole prompts; and one
+token of each; each divided where it is too long. So every run has prefill, chunks that begin inside a window, decode,
+and requests side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,8 @@ class Inputs:
     ids: tuple[Tensor, ...]
     source: WeightSource
     text_bytes: int = 0
+    step_tokens: int = 512
+    """The most of one step."""
 
     def __post_init__(self) -> None:
         if not self.ids or any(len(one) < 2 for one in self.ids):
@@ -90,6 +93,10 @@ class Inputs:
         """Of the longest request, as state is made for."""
         return max(map(len, self.ids))
 
+    def targets(self, layout: StateLayout) -> Tensor:
+        """[S] the token that follows each row of logits."""
+        return torch.cat([step["next_ids"] for step in self.steps(layout)])
+
     def steps(self, layout: StateLayout) -> list[dict[str, Tensor]]:
         """Inputs of every step, `next_ids` [T] among them: what follows each token."""
         spans: list[list[tuple[int, int, int]]] = [[], [], []]
@@ -99,7 +106,22 @@ class Inputs:
             spans[0].append((request, 0, first))
             spans[1].append((request, first, count - 1))
             spans[2].append((request, max(first, count - 1), count))
-        return [self._step(layout, found) for one in spans if (found := [s for s in one if s[1] < s[2]])]
+        return [self._step(layout, part) for one in spans for part in self._parts(one)]
+
+    def _parts(self, spans: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+        """These spans in order, none of them empty, in runs of at most `step_tokens` tokens."""
+        part: list[tuple[int, int, int]] = []
+        room = self.step_tokens
+        for request, start, stop in spans:
+            while start < stop:
+                count = min(stop - start, room)
+                part.append((request, start, start + count))
+                start, room = start + count, room - count
+                if not room:
+                    yield part
+                    part, room = [], self.step_tokens
+        if part:
+            yield part
 
     def _step(self, layout: StateLayout, spans: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
         given = [(request, start, self.ids[request][start:stop]) for request, start, stop in spans]

@@ -72,7 +72,7 @@ class Runs:
                         rows.setdefault(name if entry == "step" else f"{entry}.{name}", []).append(value)
                 given["streams"] = found.get("streams", given.get("streams", torch.empty(0)))
         out = {name: torch.cat(values) for name, values in rows.items()}
-        return {**out, **_somebodys(config, program.layout, state)}
+        return {**out, **somebodys_state(config, program.layout, state)}
 
     @torch.no_grad()
     def plain(self, layout: StateLayout | None = None, *, fake_quant: bool = False) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ class Runs:
                 found["mtp.logits"], state = model.mtp_logits(streams[-1], step["next_ids"], step, state)
             for name, value in found.items():
                 rows.setdefault(name, []).append(value)
-        return {**{name: torch.cat(values) for name, values in rows.items()}, **_somebodys(config, layout, state)}
+        return {**{name: torch.cat(values) for name, values in rows.items()}, **somebodys_state(config, layout, state)}
 
     def _weights_of(self, program: Program) -> dict[str, Tensor]:
         wanted = [w for w in read_weights(program) if self.inputs.source.has_mtp or not w.name.startswith("mtp.")]
@@ -105,7 +105,7 @@ def _made_of(weight: Weight) -> tuple[Any, ...]:
     return weight.sources, weight.transforms, weight.dtype
 
 
-def _somebodys(config: ModelConfig, layout: StateLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def somebodys_state(config: ModelConfig, layout: StateLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """State by name, what is nobody's zeroed."""
     ratios = group_ratios(config)
     null = {t.name: layout.entries_per_page(ratios[t.group]) if t.group else 1 for t in state_tensors(config, layout)}
@@ -210,8 +210,11 @@ def first_op(before: Program, after: Program, runs: Runs) -> str | None:
     return first.op()
 
 
-def on_equal_inputs(found: Check, before: Program, after: Program, runs: Runs) -> Check:
-    """The check with the errors on equal inputs, of stitched programs. Two runs."""
+def on_equal_inputs(found: Check, before: Program, after: Program, runs: Runs, tolerance: float = math.inf) -> Check:
+    """The check with the errors on equal inputs, of stitched programs; `first_op` is the first beyond `tolerance`.
+
+    Two runs.
+    """
     if not (before.stitched and after.stitched):
         return found
     values = Values()
@@ -219,7 +222,12 @@ def on_equal_inputs(found: Check, before: Program, after: Program, runs: Runs) -
     forced = EqualInputs(values, counterparts(before, after))
     got = runs.results(after, forced.watch)
     returned = max((rows_apart(got[n], expected[n]) for n in _ALWAYS if n in expected and n in got), default=0.0)
-    return replace(found, equal_inputs=max(forced.worst(), returned), worst_op=forced.op())
+    return replace(
+        found,
+        equal_inputs=max(forced.worst(), returned),
+        worst_op=forced.op(),
+        first_op=found.first_op or forced.first_beyond(tolerance),
+    )
 
 
 def check_step(step: Step, inputs: Inputs | None = None, seed: int = 0) -> Check:

@@ -133,13 +133,13 @@ class Pipeline:
 
         return default_pipeline(arch=(target if isinstance(target, Target) else Target(target)).arch)
 
-    def run(self, program: Program, progress: Callable[[str], None] | None = None) -> Program:
+    def run(self, program: Program, progress: Callable[[str], object] | None = None) -> Program:
         """The program after every pass; the argument is not changed. Raises as `steps` does."""
         for step in self.steps(program, progress):
             program = step.after
         return program
 
-    def steps(self, program: Program, progress: Callable[[str], None] | None = None) -> Iterator[Step]:
+    def steps(self, program: Program, progress: Callable[[str], object] | None = None) -> Iterator[Step]:
         """Runs pass after pass, checking each one's contract; `progress` is told the name of the one that begins.
 
         Raises PassError for an order that cannot be solved and for a broken contract: it names the pass, the fact,

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from dsv4c.artifact import PassRecord
 from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.irdiff import unified
-from dsv4c.irtext import graph_text
+from dsv4c.irtext import label_of, program_text
 from dsv4c.ops import Op, TensorType
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Program:
 
     def dump(self) -> str:
         """The whole program as stable text."""
-        return "\n".join(graph_text(graph, name) for name, graph in self.graphs.items())
+        return program_text(self)
 
     def diff(self, other: Program) -> str:
         """Unified diff of the two programs' text, from self to other; a value's new number is no change."""
@@ -164,9 +164,7 @@ class Program:
 
 def target_name(target: Any) -> str:
     """How a call's target is printed."""
-    if isinstance(target, Op):
-        return target.__name__
-    return str(target) if not isinstance(target, type(operator.getitem)) else target.__name__
+    return label_of(target)
 
 
 def results_of(graph: fx.Graph) -> dict[str, fx.Node]:

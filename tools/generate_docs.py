@@ -1,5 +1,8 @@
 """Writes docs/passes.md, docs/schedules.md and docs/api.md from the code. A test checks that they are current.
 
+The tables at the end of docs/numerics.md are what `dsv4c verify examples/nano --target TARGET --json FILE` wrote to
+docs/measured/nano-TARGET.json.
+
 usage: python tools/generate_docs.py
 """
 
@@ -16,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import dsv4c
+from dsv4c.describe_numerics import markdown_tables
 from dsv4c.passes import FUSE, RAISE, STORE, WIDEN, CheckLowered, Quantise
 from dsv4c.pipeline import Pass, order
 from dsv4c.schedules._tuned import FOLDER, Row, read_rows
 from dsv4c.schedules.select import SCHEDULES
+from dsv4c.verifying import Verification
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -179,7 +184,20 @@ def _strings_behind(body: list[ast.stmt]) -> dict[str, str]:
     return out
 
 
-PAGES = {"passes.md": passes, "schedules.md": schedules, "api.md": api}
+GENERATED = "<!-- generated -->\n"
+
+
+def numerics() -> str:
+    """What is written by hand, then the recorded tables."""
+    hand = (DOCS / "numerics.md").read_text(encoding="utf-8").partition(GENERATED)[0]
+    found = (
+        Verification.from_json((DOCS / "measured" / f"nano-{target}.json").read_text(encoding="utf-8"))
+        for target in ("cpu", "sm_90a")
+    )
+    return hand + GENERATED + "".join(f"\n### {one.target}\n\n{markdown_tables(one)}" for one in found)
+
+
+PAGES = {"passes.md": passes, "schedules.md": schedules, "api.md": api, "numerics.md": numerics}
 
 
 def main() -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dsv4c.commands import compile, explain, inspect, plan, run, tune
+from dsv4c.commands import bisect, compile, explain, inspect, plan, run, tune, verify
 
-COMMANDS = (compile, run, plan, tune, inspect, explain)
+COMMANDS = (compile, run, plan, tune, inspect, explain, verify, bisect)
 """In the order of `dsv4c --help`."""
 
 __all__ = ["COMMANDS"]

@@ -27,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="that the memory plan is drawn in, such as 141GB (default: a card of the target, or this machine's)",
     )  # fmt: skip
     group.add_argument("--context", metavar="TOKENS", help="of every request, such as 128K (default: the longest)")
+    group.add_argument("--verified", type=Path, metavar="FILE", help="show what `dsv4c verify --json FILE` measured")
     group.add_argument("--requests", type=positive, help="at once (default: as many as fit)")
 
 
@@ -34,8 +35,10 @@ def check_options(args: argparse.Namespace, others: bool) -> None:
     """Raises ConfigError for options of a report without one, or a report beside `others`, which print something."""
     if args.report is not None and others:
         raise ConfigError("`--report` writes all of it", hint="leave out what else is to be printed")
-    loads = {"--gpu-memory": args.memory, "--context": args.context, "--requests": args.requests}
-    for name, value in loads.items():
+    of_reports = {
+        "--gpu-memory": args.memory, "--context": args.context, "--requests": args.requests, "--verified": args.verified
+    }  # fmt: skip
+    for name, value in of_reports.items():
         if args.report is None and value is not None:
             raise ConfigError(f"`{name}` is for a report", hint="give it a file, such as `--report out.html`")
 
@@ -58,9 +61,15 @@ def write_report(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, load: Load) -> Report:
+    from dsv4c.artifact import load_manifest
     from dsv4c.compile import usual_options
     from dsv4c.config import Target
-    from dsv4c.report import report_of_artifact, report_of_model
+    from dsv4c.report import read_measured, report_of_artifact, report_of_model
+
+    folder = Path(args.what)
+    is_artifact = (folder / "manifest.json").is_file()
+    target = Target(load_manifest(folder).target if is_artifact else args.target or "cpu")
+    measured = None if args.verified is None else read_measured(args.verified, target.arch)
 
     with progress_bars() as progress:
         task = progress.add_task("passes", total=None, detail="capture")
@@ -68,12 +77,11 @@ def _report(args: argparse.Namespace, load: Load) -> Report:
         def watch(step: Step) -> None:
             progress.update(task, advance=1, detail=step.name)
 
-        folder = Path(args.what)
-        if (folder / "manifest.json").is_file():
-            return report_of_artifact(folder, load, watch=watch)
-        target, model = Target(args.target or "cpu"), chosen_model(args.what, args.num_layers)
+        if is_artifact:
+            return report_of_artifact(folder, load, measured=measured, watch=watch)
+        model = chosen_model(args.what, args.num_layers)
         name = args.what if model.folder is None else model.folder.resolve().name
         return report_of_model(
             model.config, name, target, usual_options(model.config, target), load,
-            truncated_from=model.truncated_from, watch=watch,
+            truncated_from=model.truncated_from, measured=measured, watch=watch,
         )  # fmt: skip

@@ -38,6 +38,8 @@ class TensorType:
 
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "int64": "i64", "bool": "b8"}
+LONG = {short: dtype for dtype, short in _SHORT.items()}
+"""How dtypes are printed -> their names."""
 DTYPE_BYTES = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "uint8": 1, "bool": 1,
     "float8_e4m3fn": 1, "float8_e8m0fnu": 1,

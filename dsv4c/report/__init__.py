@@ -9,8 +9,18 @@ manifest --segmented, pools--> segments and calls, memory          all of it: ga
 
 from __future__ import annotations
 
-from dsv4c.report.gathering import Measured, Report
+from dsv4c.report.gathering import Report
 from dsv4c.report.making import Load, report_file, report_of_artifact, report_of_model
+from dsv4c.report.measured import Measured, read_measured
 from dsv4c.report.rendering import render
 
-__all__ = ["Load", "Measured", "Report", "render", "report_file", "report_of_artifact", "report_of_model"]
+__all__ = [
+    "Load",
+    "Measured",
+    "Report",
+    "read_measured",
+    "render",
+    "report_file",
+    "report_of_artifact",
+    "report_of_model",
+]

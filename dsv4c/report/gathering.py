@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dsv4c.artifact import Manifest
 from dsv4c.irfiles import Source
 from dsv4c.opened import Artifact
+from dsv4c.report.measured import Measured
 from dsv4c.report.pools import MemoryPicture
 from dsv4c.report.segmented import ProgramRow, program_rows
 from dsv4c.report.stages import Frame, Stage, Stages
@@ -27,19 +28,6 @@ class KernelRow:
     tolerance: float
     launches: int
     calls: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Figures measured of passes, in words: `what` was run, and for each pass a text under every column."""
-
-    what: str
-    columns: tuple[str, ...]
-    rows: Mapping[str, tuple[str, ...]]
-
-    def row(self, name: str) -> tuple[str, ...]:
-        """The figures of this pass; empty texts where nothing was measured."""
-        return self.rows.get(name, ("",) * len(self.columns))
 
 
 @dataclass(frozen=True)

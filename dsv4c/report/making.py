@@ -22,7 +22,8 @@ from dsv4c.opened import Artifact
 from dsv4c.opened import load as open_artifact
 from dsv4c.pipeline import Pipeline, Step
 from dsv4c.program import Program
-from dsv4c.report.gathering import Measured, Report, gather
+from dsv4c.report.gathering import Report, gather
+from dsv4c.report.measured import Measured
 from dsv4c.report.pools import MemoryPicture, memory_picture
 from dsv4c.report.stages import Stages
 from dsv4c.room import given_room, measured_room, plan_of

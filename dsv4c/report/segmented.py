@@ -73,8 +73,14 @@ class ProgramRow:
 def program_rows(artifact: Artifact, sources: Mapping[str, Sequence[Source]]) -> tuple[ProgramRow, ...]:
     """All programs of an artifact; one of each phase is drawn. `sources`: of every call of each program."""
     drawn = _drawn(artifact.manifest)
-    programs = (artifact.program(name) for name in artifact.programs)
+    programs = sorted(map(artifact.program, artifact.programs), key=_size)
     return tuple(_row(p, sources[p.name] if p.name in drawn else None) for p in programs)
+
+
+def _size(program: ArtifactProgram) -> tuple[str, int, int]:
+    """What programs are ordered by: phase, tokens, rows of logits."""
+    symbols = program.program.symbols
+    return program.program.phase, symbols.get("T", 0), symbols.get("S", 0)
 
 
 def _drawn(manifest: Manifest) -> set[str]:

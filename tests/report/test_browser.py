@@ -172,6 +172,23 @@ def test_the_contents_mark_where_the_reader_is(open_page: Open) -> None:
         page.wait_for_function("name => document.querySelector('.toc .here')?.hash === '#' + name", arg=name)
 
 
+def test_the_numerics_table_shows_what_was_measured(open_page: Open) -> None:
+    page = open_page()
+    table = page.locator("#numerics table").first
+    cells = {}
+    for row in table.locator("tbody tr").all():
+        name, *rest = row.inner_text().split("\t")
+        cells[name] = rest
+    names = list(cells)
+    assert names[0] == "capture" and names[-1] == "compiled program" and cells["compiled program"][1] == "2.0e-6"
+    assert cells["pack-state"][:3] == ["within 0.25", "3.1e-2", "yes"]
+    assert cells["store-linears"][1:3] == ["0.71", "no: 0.71 is beyond 0.25"]
+    assert cells["quantise"][2] == "not verified"
+    assert page.locator("#numerics .verdict.broken").inner_text().startswith("broken: pass `store-linears`")
+    kernels = page.locator("#numerics table").nth(1)
+    assert "1.1e-3" in kernels.inner_text() and "not run" in kernels.inner_text()
+
+
 def test_another_load_changes_the_memory_picture(open_page: Open) -> None:
     page = open_page()
     said = page.locator("#load")

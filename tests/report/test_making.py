@@ -14,8 +14,10 @@ from dsv4c.compile import Options, lower, manifest_of_plan, plan_artifact
 from dsv4c.config import ModelConfig, Target
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.irfiles import StageWriter
+from dsv4c.opened import Artifact, load
 from dsv4c.pipeline import Pipeline
 from dsv4c.report import Load, Report, render, report_file, report_of_artifact
+from dsv4c.report.segmented import program_rows
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, head_dim=16, qk_rope_head_dim=8,
@@ -77,6 +79,17 @@ def test_segments_break_where_the_manifest_says(copied: Path) -> None:
     ]
     assert row.segments[0].ends.endswith("is eager: `own` cannot be captured")
     assert [c.number for lane in row.rows for c in lane.cells if c.breaks] == [7]
+
+
+def test_programs_are_in_the_order_of_their_tokens(copied: Path) -> None:
+    """A manifest has them by name."""
+    manifest = load_manifest(copied)
+    one = manifest.programs["step"]
+    sizes = {"step.128": 128, "step.32": 32, "step.64": 64}
+    programs = {name: dataclasses.replace(one, symbols={**one.symbols, "T": size}) for name, size in sizes.items()}
+    opened = Artifact(copied, dataclasses.replace(manifest, programs=programs))
+    rows = program_rows(opened, dict.fromkeys(programs, load(copied).provenance["step"]))
+    assert [row.name for row in rows] == ["step.32", "step.64", "step.128"]
 
 
 def test_an_artifact_without_a_pass_is_reported_without_it(tmp_path: Path) -> None:
