@@ -12,6 +12,7 @@ from dsv4c import artifact
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.schedules._tuned import Row, read_rows
 from dsv4c.schedules.hopper import SCHEDULES
+from dsv4c.strictjson import decode
 from dsv4c.trial import find_op
 from dsv4c.tune import FAMILIES, choices_of, measure, merge_rows, shortlist, tune, workloads_of
 
@@ -47,7 +48,7 @@ def test_a_bundle_holds_all_that_the_card_needs(tmp_path: Path) -> None:
         cache=tmp_path / "cache",
     )  # fmt: skip
     data = json.loads((tmp_path / "bundle" / "bundle.json").read_text(encoding="utf-8"))
-    kernels = artifact.decode(dict[str, artifact.Kernel], data["kernels"])
+    kernels = decode(dict[str, artifact.Kernel], data["kernels"])
     assert len(data["entries"]) == count > 0
     assert {e["kernel"] for e in data["entries"]} == set(kernels)
     for file, sha in artifact.kernel_files(kernels.values()).items():

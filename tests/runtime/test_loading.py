@@ -170,9 +170,10 @@ CONFIG = ModelConfig(
 LOAD = """
 import json, sys
 import torch
-from dsv4c.artifact import Weight, decode
+from dsv4c.artifact import Weight
 from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.runtime.weights import load_weights
+from dsv4c.strictjson import decode
 
 def memory(key):  # not ru_maxrss: that one remembers the parent's peak
     with open("/proc/self/status") as file:

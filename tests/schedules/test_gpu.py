@@ -17,6 +17,7 @@ from dsv4c.schedules._launch import Desc, LaunchArg, TritonLaunch, f32, i32, ptr
 from dsv4c.schedules._schedule import Build, OpNode, Schedule, Value, Work
 from dsv4c.schedules.emit import emit
 from dsv4c.schedules.select import choose
+from dsv4c.strictjson import decode
 
 pytest.importorskip("triton", reason="Triton is not installed; see the extra `gpu`")
 
@@ -39,7 +40,7 @@ def test_a_record_says_all_that_a_launcher_needs(tmp_path: Path) -> None:
     assert [a.arg for a in record.args[:2]] == [0, 1] and record.args[2].multiple == 16
     assert (record.symbol, record.threads, record.cluster) == ("scale", 128, (1, 1, 1))
     assert record.sha256 == hashlib.sha256(made.image).hexdigest() and made.spills == 0 and record.registers > 0
-    assert artifact.decode(artifact.Launch, _json(record)) == record
+    assert decode(artifact.Launch, _json(record)) == record
 
 
 def _json(record: artifact.Launch) -> Any:
