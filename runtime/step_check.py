@@ -79,7 +79,7 @@ class _Check:
         self.inside("logit_rows", self.one("logit_rows"), 0, max(1, self.live))
         for item, table in self.by_kind.get("page_table", []):
             self.pages(item, table)
-        if "token_seats" in self.by_kind:
+        if "penalty_seats" in self.by_kind:
             self.seats()
             self.sampling("")
         if "draft_seats" in self.by_kind:
@@ -140,7 +140,7 @@ class _Check:
     def seats(self) -> None:
         owners = self.one("request_rows")[self.one("logit_rows")]
         rows = "one row" + (f", and {self.drafts} for drafts at most" if self.drafts else "")
-        for kind in ("token_seats", "penalty_seats"):
+        for kind in {"token_seats", "penalty_seats"} & self.by_kind.keys():
             seats = self.one(kind)
             used = seats[seats != 0]
             few = np.array([np.count_nonzero(used == seat) <= 1 + self.drafts for seat in used], dtype=bool)
@@ -154,12 +154,12 @@ class _Check:
         self.all("draft_seats", seats, (seats != 0) == (np.arange(seats.size) < live), "padding comes last")
         self.inside("draft_starts", starts, 0, self.one("logit_rows").size)
         self.inside("draft_limits", limits, 0, 1 + self.drafts)
-        owners = self.one("token_seats")
+        owners = self.one("request_rows")[self.one("logit_rows")]
         self.all("draft_seats", seats[:live], seats[:live] == owners[starts[:live]], "the seat of its first row")
         chains = np.zeros(owners.size, np.int64)
         for first, limit, seat in zip(starts[:live], limits[:live], seats[:live], strict=True):
-            self.all("token_seats", owners[first : first + limit + 1], owners[first : first + limit + 1] == seat,
-                     "the seat of the request", int(first))  # fmt: skip
+            rows = owners[first : first + limit + 1]
+            self.all("logit_rows", rows, rows == seat, "a row of the request", int(first))
             chains[first : first + limit + 1] = np.arange(limit + 1)
         self.all("chain", self.one("chain"), self.one("chain") == chains, "drafts before the row")
 

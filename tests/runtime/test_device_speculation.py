@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,24 @@ def test_tokens_and_logprobs_are_those_without_speculation(
         assert gathered(late) == gathered(expected)
 
 
+def changing(engine: Engine) -> Engine:
+    """Another number of drafts in every step."""
+    numbers = itertools.cycle((2, 0, 1, 1, 0, 2, 2))
+    engine.scheduler._lengths = lambda requests: next(numbers)
+    return engine
+
+
 def test_contracts_hold_and_change_nothing(planned: Planned, nano_prompts: list[list[int]]) -> None:
-    checked = engine_of(planned, DRAFTS, make=ContractExecutor, manifest=planned.manifest)
-    found = drain(checked, requests(nano_prompts, temperature=0.7))
-    assert tokens_of(found) == tokens_of(drain(engine_of(planned, DRAFTS), requests(nano_prompts, temperature=0.7)))
+    def asked() -> list[Request]:
+        return requests(nano_prompts, temperature=0.7, frequency_penalty=0.3)
+
+    checked = changing(engine_of(planned, DRAFTS, make=ContractExecutor, manifest=planned.manifest))
+    found = drain(checked, asked())
+    assert tokens_of(found) == tokens_of(drain(changing(engine_of(planned, DRAFTS)), asked()))
+    bound = {"binder": planned.references(RowByRow)}
+    assert tokens_of(drain(changing(engine_of(planned, DRAFTS, **bound)), asked())) == tokens_of(
+        drain(engine_of(planned, 0, **bound), asked())
+    )
     contracts = [s.contract for p in planned.manifest.programs.values() for s in p.segments]
     assert all({"D", "T"} <= set(contract.padded) for contract in contracts)
 
