@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 
 from dsv4c.bisecting import Bisection
@@ -50,18 +50,41 @@ def percent(share: float) -> str:
 
 def verification_table(found: Verification) -> RenderableType:
     """Every pass and schedule with what was measured, and the verdict."""
-    text = any(row.bits_per_byte is not None for row in found.rows)
-    table = _table((*COLUMNS, *(("bits a byte",) if text else ()), "holds"), left=(0, 1))
-    for row in found.rows:
-        shown = cells(row)
-        style = "red" if row.broken else "dim" if not row.changed else ""
-        table.add_row(*(shown if text else shown[:-1]), "no" if row.broken else "yes", style=style)
-    parts: list[RenderableType] = [f"{found.model} for {found.target}; " + "; ".join(found.inputs), table]
+    parts: list[RenderableType] = [f"{found.model} for {found.target}; " + "; ".join(found.inputs), _Stages(found)]
     if found.schedules:
         parts.append(_schedules(found.schedules))
     parts += [f"note: {note}" for note in found.notes]
     parts.append(verdict(found))
     return Group(*parts)
+
+
+class _Stages:
+    """One table; on a narrow terminal two, of which the second compares with the plain model."""
+
+    def __init__(self, found: Verification) -> None:
+        self.found = found
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        text = any(row.bits_per_byte is not None for row in self.found.rows)
+        columns = (*COLUMNS[:2], "holds", *COLUMNS[2:], *(("bits a byte",) if text else ()))
+        one = self._table(columns, range(len(columns)))
+        if console.measure(one, options=options.update(max_width=1000)).maximum <= options.max_width:
+            yield one
+            return
+        last = columns.index("KL of plain")
+        yield self._table(columns, range(last))
+        yield ""
+        yield self._table(columns, (0, *range(last, len(columns))))
+
+    def _table(self, columns: Sequence[str], chosen: Sequence[int]) -> Table:
+        table = _table([columns[i] for i in chosen], left=(0, 1, 2) if 1 in chosen else (0,))
+        for row in self.found.rows:
+            name, claim, *shown = cells(row)
+            all_cells = (name, claim, "no" if row.broken else "yes", *shown)
+            table.add_row(
+                *(all_cells[i] for i in chosen), style="red" if row.broken else "dim" if not row.changed else ""
+            )
+        return table
 
 
 def markdown_tables(found: Verification) -> str:
@@ -120,7 +143,9 @@ def _schedules(rows: Sequence[ScheduleRow]) -> Table:
 
 
 def _table(columns: Sequence[str], left: Sequence[int]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    """A word of a header a line, so that a row fits into a narrow terminal."""
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i in left else "right", overflow="fold", no_wrap=True)
+        header = column.replace(" ", "\n")
+        table.add_column(header, justify="left" if i in left else "right", no_wrap=True, vertical="bottom")
     return table

@@ -224,7 +224,7 @@ def _compiled(compiled: Compiled, cases: Sequence[_Case]) -> tuple[Row, tuple[Sc
             known = worst.get((it.op, it.schedule))
             if known is None or (it.broken and not known.broken) or (it.error > known.error and not known.broken):
                 worst[it.op, it.schedule] = it
-    row = Row(COMPILED, "each schedule its own", True, found[0], 0.0, 1.0)
+    row = Row(COMPILED, "by schedule", True, found[0], 0.0, 1.0)
     return _measured(row, cases[0]), tuple(worst[key] for key in sorted(worst))
 
 

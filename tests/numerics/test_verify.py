@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from dsv4c.artifact import Call, Program
@@ -16,7 +18,7 @@ from dsv4c.bisecting import Side, bisect_lineage, bisect_pair
 from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.cli import main
 from dsv4c.compiled import Compiled
-from dsv4c.describe_numerics import bisection_text
+from dsv4c.describe_numerics import bisection_text, verification_table
 from dsv4c.errors import ArtifactError
 from dsv4c.inputs import Inputs
 from dsv4c.lineage import Lineage, of_artifact
@@ -24,6 +26,8 @@ from dsv4c.numerics import Runs
 from dsv4c.opened import Artifact, load
 from dsv4c.runtime.kernels import Kernels, Run
 from dsv4c.verifying import Case, Verification, verify_lineage
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +234,17 @@ def test_bad_input_is_exit_code_2(
     assert main([command, *(part.format(**places) for part in given)]) == 2
     shown = capsys.readouterr()
     assert said in shown.err and "hint: " in shown.err and not shown.out
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
+def test_the_tables_fit_a_terminal(target: str, width: int) -> None:
+    file = ROOT / "docs" / "measured" / f"nano-{target}.json"
+    out = io.StringIO()
+    Console(file=out, width=width).print(verification_table(Verification.from_json(file.read_text(encoding="utf-8"))))
+    shown = out.getvalue()
+    assert "\u2026" not in shown and all(name in shown for name in ("fuse-norm-rope-write", "bit-equal", "every claim"))
+    assert shown.count("fuse-hc-norm") == (2 if width == 80 else 1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}'])
