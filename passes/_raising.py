@@ -118,7 +118,7 @@ def _pattern(
     op: Op, types: tuple[TensorType, ...], attrs: tuple[tuple[str, Any], ...]
 ) -> tuple[Region, tuple[str, ...], tuple[int, ...]]:
     """The op's reference traced at these types: its region, its parameters by first use, and its output nodes."""
-    graph = trace(functools.partial(op.reference, **dict(attrs)), types)
+    graph = trace(functools.partial(op.module or op.reference, **dict(attrs)), types)
     canonicalize(graph)
     graph.eliminate_dead_code()
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]

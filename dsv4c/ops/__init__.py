@@ -13,7 +13,20 @@ from dsv4c.model import attention as plain_attention
 from dsv4c.model import compressor, indexer, linear, moe, mtp, norm, paging, quant, rope, transformer
 from dsv4c.model import dspark as plain_dspark
 from dsv4c.model import hyper as plain_hyper
-from dsv4c.ops import attention, compress, dspark, experts, fused, hyper, index, linears, rows, sampling, speculation
+from dsv4c.ops import (
+    attention,
+    compress,
+    dspark,
+    entries,
+    experts,
+    fused,
+    hyper,
+    index,
+    linears,
+    rows,
+    sampling,
+    speculation,
+)
 from dsv4c.ops._op import DTYPE_BYTES, Index, Op, TensorType
 
 __all__ = ["DTYPE_BYTES", "LEAVES", "OPS", "VIEWS", "Index", "Op", "TensorType"]
@@ -64,9 +77,9 @@ _ALL = (
     Op("embed_streams", transformer.embed_streams, indices={"token_ids": Index("weight")}),
     Op("take_rows", paging.take_rows, indices={"rows": Index("x")}),
     Op("rope_table", rope.rope_table),
-    Op("entry_rope_table", rope.entry_rope_table, indices=_ENDS),
+    Op("entry_rope_table", entries.entry_rope_table, indices=_ENDS, module=rope.entry_rope_table),
     Op("token_slots", paging.token_slots, indices=_ROWS),
-    Op("entry_slots", paging.entry_slots, indices={**_ROWS, **_ENDS}),
+    Op("entry_slots", entries.entry_slots, indices={**_ROWS, **_ENDS}, module=paging.entry_slots),
     Op("hc_pre", plain_hyper.hc_pre, outputs=3, flops=_hc_flops),
     Op("hc_post", plain_hyper.hc_post, flops=_hc_flops),
     Op("hc_head", plain_hyper.hc_head, flops=_hc_flops),

@@ -69,6 +69,7 @@ class Op:
     `in_place` maps an output index to the tensor parameter it may overwrite (pools and rings). `flops` counts
     multiply-adds twice, from the input types, the attributes and the size of every symbol; None means that bytes
     are all that matters. `indices` says which parameters (by name) and outputs (by number) are indices, and of what.
+    `module`: what the model's module computes, where the op is defined for more than it is ever given there.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Op:
     in_place: Mapping[int, str] = field(default_factory=dict)
     flops: Work | None = None
     indices: Mapping[str | int, Index] = field(default_factory=dict)
+    module: Callable[..., Any] | None = None
 
     @property
     def __name__(self) -> str:
