@@ -241,7 +241,7 @@ def serve(launched: Launched, sock: socket.socket) -> None:
     from dsv4c.rehearsal import rehearse_app
     from dsv4c.runtime.outputs import ServedEngine
     from dsv4c.runtime.serve import serve as serve_app
-    from dsv4c.runtime.server import create_app
+    from dsv4c.runtime.app import create_app
 
     fingerprint = f"{launched.manifest.target}-{launched.manifest.model_sha256[:12]}"
 

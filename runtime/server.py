@@ -1,42 +1,24 @@
-"""The HTTP face of an engine: OpenAI's endpoints, health and metrics, as one FastAPI application.
+"""What the handlers of one server share: engine, codec, limits, numbers, and the checks common to all requests.
 
-    create_app(engine, codec, model_name) -> FastAPI     no global state: two apps live in one process
-
-The app neither starts nor stops the engine. `app.state.server` is the `Server`, which serve.py tells to drain.
-Every fault of a request is one OpenAI error body (400, 404, 405, 413, 503); a fault of ours is a 500 without details,
-its trace goes to the log.
+No global state: two servers live in one process. app.py makes the application; each file of endpoints/ adds routes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 from typing import TypeVar
 
-from fastapi import FastAPI, Request
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from fastapi import Request
 
-from dsv4c.errors import Dsv4cError, EngineError, RequestError
-from dsv4c.runtime.answer import Answer, Job, Part, error_response
-from dsv4c.runtime.completion import Choice, TextCodec
-from dsv4c.runtime.metrics import CONTENT_TYPE, Metrics
-from dsv4c.runtime.protocol import (
-    MAX_SEQUENCES,
-    ChatBody,
-    CompletionBody,
-    error_body,
-    error_kind,
-    parse_body,
-    parse_json,
-    refuse,
-)
+from dsv4c.errors import EngineError, RequestError
+from dsv4c.runtime.answer import Answer, Job, Writer
+from dsv4c.runtime.completion import TextCodec
+from dsv4c.runtime.metrics import Metrics
+from dsv4c.runtime.protocol import parse_json, refuse
 from dsv4c.runtime.service import Bridge, Engine, Group
 
 MAX_BODY_BYTES = 32 * 2**20  # a million tokens as ids, or as text of any script, with room to spare
@@ -156,203 +138,12 @@ class Server:
             )
         return context - prompt_len
 
-    async def completion_job(self, body: CompletionBody) -> Job:
-        """Checks a /v1/completions body against model, context and limits."""
-        codec, request_id = self.codec, f"cmpl-{uuid.uuid4().hex}"
-        self.check_model(body.model)
-        body.check()
-        given, asked, n = body.prompts(codec.vocab_size), body.new_tokens(), body.num_choices
-        if len(given) * n > MAX_SEQUENCES:
-            refuse(f"{len(given)} prompts times `n` {n} is more than {MAX_SEQUENCES} sequences", "prompt")
-        stops, include_usage = body.stops(), body.include_usage()
-        headers = self.extra_headers(request_id, body.ignored_fields)
-        prompts = [p if isinstance(p, list) else await _offload(codec.encode, p, len(p)) for p in given]
-        parts: list[Part] = []
-        for prompt in prompts:
-            room = self.room(len(prompt), body.max_tokens, "prompt")
-            for number in range(n):
-                params = body.sampling(
-                    choice=number,
-                    max_tokens=max(1, min(asked, room)),
-                    vocab_size=codec.vocab_size,
-                    logprobs=body.logprobs,
-                    prompt_logprobs=body.logprobs if body.echo else None,
-                )
-                choice = Choice(
-                    codec,
-                    index=len(parts),
-                    stops=stops,
-                    scored=body.logprobs is not None,
-                    min_tokens=params.min_tokens,
-                )
-                parts.append(Part(prompt, params, choice))
-        return Job(
-            "completion",
-            request_id,
-            self.model_name,
-            codec,
-            parts,
-            sum(map(len, prompts)),
-            stream=bool(body.stream),
-            include_usage=include_usage,
-            echo=bool(body.echo),
-            scored=body.logprobs is not None,
-            score_only=asked == 0,
-            fingerprint=self.fingerprint,
-            headers=headers,
-        )
-
-    async def chat_job(self, body: ChatBody) -> Job:
-        """Checks a /v1/chat/completions body against model, chat format, context and limits."""
-        codec, request_id = self.codec, f"chatcmpl-{uuid.uuid4().hex}"
-        self.check_model(body.model)
-        body.check_content()
-        asked, logprobs, stops = body.new_tokens(), body.num_logprobs(), body.stops()
-        thinking, effort = body.mode(self.default_thinking)
-        tools, response_format = body.prompt_tools(), body.prompt_format()
-        include_usage = body.include_usage()
-        headers = self.extra_headers(request_id, body.ignored_fields)
-
-        def encode(messages: list[dict[str, object]]) -> list[int]:
-            return codec.chat_prompt(
-                messages, thinking=thinking, effort=effort, tools=tools, response_format=response_format
-            )
-
-        prompt = await _offload(encode, body.messages, len(json.dumps([body.messages, tools])))
-        room = self.room(len(prompt), asked, "messages")
-        parts = []
-        for number in range(body.num_choices):
-            params = body.sampling(
-                choice=number,
-                max_tokens=room if asked is None else asked,
-                vocab_size=codec.vocab_size,
-                logprobs=logprobs,
-            )
-            choice = Choice(
-                codec,
-                index=number,
-                stops=stops,
-                splitter=codec.splitter(thinking),
-                scored=logprobs is not None,
-                min_tokens=params.min_tokens,
-            )
-            parts.append(Part(prompt, params, choice))
-        return Job(
-            "chat",
-            request_id,
-            self.model_name,
-            codec,
-            parts,
-            len(prompt),
-            stream=bool(body.stream),
-            include_usage=include_usage,
-            scored=logprobs is not None,
-            thinking=thinking,
-            fingerprint=self.fingerprint,
-            headers=headers,
-        )
+    def answer(self, job: Job, writer: Writer) -> Answer:
+        """The response that runs a checked job and puts what comes on the wire."""
+        return Answer(job, writer, self.group, self.metrics)
 
 
-def create_app(
-    engine: Engine,
-    codec: TextCodec,
-    model_name: str,
-    *,
-    default_thinking: bool = False,
-    strict: bool = False,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    fingerprint: str | None = None,
-) -> FastAPI:
-    """The application for one engine that runs in a thread of its own; the caller starts and stops it.
-
-    `default_thinking`: chat requests that do not say. `strict`: unknown fields are errors, not a response header.
-    `fingerprint`: `system_fingerprint` of responses, for reproducibility with `seed`.
-    """
-    server = Server(
-        engine,
-        codec,
-        model_name,
-        default_thinking=default_thinking,
-        strict=strict,
-        max_body_bytes=max_body_bytes,
-        fingerprint=fingerprint,
-    )
-
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        server.bind_loop()
-        yield
-        server.abort_all()
-
-    app = FastAPI(title="dsv4c", docs_url=None, redoc_url=None, lifespan=lifespan)  # the pages load from a CDN
-    app.state.server = server
-    _add_error_handlers(app, server)
-    _add_routes(app, server)
-    return app
-
-
-def _add_routes(app: FastAPI, server: Server) -> None:
-    model = {"id": server.model_name, "object": "model", "created": server.created, "owned_by": "dsv4c"}
-    model |= {"max_model_len": server.engine.max_context}
-
-    @app.get("/v1/models")
-    async def list_models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [model]})
-
-    @app.get("/v1/models/{model_id:path}")
-    async def get_model(model_id: str) -> JSONResponse:
-        server.check_model(model_id)
-        return JSONResponse(model)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        body = parse_body(CompletionBody, await server.read_body(request))
-        return Answer(await server.completion_job(body), server.group, server.metrics)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        body = parse_body(ChatBody, await server.read_body(request))
-        return Answer(await server.chat_job(body), server.group, server.metrics)
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        server.check_ready()
-        return JSONResponse({"status": "ok"})
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(server.metrics.text(), media_type=CONTENT_TYPE)
-
-
-def _add_error_handlers(app: FastAPI, server: Server) -> None:
-    def count(request: Request, status: int) -> None:
-        route = request.scope.get("route")
-        server.metrics.responses.labels(getattr(route, "path", "other"), str(status)).inc()
-
-    @app.exception_handler(Dsv4cError)
-    async def deliberate(request: Request, error: Dsv4cError) -> JSONResponse:
-        response = error_response(error)
-        count(request, response.status_code)
-        if response.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            response.headers["connection"] = "close"  # the rest of the body will not be read
-        return response
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        count(request, error.status_code)
-        path = request.url.path[:100]
-        messages = {404: f"no such path `{path}`", 405: f"`{request.method}` is not allowed on `{path}`"}
-        message = messages.get(error.status_code, str(error.detail).lower())
-        body = error_body(message, kind=error_kind(error.status_code), code=HTTPStatus(error.status_code).name.lower())
-        return JSONResponse(body, error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, _error: Exception) -> JSONResponse:
-        count(request, 500)
-        return JSONResponse(error_body("internal error", kind=error_kind(500), code="internal_error"), 500)
-
-
-async def _offload(function: Callable[[ArgumentT], list[int]], argument: ArgumentT, size: int) -> list[int]:
+async def offload(function: Callable[[ArgumentT], list[int]], argument: ArgumentT, size: int) -> list[int]:
     """Tokenises in a thread when the text is long, so that running streams do not stall."""
     if size <= _INLINE_CHARS:
         return function(argument)

@@ -16,13 +16,13 @@ import torch
 
 from dsv4c.chat.parse import ReasoningSplitter
 from dsv4c.errors import RequestError
+from dsv4c.runtime.app import create_app
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.scheduler import Limits
 from dsv4c.runtime.serve import GracefulServer, bind
-from dsv4c.runtime.server import create_app
 from tests.runtime.standin import VOCAB, make_engine
 
 MODEL = "toy"

@@ -19,9 +19,9 @@ import pytest
 
 from dsv4c import cli
 from dsv4c.errors import EngineError, InputError
+from dsv4c.runtime.app import create_app
 from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.serve import bind, serve
-from dsv4c.runtime.server import create_app
 from tests.runtime.live import MODEL, Live, Paced, ToyCodec, start_toy, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +128,7 @@ from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.serve import bind, serve
-from dsv4c.runtime.server import create_app
+from dsv4c.runtime.app import create_app
 
 engine, standin = make_engine(eos=[EOS])
 engine.runner.executor = Paced(standin, 0.005)

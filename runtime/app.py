@@ -1,0 +1,93 @@
+"""The HTTP face of an engine as one FastAPI application: the endpoints, and every fault as one error body.
+
+    create_app(engine, codec, model_name) -> FastAPI     no global state: two apps live in one process
+
+The app neither starts nor stops the engine. `app.state.server` is the `Server`, which serve.py tells to drain.
+Every fault of a request is one OpenAI error body (400, 404, 405, 413, 503); a fault of ours is a 500 without details,
+its trace goes to the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from dsv4c.errors import Dsv4cError
+from dsv4c.runtime.answer import error_response
+from dsv4c.runtime.completion import TextCodec
+from dsv4c.runtime.endpoints import ENDPOINTS
+from dsv4c.runtime.protocol import error_body, error_kind
+from dsv4c.runtime.server import MAX_BODY_BYTES, Server
+from dsv4c.runtime.service import Engine
+
+
+def create_app(
+    engine: Engine,
+    codec: TextCodec,
+    model_name: str,
+    *,
+    default_thinking: bool = False,
+    strict: bool = False,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    fingerprint: str | None = None,
+) -> FastAPI:
+    """The application for one engine that runs in a thread of its own; the caller starts and stops it.
+
+    `default_thinking`: chat requests that do not say. `strict`: unknown fields are errors, not a response header.
+    `fingerprint`: `system_fingerprint` of responses, for reproducibility with `seed`.
+    """
+    server = Server(
+        engine,
+        codec,
+        model_name,
+        default_thinking=default_thinking,
+        strict=strict,
+        max_body_bytes=max_body_bytes,
+        fingerprint=fingerprint,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        server.bind_loop()
+        yield
+        server.abort_all()
+
+    app = FastAPI(title="dsv4c", docs_url=None, redoc_url=None, lifespan=lifespan)  # the pages load from a CDN
+    app.state.server = server
+    _add_error_handlers(app, server)
+    for add in ENDPOINTS:
+        add(app, server)
+    return app
+
+
+def _add_error_handlers(app: FastAPI, server: Server) -> None:
+    def count(request: Request, status: int) -> None:
+        route = request.scope.get("route")
+        server.metrics.responses.labels(getattr(route, "path", "other"), str(status)).inc()
+
+    @app.exception_handler(Dsv4cError)
+    async def deliberate(request: Request, error: Dsv4cError) -> JSONResponse:
+        response = error_response(error)
+        count(request, response.status_code)
+        if response.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            response.headers["connection"] = "close"  # the rest of the body will not be read
+        return response
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        count(request, error.status_code)
+        path = request.url.path[:100]
+        messages = {404: f"no such path `{path}`", 405: f"`{request.method}` is not allowed on `{path}`"}
+        message = messages.get(error.status_code, str(error.detail).lower())
+        body = error_body(message, kind=error_kind(error.status_code), code=HTTPStatus(error.status_code).name.lower())
+        return JSONResponse(body, error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, _error: Exception) -> JSONResponse:
+        count(request, 500)
+        return JSONResponse(error_body("internal error", kind=error_kind(500), code="internal_error"), 500)

@@ -1,0 +1,241 @@
+"""/v1/chat/completions: messages, thinking modes, reasoning apart from content."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from dsv4c.errors import Dsv4cError
+from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
+from dsv4c.runtime.completion import Choice, Delta, chat_logprobs
+from dsv4c.runtime.fields import MANY, GenerationBody
+from dsv4c.runtime.params import MAX_LOGPROBS
+from dsv4c.runtime.protocol import Usage, parse_body, refuse
+from dsv4c.runtime.server import Server, offload
+
+PATH = "/v1/chat/completions"
+
+
+def add(app: FastAPI, server: Server) -> None:
+    """Adds the route."""
+
+    @app.post(PATH)
+    async def chat_completions(request: Request) -> Response:
+        job = await chat_job(server, parse_body(ChatBody, await server.read_body(request)))
+        return server.answer(job, ChatWriter(job))
+
+
+class ChatBody(GenerationBody):
+    """Body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, lt=MANY)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    reasoning_effort: str | None = None
+    thinking: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+    def new_tokens(self) -> int | None:
+        """Most tokens to generate; None is as many as the context holds."""
+        both = self.max_tokens is not None and self.max_completion_tokens is not None
+        if both and self.max_tokens != self.max_completion_tokens:
+            refuse("`max_tokens` and `max_completion_tokens` contradict each other", "max_tokens")
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        value = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if value is not None and value < 1:
+            refuse(f"`{name}` must be at least 1, not {value}", name)
+        return value
+
+    def num_logprobs(self) -> int | None:
+        """How many alternatives each token carries; None is no logprobs at all."""
+        if not self.logprobs:
+            if self.top_logprobs:
+                refuse("`top_logprobs` needs `logprobs: true`", "top_logprobs")
+            return None
+        return self.top_logprobs or 0
+
+    def mode(self, default_thinking: bool) -> tuple[bool, str | None]:
+        """(thinking, effort) from the three spellings in use. Raises RequestError when they contradict."""
+        said: dict[str, bool] = {}
+        if self.thinking is not None:
+            kind = self.thinking.get("type")
+            if kind not in ("enabled", "disabled"):
+                refuse("`thinking.type` must be `enabled` or `disabled`", "thinking.type")
+            said["thinking"] = kind == "enabled"
+        for key in ("thinking", "enable_thinking"):
+            value = (self.chat_template_kwargs or {}).get(key)
+            if value is None:
+                continue
+            if not isinstance(value, bool):
+                refuse(f"`chat_template_kwargs.{key}` must be true or false", f"chat_template_kwargs.{key}")
+            said[f"chat_template_kwargs.{key}"] = value
+        effort = self.reasoning_effort
+        if effort is not None:
+            said["reasoning_effort"] = effort != "none"
+        if len(set(said.values())) > 1:
+            first, second = list(said)[:2]
+            refuse(f"`{first}` and `{list(said)[-1] if said[first] == said[second] else second}` contradict", first)
+        thinking = next(iter(said.values()), default_thinking)
+        return thinking, None if effort == "none" else effort
+
+    def prompt_tools(self) -> list[dict[str, Any]] | None:
+        """The tools the prompt shows. Raises RequestError for a choice that cannot be kept."""
+        choice = "auto" if self.tool_choice is None else self.tool_choice
+        if choice == "none":
+            return None
+        if choice != "auto":
+            refuse("`tool_choice` must be `auto` or `none`; forcing a call is not supported", "tool_choice")
+        return self.tools or None
+
+    def prompt_format(self) -> dict[str, Any] | None:
+        """The response format the prompt shows: the model is told, not forced."""
+        if self.response_format is None:
+            return None
+        kind = self.response_format.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return self.response_format
+        schema = self.response_format.get("json_schema")
+        if kind != "json_schema" or not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
+            hint = "`text`, `json_object`, or `json_schema` with `json_schema.schema`"
+            refuse("`response_format` is not understood", "response_format", hint=hint)
+        if schema.get("strict"):
+            refuse(
+                "`response_format.json_schema.strict` is not supported",
+                "response_format.json_schema.strict",
+                hint="without `strict` the schema is put into the prompt and not enforced",
+            )
+        return self.response_format
+
+    def check_content(self) -> None:
+        """Raises RequestError for a content part that is not text; the rest of a message is the chat format's."""
+        for i, message in enumerate(self.messages):
+            content = message.get("content")
+            for j, part in enumerate(content if isinstance(content, list) else ()):
+                kind = part.get("type") if isinstance(part, dict) else None
+                if kind != "text":
+                    param = f"messages[{i}].content[{j}]"
+                    what = f"`{param}` has type {json.dumps(kind)[:40]}, only `text` is supported"
+                    refuse(what, param, code="unsupported_content")
+
+
+async def chat_job(server: Server, body: ChatBody) -> Job:
+    """Checks a /v1/chat/completions body against model, chat format, context and limits."""
+    codec, request_id = server.codec, f"chatcmpl-{uuid.uuid4().hex}"
+    server.check_model(body.model)
+    body.check_content()
+    asked, logprobs, stops = body.new_tokens(), body.num_logprobs(), body.stops()
+    thinking, effort = body.mode(server.default_thinking)
+    tools, response_format = body.prompt_tools(), body.prompt_format()
+    include_usage = body.include_usage()
+    headers = server.extra_headers(request_id, body.ignored_fields)
+
+    def encode(messages: list[dict[str, object]]) -> list[int]:
+        return codec.chat_prompt(
+            messages, thinking=thinking, effort=effort, tools=tools, response_format=response_format
+        )
+
+    prompt = await offload(encode, body.messages, len(json.dumps([body.messages, tools])))
+    room = server.room(len(prompt), asked, "messages")
+    parts = []
+    for number in range(body.num_choices):
+        params = body.sampling(
+            choice=number,
+            max_tokens=room if asked is None else asked,
+            vocab_size=codec.vocab_size,
+            logprobs=logprobs,
+        )
+        choice = Choice(
+            codec,
+            index=number,
+            stops=stops,
+            splitter=codec.splitter(thinking),
+            scored=logprobs is not None,
+            min_tokens=params.min_tokens,
+        )
+        parts.append(Part(prompt, params, choice))
+    return Job(
+        request_id,
+        server.model_name,
+        codec,
+        parts,
+        len(prompt),
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        scored=logprobs is not None,
+        thinking=thinking,
+        fingerprint=server.fingerprint,
+        headers=headers,
+    )
+
+
+class ChatWriter:
+    """The wire format: a message a choice; in a stream its role first, its finish reason last."""
+
+    path = PATH
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._greeted: set[int] = set()
+
+    def whole(self, usage: Usage) -> dict[str, Any]:
+        choices = [self._choice(index, part.choice) for index, part in enumerate(self._job.parts)]
+        return {**head(self._job, "chat.completion"), "choices": choices, "usage": usage.to_dict()}
+
+    def begin(self) -> bytes:
+        return b""
+
+    def chunks(self, index: int, delta: Delta, finish: str | None) -> bytes:
+        data = b""
+        if index not in self._greeted:
+            self._greeted.add(index)
+            data = self._event([_chunk(index, {"role": "assistant", "content": ""})])
+        if delta:
+            said: dict[str, str] = {}
+            if delta.reasoning:
+                said["reasoning_content"] = delta.reasoning
+            if delta.content or not delta.reasoning:
+                said["content"] = delta.content
+            chunk = _chunk(index, said)
+            if self._job.scored:
+                chunk["logprobs"] = chat_logprobs(self._job.codec, delta.tokens)
+            data += self._event([chunk])
+        if finish is not None:
+            data += self._event([_chunk(index, {}, finish)])
+        return data
+
+    def end(self, usage: Usage) -> bytes:
+        return (self._event([], usage) if self._job.include_usage else b"") + DONE
+
+    def fail(self, error: Dsv4cError) -> bytes:
+        return event(error_dict(error))
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        job, delta = self._job, choice.take()
+        message: dict[str, Any] = {"role": "assistant", "content": delta.content}
+        if job.thinking:
+            message["reasoning_content"] = delta.reasoning
+        scores = chat_logprobs(job.codec, delta.tokens) if job.scored else None
+        return {"index": index, "message": message, "logprobs": scores, "finish_reason": choice.finish_reason}
+
+    def _event(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> bytes:
+        body = head(self._job, "chat.completion.chunk")
+        body["choices"] = choices
+        if self._job.include_usage:
+            body["usage"] = None if usage is None else usage.to_dict()
+        return event(body)
+
+
+def _chunk(index: int, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
