@@ -57,7 +57,13 @@ def create_app(
         yield
         server.abort_all()
 
-    app = FastAPI(title="dsv4c", docs_url=None, redoc_url=None, lifespan=lifespan)  # the pages load from a CDN
+    app = FastAPI(
+        title="dsv4c",
+        docs_url=None,  # the pages load from a CDN
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would repeat whatever `Host` says
+        lifespan=lifespan,
+    )
     app.state.server = server
     _add_error_handlers(app, server)
     for add in ENDPOINTS:

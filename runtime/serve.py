@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from dsv4c.errors import InputError
+from dsv4c.runtime.malformed import http_protocol
 from dsv4c.runtime.server import Server
 
 DRAIN_S = 30.0  # what orchestrators grant between SIGTERM and SIGKILL by default
@@ -75,6 +76,8 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=http_protocol(),
+                ws="none",
                 log_config=_log_config(log_level),
                 server_header=False,
                 timeout_graceful_shutdown=int(drain_s) + _LAST_WORDS_S,

@@ -13,9 +13,10 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from dsv4c.errors import EngineError, RequestError
-from dsv4c.runtime.answer import Answer, Job, Writer
+from dsv4c.runtime.answer import CLIENT_GONE, Answer, Job, Writer
 from dsv4c.runtime.completion import TextCodec
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.protocol import parse_json, refuse
@@ -89,11 +90,14 @@ class Server:
         size = int(declared) if declared.isdigit() else 0
         if size <= limit:
             size = 0
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    break
-                chunks.append(chunk)
+            try:
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > limit:
+                        break
+                    chunks.append(chunk)
+            except ClientDisconnect:
+                refuse("the client closed the connection", None, status=CLIENT_GONE, code="client_gone")
         if size > limit:
             refuse(f"the request body is larger than {limit} bytes", None, status=413, code="body_too_large")
         return dict(parse_json(b"".join(chunks)))

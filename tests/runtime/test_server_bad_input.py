@@ -132,6 +132,12 @@ BAD_BODIES: list[bytes] = [
     b'{"model": "toy", "prompt": "\xff\xfe"}',
     b'{"model": "toy", "seed": ' + b"9" * 5000 + b"}",
     b"[" * 90_000,
+    b"[" * 50_000 + b"]" * 50_000,
+    b'{"model": "toy", "prompt": "a", "metadata": {"a": 1e400}}',
+    b'{"model": "toy", "messages": [' + b'{"content": [' * 300 + b"]}" * 300 + b"]}",
+    b"\xef\xbb\xbf{}",
+    b"\x1f\x8b\x08\x00gzip",
+    '{"model": "toy"}'.encode("utf-16"),
     b'{"a":' * 15_000,
     b'{"model": "toy", "prompt": "a", "stop": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
 ]
