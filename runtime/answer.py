@@ -32,7 +32,7 @@ from dsv4c.runtime.completion import (
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.protocol import Usage, error_body, error_kind
-from dsv4c.runtime.service import Group, Output
+from dsv4c.runtime.service import Group, Output, Score
 
 DONE = b"data: [DONE]\n\n"  # how OpenAI's streams end
 CLIENT_GONE = 499  # nginx's number for a client that closed the connection; never sent, only counted
@@ -48,6 +48,12 @@ class Part:
     choice: Choice
     echoed: list[ScoredToken] = field(default_factory=list)
     """The prompt's tokens, where they are echoed; there before the choice's first delta."""
+    prompt_scores: Sequence[Score | None] | None = None
+    """Of the prompt's tokens, where asked for; there before the choice's first delta."""
+    cached_tokens: int = 0
+    """Of the prompt, those that were not computed."""
+    logprob: float = 0.0
+    """Sum over the tokens generated, where they are scored."""
 
 
 @dataclass
@@ -61,6 +67,8 @@ class Job:
     num_prompt_tokens: int
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
+    """Every chunk carries the usage so far."""
     echo: bool = False
     scored: bool = False
     score_only: bool = False
@@ -69,6 +77,16 @@ class Job:
     fingerprint: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        choices = [part.choice for part in self.parts]
+        reasoning = sum(choice.num_reasoning_tokens for choice in choices) if self.thinking else None
+        cached: dict[int, int] = {}  # of a prompt with several choices, what the one that found least has found
+        for part in self.parts:
+            cached[id(part.prompt)] = min(part.cached_tokens, cached.get(id(part.prompt), part.cached_tokens))
+        num_tokens = sum(choice.num_tokens for choice in choices)
+        return Usage(self.num_prompt_tokens, num_tokens, reasoning, sum(cached.values()))
 
 
 class Writer(Protocol):
@@ -108,11 +126,16 @@ def head(job: Job, kind: str) -> dict[str, Any]:
     return said
 
 
-def error_response(error: Dsv4cError) -> JSONResponse:
-    """The OpenAI error body of a deliberate error, with its status."""
+ErrorShape = Callable[[dict[str, Any], int], dict[str, Any]]
+"""An endpoint's own error body, from OpenAI's and the status."""
+
+
+def error_response(error: Dsv4cError, shape: ErrorShape | None = None) -> JSONResponse:
+    """The OpenAI error body of a deliberate error, or the endpoint's own, with its status."""
     status = error.status if isinstance(error, RequestError) else 500
     headers = {"retry-after": str(_RETRY_AFTER_S)} if status == 503 else None
-    return JSONResponse(error_dict(error), status, headers=headers)
+    body = error_dict(error)
+    return JSONResponse(body if shape is None else shape(body, status), status, headers=headers)
 
 
 def error_dict(error: Dsv4cError) -> dict[str, Any]:
@@ -127,16 +150,21 @@ class Answer(Response):
     """The ASGI response of a job. It submits the job, relays what comes, and leaves nothing running behind."""
 
     def __init__(
-        self, job: Job, writer: Writer, open_group: Callable[[], AbstractAsyncContextManager[Group]], metrics: Metrics
+        self,
+        job: Job,
+        writer: Writer,
+        open_group: Callable[[], AbstractAsyncContextManager[Group]],
+        metrics: Metrics,
+        shape: ErrorShape | None = None,
     ) -> None:
         self.background = None
         self._job = job
         self._writer = writer
+        self._shape = shape
         self._open_group = open_group
         self._metrics = metrics
         self._start_s = time.perf_counter()
         self._first_s: dict[int, float] = {}
-        self._cached = [0] * len(job.parts)
         self._begun = False
         self._status = 200
 
@@ -169,7 +197,7 @@ class Answer(Response):
                 await stream.relay({index for index, _ in batch})
         self._begun = True
         if stream is not None:
-            await stream.close(self._usage())
+            await stream.close(self._job.usage())
             return
         await self._send_whole(send)
 
@@ -177,15 +205,21 @@ class Answer(Response):
         """Feeds one output of the engine to its choice."""
         job, part, token = self._job, self._job.parts[index], output.token_id
         choice = part.choice
-        self._cached[index] += output.cached_tokens
-        if output.prompt_scores is not None and job.echo:
-            part.echoed = score_prompt(job.codec, part.prompt, output.prompt_scores)
+        part.cached_tokens += output.cached_tokens
+        if output.score is not None:
+            part.logprob += output.score[0]
+        if output.prompt_scores is not None:
+            part.prompt_scores = output.prompt_scores
+            if job.echo:
+                part.echoed = score_prompt(job.codec, part.prompt, output.prompt_scores)
         if token is not None and job.score_only:
             choice.end("length")
         elif token is not None:
             self._time_first(index)
             if output.finish_reason == "stop":
                 choice.end("stop", hidden_token=True)
+                if choice.stop_reason is None and token not in job.codec.eos_token_ids:
+                    choice.stop_reason = token
             else:
                 choice.push(token, output.score)
         if output.finish_reason is not None:
@@ -196,7 +230,7 @@ class Answer(Response):
             self._time_end(index)
 
     async def _send_whole(self, send: Send) -> None:
-        data = json.dumps(self._writer.whole(self._usage()), separators=(",", ":")).encode()
+        data = json.dumps(self._writer.whole(self._job.usage()), separators=(",", ":")).encode()
         headers = {"content-type": "application/json", "content-length": str(len(data)), **self._job.headers}
         await send(_start(headers))
         await send({"type": "http.response.body", "body": data})
@@ -206,18 +240,9 @@ class Answer(Response):
         if self._status == CLIENT_GONE:
             return
         if not self._begun:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, self._shape)(scope, receive, send)
             return
         await send({"type": "http.response.body", "body": self._writer.fail(error), "more_body": False})
-
-    def _usage(self) -> Usage:
-        choices = [part.choice for part in self._job.parts]
-        reasoning = sum(choice.num_reasoning_tokens for choice in choices) if self._job.thinking else None
-        cached: dict[int, int] = {}  # of a prompt with several choices, what the one that found least has found
-        for part, tokens in zip(self._job.parts, self._cached, strict=True):
-            cached[id(part.prompt)] = min(tokens, cached.get(id(part.prompt), tokens))
-        num_tokens = sum(choice.num_tokens for choice in choices)
-        return Usage(self._job.num_prompt_tokens, num_tokens, reasoning, sum(cached.values()))
 
     def _time_first(self, index: int) -> None:
         if index not in self._first_s:

@@ -9,9 +9,10 @@ its trace goes to the log.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -76,9 +77,15 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
         route = request.scope.get("route")
         server.metrics.responses.labels(getattr(route, "path", "other"), str(status)).inc()
 
+    def shaped(
+        request: Request, body: dict[str, Any], status: int, headers: Mapping[str, str] | None = None
+    ) -> JSONResponse:
+        shape = server.error_shapes.get(request.scope["path"])
+        return JSONResponse(body if shape is None else shape(body, status), status, headers=headers)
+
     @app.exception_handler(Dsv4cError)
     async def deliberate(request: Request, error: Dsv4cError) -> JSONResponse:
-        response = error_response(error)
+        response = error_response(error, server.error_shapes.get(request.scope["path"]))
         count(request, response.status_code)
         if response.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             response.headers["connection"] = "close"  # the rest of the body will not be read
@@ -91,9 +98,9 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
         messages = {404: f"no such path `{path}`", 405: f"`{request.method}` is not allowed on `{path}`"}
         message = messages.get(error.status_code, str(error.detail).lower())
         body = error_body(message, kind=error_kind(error.status_code), code=HTTPStatus(error.status_code).name.lower())
-        return JSONResponse(body, error.status_code, headers=error.headers)
+        return shaped(request, body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, _error: Exception) -> JSONResponse:
         count(request, 500)
-        return JSONResponse(error_body("internal error", kind=error_kind(500), code="internal_error"), 500)
+        return shaped(request, error_body("internal error", kind=error_kind(500), code="internal_error"), 500)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dsv4c.runtime.params import MAX_LOGPROBS
 from dsv4c.runtime.protocol import logprob_number
 from dsv4c.runtime.service import Score
 
@@ -77,7 +78,8 @@ class StopMatcher:
         self._held = ""
         self._firsts = frozenset(stop[0] for stop in stops)
         self._longest = max((len(stop) for stop in stops), default=0)
-        self.stopped = False
+        self.matched: str | None = None
+        """The stop that was complete first; nothing is shown after it."""
         self.dropped = 0
         """Characters of the text that the stop cut off: the stop itself and what came with it."""
 
@@ -86,10 +88,10 @@ class StopMatcher:
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
-        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
-            start = min(ends)[1]
-            self.stopped, self.dropped, self._held = True, len(text) - start, ""
+            _, start, self.matched = min(ends)
+            self.dropped, self._held = len(text) - start, ""
             return text[:start]
         keep = self._prefix_len(text)
         self._held = text[len(text) - keep :]
@@ -99,6 +101,10 @@ class StopMatcher:
         """The text held back, when nothing follows."""
         text, self._held = self._held, ""
         return text
+
+    @property
+    def stopped(self) -> bool:
+        return self.matched is not None
 
     @property
     def num_held(self) -> int:
@@ -149,6 +155,8 @@ class Choice:
     ) -> None:
         self.index = index
         self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        """The stop string, or the stop token other than the end-of-sentence one, that ended it."""
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self._detokenizer = codec.detokenizer()
@@ -224,7 +232,7 @@ class Choice:
             return
         self._delta.content += self._matcher.push(text)
         if self._matcher.stopped:
-            self.finish_reason = "stop"
+            self.finish_reason, self.stop_reason = "stop", self._matcher.matched
             self._forget(self._matcher.dropped)
 
     def _forget(self, dropped: int) -> None:
@@ -251,10 +259,13 @@ def token_key(codec: TextCodec, token_id: int) -> str:
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in codec.token_bytes(token_id))
 
 
-def completion_logprobs(codec: TextCodec, tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
+def completion_logprobs(
+    codec: TextCodec, tokens: Sequence[ScoredToken], offset: int, count: int = MAX_LOGPROBS
+) -> dict[str, Any]:
     """`logprobs` of a /v1/completions choice; `offset` is where the first token's text begins in the choice.
 
-    `top_logprobs` always holds the token itself. Of tokens that read alike, the most likely one keeps the key.
+    `count`: alternatives shown, where more were scored. `top_logprobs` always holds the token itself. Of tokens that
+    read alike, the most likely one keeps the key.
     """
     offsets: list[int] = []
     tops: list[dict[str, float] | None] = []
@@ -265,7 +276,7 @@ def completion_logprobs(codec: TextCodec, tokens: Sequence[ScoredToken], offset:
             tops.append(None)
             continue
         top: dict[str, float] = {}
-        for token_id, logprob in (*token.score[1], (token.token_id, token.score[0])):
+        for token_id, logprob in (*token.score[1][:count], (token.token_id, token.score[0])):
             key, value = token_key(codec, token_id), logprob_number(logprob)
             top[key] = max(value, top.get(key, value))
         tops.append(top)
@@ -275,6 +286,27 @@ def completion_logprobs(codec: TextCodec, tokens: Sequence[ScoredToken], offset:
         "top_logprobs": tops,
         "text_offset": offsets,
     }
+
+
+def prompt_logprobs(
+    codec: TextCodec, prompt: Sequence[int], scores: Sequence[Score | None], count: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: of every token of the prompt, itself and the `count` most likely in its place, by id.
+
+    `rank` counts from 1 and is null for a token that is not among the most likely.
+    """
+    entries: list[dict[str, Any] | None] = []
+    for token_id, score in zip(prompt, scores, strict=True):
+        if score is None:
+            entries.append(None)
+            continue
+        ranks = {other: rank for rank, (other, _) in enumerate(score[1], 1)}
+        entry = {}
+        for other, logprob in ((token_id, score[0]), *score[1][:count]):
+            shown = {"logprob": logprob_number(logprob), "rank": ranks.get(other)}
+            entry[str(other)] = {**shown, "decoded_token": codec.token_text(other)}
+        entries.append(entry)
+    return entries
 
 
 def chat_logprobs(codec: TextCodec, tokens: Sequence[ScoredToken]) -> dict[str, Any]:

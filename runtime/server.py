@@ -16,7 +16,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from dsv4c.errors import EngineError, RequestError
-from dsv4c.runtime.answer import CLIENT_GONE, Answer, Job, Writer
+from dsv4c.runtime.answer import CLIENT_GONE, Answer, ErrorShape, Job, Writer
 from dsv4c.runtime.completion import TextCodec
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.protocol import parse_json, refuse
@@ -24,7 +24,7 @@ from dsv4c.runtime.service import Bridge, Engine, Group
 
 MAX_BODY_BYTES = 32 * 2**20  # a million tokens as ids, or as text of any script, with room to spare
 _INLINE_CHARS = 8192  # longer texts are tokenised in a thread: about 2 ms here, which other streams would notice
-_FIELD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_FIELD_NAME = re.compile(r"[][A-Za-z0-9_.-]{1,64}")
 ArgumentT = TypeVar("ArgumentT")
 
 
@@ -49,6 +49,8 @@ class Server:
         self.strict = strict
         self.max_body_bytes = max_body_bytes
         self.fingerprint = fingerprint
+        self.error_shapes: dict[str, ErrorShape] = {}
+        """By path, of endpoints whose clients know another error body than OpenAI's."""
         self.metrics = Metrics(engine.stats)
         self.created = int(time.time())
         self.draining = False
@@ -144,7 +146,7 @@ class Server:
 
     def answer(self, job: Job, writer: Writer) -> Answer:
         """The response that runs a checked job and puts what comes on the wire."""
-        return Answer(job, writer, self.group, self.metrics)
+        return Answer(job, writer, self.group, self.metrics, self.error_shapes.get(writer.path))
 
 
 async def offload(function: Callable[[ArgumentT], list[int]], argument: ArgumentT, size: int) -> list[int]:

@@ -12,13 +12,18 @@ from starlette.responses import Response
 
 from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
-from dsv4c.runtime.completion import Choice, Delta, chat_logprobs
-from dsv4c.runtime.fields import MANY, GenerationBody
+from dsv4c.runtime.completion import Choice, Delta, chat_logprobs, prompt_logprobs
+from dsv4c.runtime.fields import MANY, GenerationBody, unknown_keys
 from dsv4c.runtime.params import MAX_LOGPROBS
 from dsv4c.runtime.protocol import Usage, parse_body, refuse
 from dsv4c.runtime.server import Server, offload
 
 PATH = "/v1/chat/completions"
+# What chat/messages.py reads of a message, and what the official client gives back of an answer.
+_MESSAGE_KEYS = frozenset(
+    """role content reasoning_content tool_calls tool_call_id prefix wo_eos task tools response_format
+    refusal annotations""".split()
+)
 
 
 def add(app: FastAPI, server: Server) -> None:
@@ -26,8 +31,9 @@ def add(app: FastAPI, server: Server) -> None:
 
     @app.post(PATH)
     async def chat_completions(request: Request) -> Response:
-        job = await chat_job(server, parse_body(ChatBody, await server.read_body(request)))
-        return server.answer(job, ChatWriter(job))
+        body = parse_body(ChatBody, await server.read_body(request))
+        job = await chat_job(server, body)
+        return server.answer(job, ChatWriter(job, body))
 
 
 class ChatBody(GenerationBody):
@@ -44,6 +50,16 @@ class ChatBody(GenerationBody):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
+
+    @property
+    def ignored_fields(self) -> list[str]:
+        """Those of every body, and what is not read of messages, modes and formats."""
+        found = list(super().ignored_fields)
+        for i, message in enumerate(self.messages):
+            found += unknown_keys(f"messages[{i}]", message, _MESSAGE_KEYS)
+        found += unknown_keys("thinking", self.thinking, ("type",))
+        found += unknown_keys("chat_template_kwargs", self.chat_template_kwargs, ("thinking", "enable_thinking"))
+        return sorted((*found, *unknown_keys("response_format", self.response_format, ("type", "json_schema"))))
 
     def new_tokens(self) -> int | None:
         """Most tokens to generate; None is as many as the context holds."""
@@ -135,6 +151,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
     codec, request_id = server.codec, f"chatcmpl-{uuid.uuid4().hex}"
     server.check_model(body.model)
     body.check_content()
+    body.check_scores()
     asked, logprobs, stops = body.new_tokens(), body.num_logprobs(), body.stops()
     thinking, effort = body.mode(server.default_thinking)
     tools, response_format = body.prompt_tools(), body.prompt_format()
@@ -155,6 +172,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
             max_tokens=room if asked is None else asked,
             vocab_size=codec.vocab_size,
             logprobs=logprobs,
+            prompt_logprobs=body.prompt_logprobs,
         )
         choice = Choice(
             codec,
@@ -173,6 +191,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
         len(prompt),
         stream=bool(body.stream),
         include_usage=include_usage,
+        continuous_usage=body.continuous_usage(),
         scored=logprobs is not None,
         thinking=thinking,
         fingerprint=server.fingerprint,
@@ -185,13 +204,19 @@ class ChatWriter:
 
     path = PATH
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, body: ChatBody) -> None:
         self._job = job
+        self._prompt_logprobs = body.prompt_logprobs
         self._greeted: set[int] = set()
 
     def whole(self, usage: Usage) -> dict[str, Any]:
         choices = [self._choice(index, part.choice) for index, part in enumerate(self._job.parts)]
-        return {**head(self._job, "chat.completion"), "choices": choices, "usage": usage.to_dict()}
+        said = {**head(self._job, "chat.completion"), "choices": choices, "usage": usage.to_dict()}
+        if self._prompt_logprobs is not None:
+            part = self._job.parts[0]  # of all choices the same
+            scores = part.prompt_scores or ()
+            said["prompt_logprobs"] = prompt_logprobs(self._job.codec, part.prompt, scores, self._prompt_logprobs)
+        return said
 
     def begin(self) -> bytes:
         return b""
@@ -212,7 +237,8 @@ class ChatWriter:
                 chunk["logprobs"] = chat_logprobs(self._job.codec, delta.tokens)
             data += self._event([chunk])
         if finish is not None:
-            data += self._event([_chunk(index, {}, finish)])
+            stop_reason = self._job.parts[index].choice.stop_reason
+            data += self._event([{**_chunk(index, {}, finish), "stop_reason": stop_reason}])
         return data
 
     def end(self, usage: Usage) -> bytes:
@@ -227,12 +253,14 @@ class ChatWriter:
         if job.thinking:
             message["reasoning_content"] = delta.reasoning
         scores = chat_logprobs(job.codec, delta.tokens) if job.scored else None
-        return {"index": index, "message": message, "logprobs": scores, "finish_reason": choice.finish_reason}
+        ended = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        return {"index": index, "message": message, "logprobs": scores, **ended}
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> bytes:
         body = head(self._job, "chat.completion.chunk")
         body["choices"] = choices
         if self._job.include_usage:
+            usage = self._job.usage() if self._job.continuous_usage else usage
             body["usage"] = None if usage is None else usage.to_dict()
         return event(body)
 
