@@ -257,6 +257,9 @@ class Engine:
             return self._fail_steps([spans], error)
         finally:
             self._launch_s += time.perf_counter() - began
+        for span in spans:
+            if not span.request.first_step_s:
+                span.request.first_step_s = began
         self.scheduler.commit(spans)
         self._flights.append(_Flight(spans, ticket))
         return []
@@ -322,6 +325,7 @@ class Engine:
             request.id,
             prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
             cached_tokens=request.num_cached if first else 0,
+            queued_s=request.first_step_s - request.made_s if first else 0.0,
         )
         for token, logprob in zip(tokens, logprobs, strict=True):
             if token is None:

@@ -30,13 +30,14 @@ class Output:
     `finish_reason` is `stop`, `length`, `cancelled` or `error`; an `error` carries its reason. The end-of-sequence
     token arrives like any other, in the Output that says `stop`. `prompt_scores` comes once, with the first
     Output, when asked for: one entry a prompt token, None for the first. `cached_tokens`: of the prompt, those that
-    were not computed; comes with the first token, else 0.
+    were not computed; `queued_s`: seconds waited for the first step. Both come with the first token, else 0.
     """
 
     token_id: int | None = None
     score: Score | None = None
     prompt_scores: Sequence[Score | None] | None = None
     cached_tokens: int = 0
+    queued_s: float = 0.0
     finish_reason: str | None = None
     error: Dsv4cError | None = None
 
