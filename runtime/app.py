@@ -16,14 +16,18 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
-from dsv4c.errors import Dsv4cError
-from dsv4c.runtime.answer import error_response
+from dsv4c.errors import Dsv4cError, RequestError
 from dsv4c.runtime.completion import TextCodec
 from dsv4c.runtime.endpoints import ENDPOINTS
+from dsv4c.runtime.gate import Gate
+from dsv4c.runtime.keys import KeyRing
+from dsv4c.runtime.operations import Operations
 from dsv4c.runtime.protocol import error_body, error_kind
-from dsv4c.runtime.server import MAX_BODY_BYTES, Server
+from dsv4c.runtime.record import record_of
+from dsv4c.runtime.server import Server
 from dsv4c.runtime.service import Engine
 
 
@@ -34,13 +38,13 @@ def create_app(
     *,
     default_thinking: bool = False,
     strict: bool = False,
-    max_body_bytes: int = MAX_BODY_BYTES,
+    operations: Operations | None = None,
     fingerprint: str | None = None,
 ) -> FastAPI:
     """The application for one engine that runs in a thread of its own; the caller starts and stops it.
 
     `default_thinking`: chat requests that do not say. `strict`: unknown fields are errors, not a response header.
-    `fingerprint`: `system_fingerprint` of responses, for reproducibility with `seed`.
+    `operations`: keys, limits, deadlines. `fingerprint`: `system_fingerprint` of responses, to reproduce with `seed`.
     """
     server = Server(
         engine,
@@ -48,7 +52,7 @@ def create_app(
         model_name,
         default_thinking=default_thinking,
         strict=strict,
-        max_body_bytes=max_body_bytes,
+        operations=operations,
         fingerprint=fingerprint,
     )
 
@@ -56,7 +60,7 @@ def create_app(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         server.bind_loop()
         yield
-        server.abort_all()
+        server.unbind_loop()
 
     app = FastAPI(
         title="dsv4c",
@@ -69,7 +73,22 @@ def create_app(
     _add_error_handlers(app, server)
     for add in ENDPOINTS:
         add(app, server)
+    _add_middleware(app, server.operations)
     return app
+
+
+def _add_middleware(app: FastAPI, operations: Operations) -> None:
+    """The gate, and around it CORS where it is wanted, so that a browser can read a refusal and ask beforehand."""
+    keys = KeyRing(operations.api_keys)
+    app.add_middleware(Gate, keys=keys, max_inflight=operations.max_inflight, observers=operations.observers)
+    if operations.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(operations.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-ignored-fields", "retry-after"],
+        )
 
 
 def _add_error_handlers(app: FastAPI, server: Server) -> None:
@@ -85,8 +104,10 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
 
     @app.exception_handler(Dsv4cError)
     async def deliberate(request: Request, error: Dsv4cError) -> JSONResponse:
-        response = error_response(error, server.error_shapes.get(request.scope["path"]))
+        response = server.refusal(error, request.scope["path"])
         count(request, response.status_code)
+        if (record := record_of(request.scope)) is not None:
+            record.error = error.code if isinstance(error, RequestError) else "engine_error"
         if response.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             response.headers["connection"] = "close"  # the rest of the body will not be read
         return response
@@ -103,4 +124,6 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, _error: Exception) -> JSONResponse:
         count(request, 500)
-        return shaped(request, error_body("internal error", kind=error_kind(500), code="internal_error"), 500)
+        record = record_of(request.scope)
+        headers = None if record is None else {"x-request-id": record.request_id}
+        return shaped(request, error_body("internal error", kind=error_kind(500), code="internal_error"), 500, headers)

@@ -50,6 +50,8 @@ class EngineStats:
 
     running: int = 0
     waiting: int = 0
+    max_waiting: int = 0
+    """How many may wait; more are refused. 0: not said."""
     pages_used: Mapping[str, int] = field(default_factory=dict)
     pages_total: Mapping[str, int] = field(default_factory=dict)
     pages_cached: Mapping[str, int] = field(default_factory=dict)
@@ -378,6 +380,7 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting) + ahead,
+            max_waiting=self.scheduler.limits.max_waiting,
             pages_used=self.pool.used_pages(),
             pages_total=self.pool.total_pages(),
             pages_cached=self.pool.idle_pages(),

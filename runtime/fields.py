@@ -20,7 +20,7 @@ MAX_SEQUENCES = 256  # prompts times n in one HTTP request: a batch of an evalua
 MAX_STOPS = 16
 MANY = 2**31  # beyond any context; keeps absurd numbers out of messages
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
-_KNOBS = ("temperature", "top_p", "top_k", "min_p", "min_tokens", *_PENALTIES)
+_KNOBS = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "priority", *_PENALTIES)
 
 # Fields of the official client without meaning for one model on one machine, and hints of caching, which is automatic.
 _INERT = frozenset(
@@ -62,6 +62,7 @@ class GenerationBody(BaseModel):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    priority: int | None = Field(None, gt=-MANY, lt=MANY)
 
     def check_scores(self) -> None:
         """Raises RequestError for scores of the prompt in a stream, which has no place for them."""

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from dsv4c.runtime.operations import Operations
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.scheduler import Limits
 from tests.runtime.live import EOS, MODEL, Live, Paced, ToyCodec, start, start_toy, wait_for
@@ -150,7 +151,7 @@ BAD_BODIES: list[bytes] = [
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    server, _ = start_toy(max_body_bytes=LIMIT)
+    server, _ = start_toy(operations=Operations(max_body_bytes=LIMIT))
     yield server
     server.close()
 
