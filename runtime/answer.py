@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -149,7 +149,7 @@ ErrorShape = Callable[[dict[str, Any], int], dict[str, Any]]
 
 
 def error_response(error: Dsv4cError, shape: ErrorShape | None = None, retry_after_s: int = 1) -> JSONResponse:
-    """The OpenAI error body of a deliberate error, or the endpoint's own, with its status; a 503 says when to return."""
+    """The OpenAI error body of a deliberate error, or the endpoint's own; a 503 says when to return."""
     status = error.status if isinstance(error, RequestError) else 500
     headers = {"retry-after": str(retry_after_s)} if status == 503 else None
     body = error_dict(error)

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from dsv4c.errors import ConfigError
+from dsv4c.runtime.logs import log_request
 from dsv4c.runtime.record import Observer
 
 MAX_BODY_BYTES = 32 * 2**20  # a million tokens as ids, or as text of any script, with room to spare
@@ -35,7 +36,7 @@ class Operations:
     """Whether requests may say who goes first; else all come in the order in which they arrive."""
     page: bool = True
     """Whether `/` is the playground."""
-    observers: tuple[Observer, ...] = ()
+    observers: tuple[Observer, ...] = (log_request,)
     """Told of every request that has ended, in the event loop: they must not block."""
 
     def __post_init__(self) -> None:

@@ -21,20 +21,8 @@ from dsv4c.runtime.server import Server, offload
 PATH = "/v1/chat/completions"
 # What chat/messages.py reads of a message, and what the official client gives back of an answer.
 _MESSAGE_KEYS = frozenset(
-    [
-        "role",
-        "content",
-        "reasoning_content",
-        "tool_calls",
-        "tool_call_id",
-        "prefix",
-        "wo_eos",
-        "task",
-        "tools",
-        "response_format",
-        "refusal",
-        "annotations",
-    ]
+    """role content reasoning_content tool_calls tool_call_id prefix wo_eos task tools response_format
+    refusal annotations""".split()
 )
 
 
