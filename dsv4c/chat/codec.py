@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4c.chat.encoding import awaits_completion, encode_messages
-from dsv4c.chat.parse import ReasoningSplitter
+from dsv4c.chat.parse import AnswerParser
 from dsv4c.chat.prompts import Release
 from dsv4c.chat.tokenizer import Detokenizer, Tokenizer
 from dsv4c.errors import RequestError
@@ -24,9 +24,9 @@ class ChatCodec:
         token_bytes(id) -> bytes
         detokenizer() -> Detokenizer            push(id) -> text, flush() -> text; without special tokens
         chat_prompt(messages, ...) -> ids       BOS included
-        splitter(thinking) -> ReasoningSplitter push(text) -> (reasoning, content), flush() -> the same
+        parser(thinking) -> AnswerParser        push(text) -> pieces, flush() -> pieces: (kind, text)
 
-    Safe to share between threads; what `detokenizer` and `splitter` return belongs to one completion.
+    Safe to share between threads; what `detokenizer` and `parser` return belongs to one completion.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, release: Release = "preview") -> None:
@@ -85,5 +85,5 @@ class ChatCodec:
             )
         return self.encode(text)
 
-    def splitter(self, thinking: bool) -> ReasoningSplitter:
-        return ReasoningSplitter(thinking)
+    def parser(self, thinking: bool) -> AnswerParser:
+        return AnswerParser(thinking)

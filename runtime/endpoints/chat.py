@@ -178,7 +178,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
             codec,
             index=number,
             stops=stops,
-            splitter=codec.splitter(thinking),
+            parser=codec.parser(thinking),
             scored=logprobs is not None,
             min_tokens=params.min_tokens,
         )

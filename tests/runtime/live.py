@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import torch
 
-from dsv4c.chat.parse import ReasoningSplitter
+from dsv4c.chat.parse import AnswerParser
 from dsv4c.errors import RequestError
 from dsv4c.runtime.app import create_app
 from dsv4c.runtime.engine import Engine
@@ -72,8 +72,8 @@ class ToyCodec:
     def detokenizer(self) -> _Detokenizer:
         return _Detokenizer()
 
-    def splitter(self, thinking: bool) -> ReasoningSplitter:
-        return ReasoningSplitter(thinking)
+    def parser(self, thinking: bool) -> AnswerParser:
+        return AnswerParser(thinking)
 
     def chat_prompt(
         self,
