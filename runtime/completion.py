@@ -77,6 +77,12 @@ class TextCodec(Protocol):
         response_format: Mapping[str, Any] | None,
     ) -> list[int]: ...
 
+    def in_reasoning(self, prompt: Sequence[int], /) -> bool:
+        """Whether the completion of this chat prompt begins with reasoning."""
+
+    def call_start(self, name: str | None, /) -> str:
+        """How a completion that calls a function begins, up to its name; None: the name is the model's choice."""
+
     def parser(self, thinking: bool, /) -> AnswerParser: ...
 
 

@@ -46,6 +46,11 @@ def render_calls(calls: Sequence[ToolCall]) -> str:
     return "\n".join([CALLS_OPEN, *invokes, CALLS_CLOSE])
 
 
+def call_start(name: str | None) -> str:
+    """What precedes the first parameter of the first call; without a name, what precedes that."""
+    return f"\n\n{CALLS_OPEN}\n{_INVOKE_OPEN}" + ("" if name is None else f'{name}">\n')
+
+
 def is_json(text: str) -> bool:
     """Whether this is JSON; text that is nested too deeply for the parser is not."""
     return _load_json(text) is not _INVALID

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: messages, thinking modes, reasoning apart from content."""
+"""/v1/chat/completions: messages, thinking modes, reasoning and tool calls apart from content."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from starlette.responses import Response
 
 from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
-from dsv4c.runtime.completion import Choice, Delta, chat_logprobs, prompt_logprobs
+from dsv4c.runtime.completion import CallDelta, Choice, Delta, chat_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MANY, GenerationBody, unknown_keys
 from dsv4c.runtime.params import MAX_LOGPROBS
 from dsv4c.runtime.protocol import Usage, parse_body, refuse
 from dsv4c.runtime.server import Server, offload
+from dsv4c.runtime.tools import ToolPlan, read_tools
 
 PATH = "/v1/chat/completions"
 # What chat/messages.py reads of a message, and what the official client gives back of an answer.
@@ -104,14 +105,9 @@ class ChatBody(GenerationBody):
         thinking = next(iter(said.values()), default_thinking)
         return thinking, None if effort == "none" else effort
 
-    def prompt_tools(self) -> list[dict[str, Any]] | None:
-        """The tools the prompt shows. Raises RequestError for a choice that cannot be kept."""
-        choice = "auto" if self.tool_choice is None else self.tool_choice
-        if choice == "none":
-            return None
-        if choice != "auto":
-            refuse("`tool_choice` must be `auto` or `none`; forcing a call is not supported", "tool_choice")
-        return self.tools or None
+    def tool_plan(self) -> ToolPlan:
+        """How tools are used. Raises RequestError for a tool or a choice that is not understood."""
+        return read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def prompt_format(self) -> dict[str, Any] | None:
         """The response format the prompt shows: the model is told, not forced."""
@@ -154,16 +150,23 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
     body.check_scores()
     asked, logprobs, stops = body.new_tokens(), body.num_logprobs(), body.stops()
     thinking, effort = body.mode(server.default_thinking)
-    tools, response_format = body.prompt_tools(), body.prompt_format()
+    plan, response_format = body.tool_plan(), body.prompt_format()
     include_usage = body.include_usage()
     headers = server.extra_headers(request_id, body.ignored_fields)
 
     def encode(messages: list[dict[str, object]]) -> list[int]:
         return codec.chat_prompt(
-            messages, thinking=thinking, effort=effort, tools=tools, response_format=response_format
+            messages, thinking=thinking, effort=effort, tools=plan.shown, response_format=response_format
         )
 
-    prompt = await offload(encode, body.messages, len(json.dumps([body.messages, tools])))
+    prompt = await offload(encode, body.messages, len(json.dumps([body.messages, plan.shown])))
+    reasons, begun = codec.in_reasoning(prompt), ""
+    if plan.forced:
+        if reasons:
+            hint = "ask without thinking, or with `tool_choice: auto`"
+            refuse("`tool_choice` cannot force a call after thinking", "tool_choice", hint=hint)
+        begun = codec.call_start(plan.forced[0] if len(plan.forced) == 1 else None)
+        prompt = prompt + codec.encode(begun)
     room = server.room(len(prompt), asked, "messages")
     parts = []
     for number in range(body.num_choices):
@@ -178,7 +181,9 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
             codec,
             index=number,
             stops=stops,
-            parser=codec.parser(thinking),
+            parser=codec.parser(reasons),
+            begun=begun,
+            max_calls=plan.max_calls,
             scored=logprobs is not None,
             min_tokens=params.min_tokens,
         )
@@ -227,11 +232,13 @@ class ChatWriter:
             self._greeted.add(index)
             data = self._event([_chunk(index, {"role": "assistant", "content": ""})])
         if delta:
-            said: dict[str, str] = {}
+            said: dict[str, Any] = {}
             if delta.reasoning:
                 said["reasoning_content"] = delta.reasoning
-            if delta.content or not delta.reasoning:
+            if delta.content or not (delta.reasoning or delta.tool_calls):
                 said["content"] = delta.content
+            if delta.tool_calls:
+                said["tool_calls"] = [_call(call, streamed=True) for call in delta.tool_calls]
             chunk = _chunk(index, said)
             if self._job.scored:
                 chunk["logprobs"] = chat_logprobs(self._job.codec, delta.tokens)
@@ -249,7 +256,13 @@ class ChatWriter:
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         job, delta = self._job, choice.take()
-        message: dict[str, Any] = {"role": "assistant", "content": delta.content}
+        calls = [_call(call, streamed=False) for call in delta.tool_calls]
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if calls and not delta.content else delta.content,
+        }
+        if calls:
+            message["tool_calls"] = calls
         if job.thinking:
             message["reasoning_content"] = delta.reasoning
         scores = chat_logprobs(job.codec, delta.tokens) if job.scored else None
@@ -265,5 +278,14 @@ class ChatWriter:
         return event(body)
 
 
-def _chunk(index: int, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
+def _call(call: CallDelta, streamed: bool) -> dict[str, Any]:
+    said: dict[str, Any] = {"index": call.index} if streamed else {}
+    function = {"arguments": call.arguments}
+    if call.id is not None:
+        said |= {"id": call.id, "type": "function"}
+        function = {"name": call.name or "", **function}
+    return {**said, "function": function}
+
+
+def _chunk(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}

@@ -10,8 +10,8 @@ BLOCK_PARTS = (
     "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>", "<｜DSML｜toolcalls>", '<｜DSML｜invoke name="f">',
     '<｜DSML｜invoke name="', 'f">', "</｜DSML｜invoke>", '<｜DSML｜parameter name="', 'k" string="true">',
     'k" string="false">', '<｜DSML｜parameter name="k" string="true">', '<｜DSML｜parameter name="k" string="false">',
-    "</｜DSML｜parameter>", "</｜DSML｜param>", "<｜DSML｜", "</｜DSML｜", "｜DSML｜", '｜DSML｜invoke name="g">', "[1, 2]",
-    '{"a": 1}', "\n\n<｜DSML｜tool_calls>\n", "Paris", "DSML｜", "｜DS",
+    "</｜DSML｜parameter>", "</｜DSML｜param>", "<｜DSML｜", "</｜DSML｜", "｜DSML｜", "[1, 2]",
+    '｜DSML｜invoke name="g">', '{"a": 1}', "\n\n<｜DSML｜tool_calls>\n", "Paris", "DSML｜", "｜DS",
 )  # fmt: skip
 """Whole tags, broken ones, and what stands between them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -51,18 +52,25 @@ def content_of(pieces: list[Piece]) -> str:
 PARTS = st.one_of(
     st.sampled_from(BLOCK_PARTS),
     st.text(max_size=3),
-    st.sampled_from(["</think>", "</thi", "<", "nk>", "\n\n", "\n", " ", "<think>", "é", '">', "{}", "3", "/", "｜", "DSML"]),
+    st.sampled_from(
+        ["</think>", "</thi", "<", "nk>", "\n\n", "\n", " ", "<think>", "é", '">', "{}", "3", "/", "｜", "DSML"]
+    ),
 )
 TEXTS = st.lists(PARTS, max_size=16).map("".join)
 
 
 @cases(2000)
-@given(pieces=st.lists(PARTS, max_size=16), cuts=st.lists(st.integers(0, 200), max_size=8), thinking=st.booleans(), truncated=st.booleans())
+@given(
+    pieces=st.lists(PARTS, max_size=16),
+    cuts=st.lists(st.integers(0, 200), max_size=8),
+    thinking=st.booleans(),
+    truncated=st.booleans(),
+)
 @example(pieces=["<｜DSML｜tool_calls>", CALL[:70], CALL[70:]], cuts=[], thinking=False, truncated=False)
 def test_any_cut_gives_the_same(pieces: list[str], cuts: list[int], thinking: bool, truncated: bool) -> None:
     text = "".join(pieces)
     edges = [0, *sorted(cuts), len(text)]
-    cut = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    cut = [text[a:b] for a, b in itertools.pairwise(edges)]
     whole = parse([text], thinking, truncated)
     assert parse(pieces, thinking, truncated) == whole
     assert parse(list(text), thinking, truncated) == whole
@@ -148,7 +156,16 @@ def test_whole_completion() -> None:
 
 def test_calls_stream_as_they_come() -> None:
     parser = AnswerParser(False)
-    deltas = ["I ", "look.\n", "\n<", DSML, "tool_calls", '>\n<｜DSML｜invoke name="f', '">', '\n<｜DSML｜parameter name="q" string']
+    deltas = [
+        "I ",
+        "look.\n",
+        "\n<",
+        DSML,
+        "tool_calls",
+        '>\n<｜DSML｜invoke name="f',
+        '">',
+        '\n<｜DSML｜parameter name="q" string',
+    ]
     assert [parser.push(delta) for delta in deltas] == [
         [("content", "I ")], [("content", "look.")], [], [], [], [], [("call", "f")], [],
     ]  # fmt: skip
@@ -158,7 +175,11 @@ def test_calls_stream_as_they_come() -> None:
     assert parser.push(">\n<｜DSML｜parameter") == [("arguments", '"')]
     assert joined(parser.push(' name="n" string="false">[1,')) == [("arguments", ', "n": ')]
     assert parser.push("2]") == [], "only its end shows that it is JSON"
-    assert parser.push("</｜DSML｜parameter>\n</｜DSML｜invoke>") == [("arguments", "[1,2]"), ("arguments", "}"), ("call_end", "")]
+    assert parser.push("</｜DSML｜parameter>\n</｜DSML｜invoke>") == [
+        ("arguments", "[1,2]"),
+        ("arguments", "}"),
+        ("call_end", ""),
+    ]
     assert parser.push("\n</｜DSML｜tool_calls>") == []
     assert parser.flush() == []
 
