@@ -18,6 +18,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -32,11 +33,12 @@ from dsv4c.runtime.completion import (
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.protocol import Usage, error_body, error_kind
-from dsv4c.runtime.service import Group, Output
+from dsv4c.runtime.record import RequestRecord, record_of
+from dsv4c.runtime.service import Group, Output, Score
+from dsv4c.runtime.timing import Clocks
 
 DONE = b"data: [DONE]\n\n"  # how OpenAI's streams end
 CLIENT_GONE = 499  # nginx's number for a client that closed the connection; never sent, only counted
-_RETRY_AFTER_S = 1  # a decode step or two frees pages; a client that backs off further does so by itself
 
 
 @dataclass
@@ -48,6 +50,12 @@ class Part:
     choice: Choice
     echoed: list[ScoredToken] = field(default_factory=list)
     """The prompt's tokens, where they are echoed; there before the choice's first delta."""
+    prompt_scores: Sequence[Score | None] | None = None
+    """Of the prompt's tokens, where asked for; there before the choice's first delta."""
+    cached_tokens: int = 0
+    """Of the prompt, those that were not computed."""
+    logprob: float = 0.0
+    """Sum over the tokens generated, where they are scored."""
 
 
 @dataclass
@@ -61,6 +69,8 @@ class Job:
     num_prompt_tokens: int
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
+    """Every chunk carries the usage so far."""
     echo: bool = False
     scored: bool = False
     score_only: bool = False
@@ -69,6 +79,16 @@ class Job:
     fingerprint: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        choices = [part.choice for part in self.parts]
+        reasoning = sum(choice.num_reasoning_tokens for choice in choices) if self.thinking else None
+        cached: dict[int, int] = {}  # of a prompt with several choices, what the one that found least has found
+        for part in self.parts:
+            cached[id(part.prompt)] = min(part.cached_tokens, cached.get(id(part.prompt), part.cached_tokens))
+        num_tokens = sum(choice.num_tokens for choice in choices)
+        return Usage(self.num_prompt_tokens, num_tokens, reasoning, sum(cached.values()))
 
 
 class Writer(Protocol):
@@ -108,11 +128,32 @@ def head(job: Job, kind: str) -> dict[str, Any]:
     return said
 
 
-def error_response(error: Dsv4cError) -> JSONResponse:
-    """The OpenAI error body of a deliberate error, with its status."""
+class Host(Protocol):
+    """What an answer asks of the server that gives it."""
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    def group(self, timeout_s: float | None = None) -> AbstractAsyncContextManager[Group]:
+        """Where the job runs, for `timeout_s` at most."""
+
+    def timeout_s(self, header: str | None, /) -> float | None:
+        """Seconds that a request with this `x-request-timeout` may take. Raises RequestError."""
+
+    def refusal(self, error: Dsv4cError, path: str, /) -> JSONResponse:
+        """The response to a request for this path that is refused."""
+
+
+ErrorShape = Callable[[dict[str, Any], int], dict[str, Any]]
+"""An endpoint's own error body, from OpenAI's and the status."""
+
+
+def error_response(error: Dsv4cError, shape: ErrorShape | None = None, retry_after_s: int = 1) -> JSONResponse:
+    """The OpenAI error body of a deliberate error, or the endpoint's own; a 503 says when to return."""
     status = error.status if isinstance(error, RequestError) else 500
-    headers = {"retry-after": str(_RETRY_AFTER_S)} if status == 503 else None
-    return JSONResponse(error_dict(error), status, headers=headers)
+    headers = {"retry-after": str(retry_after_s)} if status == 503 else None
+    body = error_dict(error)
+    return JSONResponse(body if shape is None else shape(body, status), status, headers=headers)
 
 
 def error_dict(error: Dsv4cError) -> dict[str, Any]:
@@ -126,34 +167,35 @@ def error_dict(error: Dsv4cError) -> dict[str, Any]:
 class Answer(Response):
     """The ASGI response of a job. It submits the job, relays what comes, and leaves nothing running behind."""
 
-    def __init__(
-        self, job: Job, writer: Writer, open_group: Callable[[], AbstractAsyncContextManager[Group]], metrics: Metrics
-    ) -> None:
+    def __init__(self, job: Job, writer: Writer, host: Host) -> None:
         self.background = None
         self._job = job
         self._writer = writer
-        self._open_group = open_group
-        self._metrics = metrics
-        self._start_s = time.perf_counter()
-        self._first_s: dict[int, float] = {}
-        self._cached = [0] * len(job.parts)
+        self._host = host
+        self._clocks = Clocks(host.metrics)
+        self._error: str | None = None
         self._begun = False
         self._status = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._open_group() as group:
+        timeout_s = self._host.timeout_s(Headers(scope=scope).get("x-request-timeout"))
+        async with self._host.group(timeout_s) as group:
             watch = asyncio.create_task(_watch(receive, group))
             try:
                 await self._answer(group, send)
             except Dsv4cError as error:
                 await self._fail(error, scope, receive, send)
+            except asyncio.CancelledError:
+                if not group.given_up:
+                    raise
+                self._status, self._error = CLIENT_GONE, "stalled"  # uvicorn closes the connection: nothing was ended
             finally:
                 watch.cancel()
-        self._count()
+        self._count(record_of(scope))
 
     async def _answer(self, group: Group, send: Send) -> None:
         job = self._job
-        stream = _Stream(job, self._writer, send) if job.stream else None
+        stream = _Stream(job, self._writer, group, send) if job.stream else None
         for index, part in enumerate(job.parts):
             if job.echo and not job.scored:
                 part.echoed = score_prompt(job.codec, part.prompt)
@@ -169,7 +211,7 @@ class Answer(Response):
                 await stream.relay({index for index, _ in batch})
         self._begun = True
         if stream is not None:
-            await stream.close(self._usage())
+            await stream.close(self._job.usage())
             return
         await self._send_whole(send)
 
@@ -177,15 +219,21 @@ class Answer(Response):
         """Feeds one output of the engine to its choice."""
         job, part, token = self._job, self._job.parts[index], output.token_id
         choice = part.choice
-        self._cached[index] += output.cached_tokens
-        if output.prompt_scores is not None and job.echo:
-            part.echoed = score_prompt(job.codec, part.prompt, output.prompt_scores)
+        part.cached_tokens += output.cached_tokens
+        if output.score is not None:
+            part.logprob += output.score[0]
+        if output.prompt_scores is not None:
+            part.prompt_scores = output.prompt_scores
+            if job.echo:
+                part.echoed = score_prompt(job.codec, part.prompt, output.prompt_scores)
         if token is not None and job.score_only:
             choice.end("length")
         elif token is not None:
-            self._time_first(index)
+            self._clocks.token(index, output.queued_s)
             if output.finish_reason == "stop":
                 choice.end("stop", hidden_token=True)
+                if choice.stop_reason is None and token not in job.codec.eos_token_ids:
+                    choice.stop_reason = token
             else:
                 choice.push(token, output.score)
         if output.finish_reason is not None:
@@ -193,59 +241,48 @@ class Answer(Response):
         elif choice.finish_reason is not None:
             group.cancel(index)  # by a stop string: the engine knows nothing of text
         if choice.finish_reason is not None:
-            self._time_end(index)
+            self._clocks.sequence_ended(index, choice.num_tokens)
 
     async def _send_whole(self, send: Send) -> None:
-        data = json.dumps(self._writer.whole(self._usage()), separators=(",", ":")).encode()
+        data = json.dumps(self._writer.whole(self._job.usage()), separators=(",", ":")).encode()
         headers = {"content-type": "application/json", "content-length": str(len(data)), **self._job.headers}
         await send(_start(headers))
         await send({"type": "http.response.body", "body": data})
 
     async def _fail(self, error: Dsv4cError, scope: Scope, receive: Receive, send: Send) -> None:
         self._status = error.status if isinstance(error, RequestError) else 500
+        self._error = error.code if isinstance(error, RequestError) else "engine_error"
         if self._status == CLIENT_GONE:
             return
         if not self._begun:
-            await error_response(error)(scope, receive, send)
+            await self._host.refusal(error, self._writer.path)(scope, receive, send)
             return
         await send({"type": "http.response.body", "body": self._writer.fail(error), "more_body": False})
 
-    def _usage(self) -> Usage:
-        choices = [part.choice for part in self._job.parts]
-        reasoning = sum(choice.num_reasoning_tokens for choice in choices) if self._job.thinking else None
-        cached: dict[int, int] = {}  # of a prompt with several choices, what the one that found least has found
-        for part, tokens in zip(self._job.parts, self._cached, strict=True):
-            cached[id(part.prompt)] = min(tokens, cached.get(id(part.prompt), tokens))
-        num_tokens = sum(choice.num_tokens for choice in choices)
-        return Usage(self._job.num_prompt_tokens, num_tokens, reasoning, sum(cached.values()))
-
-    def _time_first(self, index: int) -> None:
-        if index not in self._first_s:
-            self._first_s[index] = time.perf_counter()
-            self._metrics.first_token.observe(self._first_s[index] - self._start_s)
-
-    def _time_end(self, index: int) -> None:
-        num_tokens = self._job.parts[index].choice.num_tokens
-        if index in self._first_s and num_tokens > 1:
-            self._metrics.output_token.observe((time.perf_counter() - self._first_s[index]) / (num_tokens - 1))
-
-    def _count(self) -> None:
-        metrics, job = self._metrics, self._job
-        metrics.responses.labels(self._writer.path, str(self._status)).inc()
-        metrics.request.observe(time.perf_counter() - self._start_s)
-        metrics.prompt_tokens.inc(job.num_prompt_tokens)
-        for part in job.parts:
-            reason = part.choice.finish_reason or ("cancelled" if self._status == CLIENT_GONE else "error")
-            metrics.finished.labels(reason).inc()
-            metrics.generation_tokens.inc(part.choice.num_tokens)
+    def _count(self, record: RequestRecord | None) -> None:
+        """Tells the metrics and the request's record how it went."""
+        job = self._job
+        reason = "cancelled" if self._status == CLIENT_GONE else "error"
+        sequences = [(len(part.prompt), part.params.max_tokens, part.choice) for part in job.parts]
+        self._clocks.ended(self._writer.path, self._status, reason, job.num_prompt_tokens, sequences)
+        if record is None:
+            return
+        usage = job.usage()
+        record.status, record.error = self._status, self._error
+        record.response_id, record.model, record.stream = job.request_id, job.model, job.stream
+        record.prompt_tokens, record.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+        record.completion_tokens = usage.completion_tokens
+        record.finish_reasons = tuple(part.choice.finish_reason or reason for part in job.parts)
+        self._clocks.fill(record)
 
 
 class _Stream:
     """Server-sent events of one job."""
 
-    def __init__(self, job: Job, writer: Writer, send: Send) -> None:
+    def __init__(self, job: Job, writer: Writer, group: Group, send: Send) -> None:
         self._job = job
         self._writer = writer
+        self._group = group
         self._send = send
         self._open = False
         self._ended: set[int] = set()
@@ -254,12 +291,18 @@ class _Stream:
         """Sends what became visible of these choices."""
         data = b"".join([await self._begin(), *(self._chunks(index) for index in sorted(indices))])
         if data:
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            await self._push({"type": "http.response.body", "body": data, "more_body": True})
 
     async def close(self, usage: Usage) -> None:
         """Sends the rest and the end."""
         await self.relay(set(range(len(self._job.parts))) - self._ended)
-        await self._send({"type": "http.response.body", "body": self._writer.end(usage), "more_body": False})
+        await self._push({"type": "http.response.body", "body": self._writer.end(usage), "more_body": False})
+
+    async def _push(self, message: Message) -> None:
+        """Sends, and lets the group know for how long the client has not taken it."""
+        self._group.sending_since_s = time.monotonic()  # the clock of event loops
+        await self._send(message)
+        self._group.sending_since_s = None
 
     async def _begin(self) -> bytes:
         if self._open:

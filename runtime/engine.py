@@ -50,6 +50,8 @@ class EngineStats:
 
     running: int = 0
     waiting: int = 0
+    max_waiting: int = 0
+    """How many may wait; more are refused. 0: not said."""
     pages_used: Mapping[str, int] = field(default_factory=dict)
     pages_total: Mapping[str, int] = field(default_factory=dict)
     pages_cached: Mapping[str, int] = field(default_factory=dict)
@@ -257,6 +259,9 @@ class Engine:
             return self._fail_steps([spans], error)
         finally:
             self._launch_s += time.perf_counter() - began
+        for span in spans:
+            if not span.request.first_step_s:
+                span.request.first_step_s = began
         self.scheduler.commit(spans)
         self._flights.append(_Flight(spans, ticket))
         return []
@@ -322,6 +327,7 @@ class Engine:
             request.id,
             prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
             cached_tokens=request.num_cached if first else 0,
+            queued_s=request.first_step_s - request.made_s if first else 0.0,
         )
         for token, logprob in zip(tokens, logprobs, strict=True):
             if token is None:
@@ -374,6 +380,7 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting) + ahead,
+            max_waiting=self.scheduler.limits.max_waiting,
             pages_used=self.pool.used_pages(),
             pages_total=self.pool.total_pages(),
             pages_cached=self.pool.idle_pages(),

@@ -8,21 +8,34 @@ knob is ignored unseen.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dsv4c.runtime.params import MAX_CHOICES, SamplingParams
+from dsv4c.runtime.params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 from dsv4c.runtime.protocol import refuse
 
 MAX_SEQUENCES = 256  # prompts times n in one HTTP request: a batch of an evaluation harness fits, a typo does not
 MAX_STOPS = 16
 MANY = 2**31  # beyond any context; keeps absurd numbers out of messages
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
-_KNOBS = ("temperature", "top_p", "top_k", "min_p", "min_tokens", *_PENALTIES)
+_KNOBS = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "priority", *_PENALTIES)
 
-# Fields of the official client that carry no meaning for one model on one machine.
-_INERT = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", "verbosity"))
+# Fields of the official client without meaning for one model on one machine, and hints of caching, which is automatic.
+_INERT = frozenset(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+)
+# Fields of vLLM's that have one value here: sent with it they change nothing, with another they are named.
+_FIXED = {
+    "add_special_tokens": False,
+    "detokenize": True,
+    "include_stop_str_in_output": False,
+    "length_penalty": 1.0,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "use_beam_search": False,
+}
 
 
 class GenerationBody(BaseModel):
@@ -48,6 +61,13 @@ class GenerationBody(BaseModel):
     min_tokens: int | None = Field(None, lt=MANY)
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    priority: int | None = Field(None, gt=-MANY, lt=MANY)
+
+    def check_scores(self) -> None:
+        """Raises RequestError for scores of the prompt in a stream, which has no place for them."""
+        if self.prompt_logprobs is not None and self.stream:
+            refuse("`prompt_logprobs` does not go with `stream: true`", "prompt_logprobs")
 
     @property
     def num_choices(self) -> int:
@@ -55,19 +75,33 @@ class GenerationBody(BaseModel):
 
     @property
     def ignored_fields(self) -> list[str]:
-        """Names of the fields that were sent and have no effect, unknown ones only."""
-        return sorted(set(self.model_extra or ()) - _INERT)
+        """Names of the fields that were sent and have no effect, those inside of objects too."""
+        extra = self.model_extra or {}
+        known = _INERT | {name for name, value in _FIXED.items() if extra.get(name) == value}
+        options = unknown_keys("stream_options", self.stream_options, ("include_usage", "continuous_usage_stats"))
+        return sorted((*unknown_keys("", extra, known), *options))
 
     def include_usage(self) -> bool:
         """Whether the stream ends with a usage chunk. Raises RequestError on bad stream options."""
+        wanted = self._stream_option("include_usage")
+        if self._stream_option("continuous_usage_stats") and not wanted:
+            param = "stream_options.continuous_usage_stats"
+            refuse(f"`{param}` needs `include_usage: true`", param)
+        return wanted
+
+    def continuous_usage(self) -> bool:
+        """Whether every chunk carries the usage so far."""
+        return self._stream_option("continuous_usage_stats")
+
+    def _stream_option(self, name: str) -> bool:
         options = self.stream_options
         if options is None:
             return False
         if not self.stream:
             refuse("`stream_options` needs `stream: true`", "stream_options")
-        value = options.get("include_usage", False)
+        value = options.get(name, False)
         if not isinstance(value, bool):
-            refuse("`stream_options.include_usage` must be true or false", "stream_options.include_usage")
+            refuse(f"`stream_options.{name}` must be true or false", f"stream_options.{name}")
         return value
 
     def stops(self) -> tuple[str, ...]:
@@ -87,7 +121,7 @@ class GenerationBody(BaseModel):
         """Token id -> bias. Raises RequestError for a key that is no token id."""
         result: dict[int, float] = {}
         for key, value in (self.logit_bias or {}).items():
-            digits = key.isascii() and key.isdigit() and len(key) < 12
+            digits = key.isascii() and key.isdigit() and len(key) < 12 and (key == "0" or key[0] != "0")
             if not digits or int(key) >= vocab_size:
                 refuse(f"`logit_bias` key `{key[:40]}` is not a token id below {vocab_size}", "logit_bias")
             result[int(key)] = value
@@ -126,3 +160,9 @@ class GenerationBody(BaseModel):
         )
         params.check_vocab(vocab_size)
         return params
+
+
+def unknown_keys(name: str, value: Mapping[str, Any] | None, known: Collection[str]) -> list[str]:
+    """The keys of an object that say something and are not known, as `name.key`. A null says nothing."""
+    prefix = f"{name}." if name else ""
+    return [prefix + key for key, given in (value or {}).items() if given is not None and key not in known]

@@ -70,6 +70,7 @@ def outputs_of(event: Event) -> list[Output]:
             score=_score(event.logprobs[i]) if event.logprobs else None,
             prompt_scores=prompt if i == 0 else None,
             cached_tokens=event.cached_tokens if i == 0 else 0,
+            queued_s=event.queued_s if i == 0 else 0.0,
             finish_reason=reason if i == last else None,
             error=error if i == last else None,
         )

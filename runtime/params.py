@@ -47,6 +47,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1
+    priority: int = 0
+    """Of those that wait, the lowest goes first, and among equals the one that came first."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from dsv4c.errors import RequestError
 
@@ -28,6 +30,12 @@ _REASONS = {  # pydantic's error types in our words
     "string_type": "must be a string",
     "too_short": "is empty",
 }
+
+_NOT_JSON = {  # the JSON parser's errors in our words
+    "recursion limit exceeded": "is nested too deeply",
+    "invalid unicode code point": "is not UTF-8",
+}
+_MAYBE_INFINITE = re.compile(rb"[0-9]{300}|[eE]\+?[0-9]{3}")  # what may exceed a double
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -59,18 +67,18 @@ def refuse(message: str, param: str | None, *, hint: str = "", status: int = 400
 
 
 def parse_json(raw: bytes) -> Mapping[str, Any]:
-    """The JSON object in a request body. Raises RequestError (400) for anything else, however nasty."""
+    """The JSON object in a request body. Raises RequestError (400) for anything else, however nasty.
+
+    Of at most 200 levels (the parser's limit): what is let in here can be walked and written by recursion.
+    """
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
-        if b"\\ud" in raw or b"\\uD" in raw:  # a lone surrogate is valid JSON and no text
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        refuse("the request body is nested too deeply", None, code="invalid_json")
-    except UnicodeError:
-        refuse("the request body is not UTF-8", None, code="invalid_json")
+        value = from_json(raw, allow_inf_nan=False)
+        if _MAYBE_INFINITE.search(raw):
+            json.dumps(value, allow_nan=False)  # the parser reads 1e999 as infinity
     except ValueError as error:
-        reason = str(error).split(";")[0]  # what follows is advice to Python programmers
-        refuse(f"the request body is not JSON: {reason}"[:200], None, code="invalid_json")
+        said = str(error)
+        reason = _NOT_JSON.get(said.split(" at line")[0], f"is not JSON: {said[0].lower()}{said[1:]}")
+        refuse(f"the request body {reason}"[:200], None, code="invalid_json")
     if not isinstance(value, dict):
         refuse("the request body must be a JSON object", None, code="invalid_json")
     return value
@@ -108,10 +116,6 @@ def error_kind(status: int) -> str:
 def logprob_number(value: float) -> float:
     """A finite logprob, as JSON has no infinity; -9999 is OpenAI's word for minus infinity."""
     return value if math.isfinite(value) else -9999.0
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"`{name}` is not a JSON number")
 
 
 def token_ids(value: list[Any], param: str, vocab_size: int) -> list[int]:

@@ -15,6 +15,7 @@ token at least; how many more is known when it is collected (`num_uncertain`), a
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -62,7 +63,8 @@ class Event:
     `tokens`: newly generated ids, a stop token included. `logprobs`: one for each, if asked for.
     `prompt_logprobs`: one for each token of the prompt, if asked for, all with the first event that has a token;
     that of the prompt's first token is None, as nothing predicts it. `cached_tokens`: of the prompt, those that were
-    not computed; with the first event that has a token, else 0.
+    not computed; `queued_s`: seconds from the request's making to its first step. Both come with the first event that
+    has a token, else 0.
     """
 
     request_id: str
@@ -70,6 +72,7 @@ class Event:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     cached_tokens: int = 0
+    queued_s: float = 0.0
     end: End | None = None
 
 
@@ -119,6 +122,9 @@ class Request:
         self.sampler: SamplerState | None = None
         self.slot = 0
         self.status: Status = "new"
+        self.made_s = time.perf_counter()
+        self.first_step_s = 0.0
+        """When its first step was launched, on the clock of `made_s`; 0 before."""
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprob | None] = []
         """Gathered chunk by chunk; preemption keeps them, so no row is asked for twice."""

@@ -2,14 +2,16 @@
 
     1. Every decoding request gets its one token, oldest first.
     2. What is left of the step's token budget goes to prompts being prefilled, oldest first, in chunks.
-    3. What is then left admits waiting requests, first come first served; nobody overtakes. One is admitted when
+    3. What is then left admits waiting requests, by priority, and first come first served among equals; nobody
+       overtakes the first of them. One is admitted when
        the pages it needs for all its tokens, on top of those its seniors still need for theirs, are free, or idle in
        the prefix cache, which also says where it resumes (reuse.py).
     4. Where pages run out, the newest running request is preempted: it loses its pages and its slot, returns to the
-       front of the queue, and recomputes prompt and generated tokens later. Nobody is admitted in such a step.
+       front of its equals in the queue, and recomputes prompt and generated tokens later. Nobody is admitted in such a
+       step.
 
 The oldest running request can always preempt the others, and a request that would not fit alone is refused on
-submission, so every step makes progress. Age is the order of submission; admission and preemption keep it.
+submission, so every step makes progress. Age is the order of admission, and preemption keeps it among equals.
 Pages move here and only here: `schedule` grows, `commit` evicts, `remove` and preemption release. What one plan has
 copied (`copies`) must be under way before its step is launched.
 
@@ -218,7 +220,7 @@ class Scheduler:
         asked = request.params.max_tokens
         request.max_tokens_total = request.num_prompt + asked if asked is not None else self._longest
         request.status = "waiting"
-        self.waiting.append(request)
+        self.waiting.insert(self._place(request.params.priority), request)
 
     def remove(self, request: Request) -> None:
         """Takes a waiting or running request out; its pages and slot go back. Its status becomes `ended`."""
@@ -382,8 +384,16 @@ class Scheduler:
         request.status = "waiting"
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self.waiting.insert(self._place(request.params.priority, first=True), request)
         return request
+
+    def _place(self, priority: int, *, first: bool = False) -> int:
+        """Where in the queue, which is sorted by priority: behind its equals, or before them."""
+        if first:
+            return next((i for i, r in enumerate(self.waiting) if r.params.priority >= priority), len(self.waiting))
+        if not self.waiting or self.waiting[-1].params.priority <= priority:
+            return len(self.waiting)
+        return next(i for i, r in enumerate(self.waiting) if r.params.priority > priority)
 
     def _release(self, request: Request) -> None:
         if self.prefix is not None:

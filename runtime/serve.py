@@ -1,6 +1,7 @@
 """Runs the app: bind early, serve, drain on SIGTERM or SIGINT.
 
-    bind() --> (load, capture: minutes) --> serve() --SIGTERM--> no new connections, requests in flight finish
+    bind() --> (load, capture: minutes) --> serve() --SIGTERM--> /ready says no, while requests still come (drain delay)
+                                                     ---------> no new connections, requests in flight finish
                                                      --deadline--> the rest is aborted with a clear error
                                                      --second SIGINT--> at once
 
@@ -13,16 +14,21 @@ import asyncio
 import errno
 import signal
 import socket
+import ssl
+import time
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from dsv4c.errors import InputError
+from dsv4c.runtime.logs import LogFormat, log_config
+from dsv4c.runtime.malformed import http_protocol
 from dsv4c.runtime.server import Server
+from dsv4c.runtime.tls import Tls
 
 DRAIN_S = 30.0  # what orchestrators grant between SIGTERM and SIGKILL by default
+_TICK_S = 0.1  # as often as uvicorn looks for signals
 _LAST_WORDS_S = 2  # for error events of aborted streams to reach their clients
 
 
@@ -56,27 +62,53 @@ def serve(
     *,
     sock: socket.socket | None = None,
     drain_s: float = DRAIN_S,
+    drain_delay_s: float = 0.0,
+    tls: Tls | None = None,
     log_level: str = "info",
+    log_format: LogFormat = "text",
 ) -> None:
     """Serves until a signal comes; returns when every request has ended or was aborted.
 
-    `sock`: what `bind` gave, in place of host and port. Raises InputError as `bind` does.
+    `sock`: what `bind` gave, in place of host and port. `drain_delay_s`: how long requests are still taken after the
+    signal, while `/ready` sends new clients elsewhere. Raises InputError as `bind` does.
     """
-    GracefulServer(app, sock or bind(host, port), drain_s=drain_s, log_level=log_level).run()
+    sock = sock or bind(host, port)
+    GracefulServer(
+        app, sock, drain_s=drain_s, drain_delay_s=drain_delay_s, tls=tls, log_level=log_level, log_format=log_format
+    ).run()
 
 
 class GracefulServer(uvicorn.Server):
     """uvicorn on a bound socket that aborts what is still running `drain_s` seconds after it was told to stop."""
 
-    def __init__(self, app: FastAPI, sock: socket.socket, *, drain_s: float = DRAIN_S, log_level: str = "info") -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        sock: socket.socket,
+        *,
+        drain_s: float = DRAIN_S,
+        drain_delay_s: float = 0.0,
+        tls: Tls | None = None,
+        log_level: str = "info",
+        log_format: LogFormat = "text",
+    ) -> None:
         self._sock = sock
         self._drain_s = drain_s
+        self._drain_delay_s = drain_delay_s
+        self._tls = tls
         self._app_server: Server = app.state.server
         super().__init__(
             uvicorn.Config(
                 app,
-                log_config=_log_config(log_level),
+                http=http_protocol(),
+                ws="none",
+                access_log=False,  # logs.log_request says more
+                log_config=log_config(log_level, log_format),
                 server_header=False,
+                ssl_certfile=None if tls is None else tls.certificate,
+                ssl_keyfile=None if tls is None else tls.key,
+                ssl_ca_certs=None if tls is None or tls.ca is None else str(tls.ca),
+                ssl_cert_reqs=ssl.CERT_NONE if tls is None or tls.ca is None else ssl.CERT_REQUIRED,
                 timeout_graceful_shutdown=int(drain_s) + _LAST_WORDS_S,
             )
         )
@@ -85,7 +117,8 @@ class GracefulServer(uvicorn.Server):
     def url(self) -> str:
         """Where clients reach it."""
         host, port = self._sock.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves until told to stop. Raises InputError if another process listens on the port by now."""
@@ -105,6 +138,10 @@ class GracefulServer(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app_server.leave()
+        end_s = time.monotonic() + self._drain_delay_s
+        while time.monotonic() < end_s and not self.force_exit:
+            await asyncio.sleep(_TICK_S)
         self._app_server.drain()
         deadline = asyncio.get_running_loop().call_later(self._drain_s, self._app_server.abort_all)
         try:
@@ -119,17 +156,3 @@ def _bind_error(host: str, port: int, error: OSError) -> InputError:
     if error.errno in (errno.EACCES, errno.EPERM):
         return InputError(f"port {port} on `{host}` needs privileges", hint="choose a `--port` above 1023")
     return InputError(f"cannot bind `{host}` port {port}: {error.strerror}", hint="127.0.0.1 serves this machine")
-
-
-def _log_config(level: str) -> dict[str, Any]:
-    """uvicorn's loggers, access log included, to stderr."""
-    plain = {"format": "%(asctime)s %(levelname)s %(message)s"}
-    handler = {"class": "logging.StreamHandler", "formatter": "plain", "stream": "ext://sys.stderr"}
-    logger = {"handlers": ["stderr"], "level": level.upper(), "propagate": False}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"plain": plain},
-        "handlers": {"stderr": handler},
-        "loggers": {"uvicorn": logger, "uvicorn.access": logger},
-    }

@@ -13,17 +13,20 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 
-from dsv4c.errors import EngineError, RequestError
-from dsv4c.runtime.answer import Answer, Job, Writer
+from dsv4c.errors import Dsv4cError, EngineError, RequestError
+from dsv4c.runtime.answer import CLIENT_GONE, Answer, ErrorShape, Job, Writer, error_response
 from dsv4c.runtime.completion import TextCodec
 from dsv4c.runtime.metrics import Metrics
+from dsv4c.runtime.operations import Operations, Pace, asked_timeout
 from dsv4c.runtime.protocol import parse_json, refuse
 from dsv4c.runtime.service import Bridge, Engine, Group
 
-MAX_BODY_BYTES = 32 * 2**20  # a million tokens as ids, or as text of any script, with room to spare
 _INLINE_CHARS = 8192  # longer texts are tokenised in a thread: about 2 ms here, which other streams would notice
-_FIELD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_FIELD_NAME = re.compile(r"[][A-Za-z0-9_.-]{1,64}")
+_SWEEP_S = 1.0  # how often clients that take nothing are looked for
 ArgumentT = TypeVar("ArgumentT")
 
 
@@ -38,7 +41,7 @@ class Server:
         *,
         default_thinking: bool = False,
         strict: bool = False,
-        max_body_bytes: int = MAX_BODY_BYTES,
+        operations: Operations | None = None,
         fingerprint: str | None = None,
     ) -> None:
         self.engine = engine
@@ -46,21 +49,47 @@ class Server:
         self.model_name = model_name
         self.default_thinking = default_thinking
         self.strict = strict
-        self.max_body_bytes = max_body_bytes
+        self.operations = operations or Operations()
         self.fingerprint = fingerprint
-        self.metrics = Metrics(engine.stats)
+        self.error_shapes: dict[str, ErrorShape] = {}
+        """By path, of endpoints whose clients know another error body than OpenAI's."""
+        self.metrics = Metrics(engine.stats, model_name)
+        self.pace = Pace()
         self.created = int(time.time())
+        self.leaving = False
+        """Whether `/ready` sends new clients elsewhere; requests are taken until `draining`."""
         self.draining = False
         self._bridge: Bridge | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
         self._groups: set[Group] = set()
 
     def bind_loop(self) -> None:
         """Ties the server to the running event loop."""
         self._bridge = Bridge(asyncio.get_running_loop())
+        self._sweep()
+
+    def unbind_loop(self) -> None:
+        """Leaves the event loop, which is about to end: requests in flight end with it."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self.abort_all()
+
+    def _sweep(self) -> None:
+        """Gives up clients that have taken nothing for too long, and looks again later."""
+        loop = asyncio.get_running_loop()
+        latest = loop.time() - self.operations.stall_timeout_s
+        for group in list(self._groups):
+            if group.sending_since_s is not None and group.sending_since_s < latest:
+                group.give_up()
+        self._sweeper = loop.call_later(_SWEEP_S, self._sweep)
+
+    def leave(self) -> None:
+        """Is not ready any more, yet takes requests: of clients that do not know so far."""
+        self.leaving = True
 
     def drain(self) -> None:
         """Takes no new requests; those in flight go on."""
-        self.draining = True
+        self.leaving = self.draining = True
 
     def abort_all(self) -> None:
         """Ends every request in flight: whole ones get a 503, streams an error event."""
@@ -69,41 +98,87 @@ class Server:
             group.fail(error)
 
     @asynccontextmanager
-    async def group(self) -> AsyncIterator[Group]:
-        """The engine requests of one HTTP request, known to `abort_all` while they run."""
+    async def group(self, timeout_s: float | None = None) -> AsyncIterator[Group]:
+        """The engine requests of one HTTP request, known to `abort_all` while they run, for `timeout_s` at most."""
         if self._bridge is None:
             raise EngineError("the server has no event loop", hint="run the app with its lifespan")
+        loop, timer = asyncio.get_running_loop(), None
         async with Group(self.engine, self._bridge) as group:
             self._groups.add(group)
+            if timeout_s is not None:
+                message = f"the request took longer than {timeout_s:g} seconds"
+                late = RequestError(message, status=504, code="deadline_exceeded", hint="ask for fewer tokens")
+                timer = loop.call_later(timeout_s, group.expire, late)
             try:
                 yield group
             finally:
                 self._groups.discard(group)
+                self.pace.ended(loop.time())
+                if timer is not None:
+                    timer.cancel()
+
+    def refusal(self, error: Dsv4cError, path: str) -> JSONResponse:
+        """The response to a request for this path that is refused, or failed before anything was sent."""
+        waiting = self.engine.stats().waiting
+        retry_s = self.pace.retry_after_s(asyncio.get_running_loop().time(), waiting)
+        return error_response(error, self.error_shapes.get(path), retry_s)
+
+    def timeout_s(self, header: str | None) -> float | None:
+        """Seconds that a request with this `x-request-timeout` may take. Raises RequestError."""
+        try:
+            return asked_timeout(header, self.operations.request_timeout_s)
+        except ValueError:
+            refuse("the header `x-request-timeout` must be a positive number of seconds", "x-request-timeout")
 
     async def read_body(self, request: Request) -> dict[str, object]:
-        """The JSON object of a request. Raises RequestError: 413 for a body over the limit, 400 for no JSON."""
-        self.check_ready()
-        limit = self.max_body_bytes
+        """The JSON object of a request. Raises RequestError: 413 for a body over the limit, 400 for no JSON, 408 for
+        one that does not arrive in time."""
+        self.check_serving()
+        try:
+            async with asyncio.timeout(self.operations.body_timeout_s):
+                data = await self._read(request)
+        except TimeoutError:
+            refuse("the request body did not arrive in time", None, status=408, code="request_timeout")
+        return dict(parse_json(data))
+
+    async def _read(self, request: Request) -> bytes:
+        limit = self.operations.max_body_bytes
         declared = request.headers.get("content-length", "")
         chunks: list[bytes] = []
         size = int(declared) if declared.isdigit() else 0
         if size <= limit:
             size = 0
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    break
-                chunks.append(chunk)
+            try:
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > limit:
+                        break
+                    chunks.append(chunk)
+            except ClientDisconnect:
+                refuse("the client closed the connection", None, status=CLIENT_GONE, code="client_gone")
         if size > limit:
             refuse(f"the request body is larger than {limit} bytes", None, status=413, code="body_too_large")
-        return dict(parse_json(b"".join(chunks)))
+        return b"".join(chunks)
 
-    def check_ready(self) -> None:
-        """Raises RequestError (503) when nothing can be served any more."""
-        if self.draining:
-            refuse("the server is shutting down", None, status=503, code="shutting_down", hint="try again later")
+    def check_healthy(self) -> None:
+        """Raises RequestError (503) when nothing can be served until somebody restarts the server."""
         if self.engine.failure is not None:
             refuse(f"the engine has stopped: {self.engine.failure.message}", None, status=503, code="engine_failed")
+
+    def check_serving(self) -> None:
+        """Raises RequestError (503) when no request is taken."""
+        if self.draining:
+            refuse("the server is shutting down", None, status=503, code="shutting_down", hint="try again later")
+        self.check_healthy()
+
+    def check_ready(self) -> None:
+        """Raises RequestError (503) when new requests should go elsewhere: it stops, has failed, or is full."""
+        if self.leaving:
+            refuse("the server is shutting down", None, status=503, code="shutting_down", hint="try again later")
+        self.check_healthy()
+        stats = self.engine.stats()
+        if stats.max_waiting and stats.waiting >= stats.max_waiting:
+            refuse("the queue is full", None, status=503, code="queue_full", hint="try again later")
 
     def check_model(self, name: str) -> None:
         """Raises RequestError (404) unless this is the model served."""
@@ -140,7 +215,10 @@ class Server:
 
     def answer(self, job: Job, writer: Writer) -> Answer:
         """The response that runs a checked job and puts what comes on the wire."""
-        return Answer(job, writer, self.group, self.metrics)
+        if not self.operations.priority and any(part.params.priority for part in job.parts):
+            hint = "`--scheduling-policy priority` turns them on"
+            refuse("this server serves in order of arrival, without priorities", "priority", hint=hint)
+        return Answer(job, writer, self)
 
 
 async def offload(function: Callable[[ArgumentT], list[int]], argument: ArgumentT, size: int) -> list[int]:

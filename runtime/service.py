@@ -30,13 +30,14 @@ class Output:
     `finish_reason` is `stop`, `length`, `cancelled` or `error`; an `error` carries its reason. The end-of-sequence
     token arrives like any other, in the Output that says `stop`. `prompt_scores` comes once, with the first
     Output, when asked for: one entry a prompt token, None for the first. `cached_tokens`: of the prompt, those that
-    were not computed; comes with the first token, else 0.
+    were not computed; `queued_s`: seconds waited for the first step. Both come with the first token, else 0.
     """
 
     token_id: int | None = None
     score: Score | None = None
     prompt_scores: Sequence[Score | None] | None = None
     cached_tokens: int = 0
+    queued_s: float = 0.0
     finish_reason: str | None = None
     error: Dsv4cError | None = None
 
@@ -137,6 +138,11 @@ class Group:
         self._bridge = bridge
         self._inbox = Inbox()
         self._running: dict[int, int] = {}
+        self._task = asyncio.current_task()
+        self.sending_since_s: float | None = None
+        """Since when, on the loop's clock, its client has not taken what is being sent; None while nothing is."""
+        self.given_up = False
+        """Whether `give_up` cancelled the task that serves this group."""
 
     async def __aenter__(self) -> Group:
         return self
@@ -160,6 +166,19 @@ class Group:
     def fail(self, error: Dsv4cError) -> None:
         """Ends the iteration with this error. From the event loop."""
         self._inbox.fail(error)
+
+    def give_up(self) -> None:
+        """Cancels the task that serves the group: its client takes nothing, so there is no telling it anything."""
+        if self._task is not None:
+            self.given_up = True
+            self._task.cancel()
+
+    def expire(self, error: Dsv4cError) -> None:
+        """Ends it with this error, or gives it up if its client takes nothing."""
+        if self.sending_since_s is None:
+            self.fail(error)
+        else:
+            self.give_up()
 
     async def batches(self) -> AsyncIterator[list[tuple[int, Output]]]:
         """Lists of (index, output) until every sequence has ended or was cancelled.

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv4c.chat.dsml import call_start
 from dsv4c.chat.encoding import awaits_completion, encode_messages
-from dsv4c.chat.parse import ReasoningSplitter
+from dsv4c.chat.parse import AnswerParser
 from dsv4c.chat.prompts import Release
 from dsv4c.chat.tokenizer import Detokenizer, Tokenizer
+from dsv4c.chat.tokens import THINK_START
 from dsv4c.errors import RequestError
 
 
@@ -24,14 +26,17 @@ class ChatCodec:
         token_bytes(id) -> bytes
         detokenizer() -> Detokenizer            push(id) -> text, flush() -> text; without special tokens
         chat_prompt(messages, ...) -> ids       BOS included
-        splitter(thinking) -> ReasoningSplitter push(text) -> (reasoning, content), flush() -> the same
+        in_reasoning(prompt ids) -> bool        whether its completion begins with reasoning
+        call_start(name) -> text                of a completion that must call a function
+        parser(thinking) -> AnswerParser        push(text) -> pieces, flush() -> pieces: (kind, text)
 
-    Safe to share between threads; what `detokenizer` and `splitter` return belongs to one completion.
+    Safe to share between threads; what `detokenizer` and `parser` return belongs to one completion.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, release: Release = "preview") -> None:
         self._tokenizer = tokenizer
         self._release: Release = release
+        self._think_start = tokenizer.id_of(THINK_START)
         self.vocab_size = tokenizer.vocab_size
         self.eos_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
 
@@ -85,5 +90,13 @@ class ChatCodec:
             )
         return self.encode(text)
 
-    def splitter(self, thinking: bool) -> ReasoningSplitter:
-        return ReasoningSplitter(thinking)
+    def in_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether the completion of this prompt begins with reasoning."""
+        return bool(prompt) and prompt[-1] == self._think_start
+
+    def call_start(self, name: str | None) -> str:
+        """How a completion begins that calls function `name`, or that calls one of the model's choice."""
+        return call_start(name)
+
+    def parser(self, thinking: bool) -> AnswerParser:
+        return AnswerParser(thinking)

@@ -1,4 +1,4 @@
-"""DSML, the markup in which DeepSeek-V4 writes tool calls: rendering and whole-text parsing.
+"""DSML, the markup in which DeepSeek-V4 writes tool calls: its tags, and rendering. Parsing is in `parse.py`.
 
     \\n\\n<｜DSML｜tool_calls>
     <｜DSML｜invoke name="F">
@@ -7,7 +7,7 @@
     </｜DSML｜tool_calls>
 
 `string="true"` means raw text, `"false"` a JSON literal. Values are not escaped in any way, so a value that contains
-its own closing tag cannot be written. Rendering is exact; parsing takes whatever a model wrote and never raises.
+its own closing tag cannot be written.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dsv4c.chat.tokens import DSML
 
 CALLS_OPEN = f"<{DSML}tool_calls>"
 CALLS_CLOSE = f"</{DSML}tool_calls>"
+PARAMETER_CLOSE = f"</{DSML}parameter>"
 _INVOKE_OPEN = f'<{DSML}invoke name="'
 _INVOKE_CLOSE = f"</{DSML}invoke>"
 _PARAMETER_OPEN = f'<{DSML}parameter name="'
-_PARAMETER_CLOSE = f"</{DSML}parameter>"
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,19 @@ def render_calls(calls: Sequence[ToolCall]) -> str:
     return "\n".join([CALLS_OPEN, *invokes, CALLS_CLOSE])
 
 
-def parse_calls(block: str) -> tuple[tuple[ToolCall, ...], str]:
-    """The calls in the text between `CALLS_OPEN` and `CALLS_CLOSE`, and the text that is not part of a whole call.
+def call_start(name: str | None) -> str:
+    """What precedes the first parameter of the first call; without a name, what precedes that."""
+    return f"\n\n{CALLS_OPEN}\n{_INVOKE_OPEN}" + ("" if name is None else f'{name}">\n')
 
-    Only space between the tags is dropped. Takes time linear in the length of the block.
-    """
-    calls: list[ToolCall] = []
-    leftover: list[str] = []
-    position = 0
-    while (start := block.find(_INVOKE_OPEN, position)) >= 0:
-        head_end = block.find('">', start + len(_INVOKE_OPEN))
-        end = -1 if head_end < 0 else block.find(_INVOKE_CLOSE, head_end)
-        if end < 0:
-            break
-        arguments, stray = _parse_parameters(block[head_end + 2 : end])
-        leftover += [block[position:start], stray]
-        calls.append(ToolCall(block[start + len(_INVOKE_OPEN) : head_end], arguments))
-        position = end + len(_INVOKE_CLOSE)
-    leftover.append(block[position:])
-    return tuple(calls), "".join(text for text in leftover if text.strip())
+
+def is_json(text: str) -> bool:
+    """Whether this is JSON; text that is nested too deeply for the parser is not."""
+    return _load_json(text) is not _INVALID
+
+
+def is_json_object(text: str) -> bool:
+    """Whether this is the JSON of an object."""
+    return isinstance(_load_json(text), Mapping)
 
 
 def _render_arguments(arguments: str) -> str:
@@ -76,29 +70,8 @@ def _render_arguments(arguments: str) -> str:
 
 def _render_parameter(key: str, value: Any) -> str:
     if isinstance(value, str):
-        return f'{_PARAMETER_OPEN}{key}" string="true">{value}{_PARAMETER_CLOSE}'
-    return f'{_PARAMETER_OPEN}{key}" string="false">{to_json(value)}{_PARAMETER_CLOSE}'
-
-
-def _parse_parameters(body: str) -> tuple[str, str]:
-    """(JSON object of the parameters in `body`, text outside of them). The last of equal names wins."""
-    values: dict[str, str] = {}
-    leftover: list[str] = []
-    position = 0
-    while (start := body.find(_PARAMETER_OPEN, position)) >= 0:
-        head_end = body.find('">', start + len(_PARAMETER_OPEN))
-        end = -1 if head_end < 0 else body.find(_PARAMETER_CLOSE, head_end)
-        if end < 0:
-            break
-        key, _, flag = body[start + len(_PARAMETER_OPEN) : head_end].partition('" string="')
-        value = body[head_end + 2 : end]
-        raw = flag != "false" or _load_json(value) is _INVALID
-        values[key] = to_json(value) if raw else value
-        leftover.append(body[position:start])
-        position = end + len(_PARAMETER_CLOSE)
-    leftover.append(body[position:])
-    text = "{" + ", ".join(f"{to_json(key)}: {value}" for key, value in values.items()) + "}"
-    return text, "".join(part for part in leftover if part.strip())
+        return f'{_PARAMETER_OPEN}{key}" string="true">{value}{PARAMETER_CLOSE}'
+    return f'{_PARAMETER_OPEN}{key}" string="false">{to_json(value)}{PARAMETER_CLOSE}'
 
 
 _INVALID = object()

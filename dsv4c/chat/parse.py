@@ -1,72 +1,319 @@
-"""From a completion to reasoning, content and tool calls. Takes whatever a model wrote; never raises, loses no text.
+"""From a completion to reasoning, content and tool calls, as it streams. Takes whatever a model wrote.
 
-`ReasoningSplitter` works on a stream and knows `</think>` alone. `parse_completion` takes the whole text and knows
-DSML too. A streaming DSML parser would take the splitter's content deltas: that is the seam.
+    reasoning --</think>--> content --tags--> call (name), arguments (JSON text, piece by piece), call_end
+
+What was promised, for every text and every way of cutting it into deltas:
+
+- It never raises, and cutting changes nothing: the pieces joined are those of the whole text.
+- No tag is shown: `｜DSML｜` never occurs in the content, misspelt and stray tags included.
+- No text is lost. Only tags go, and white space beside them: names, values and stray text of a malformed block end up
+  in a call or, where they belong to none, in the content.
+- What may still become a tag is held back, and nothing more. A value that is JSON is held until its end, as only then
+  it is known to be JSON.
+
+A tag is `DSML` with or without `<` or `</` before it, and a name or a head after it. A call may lack its block, its
+block's name may be misspelt, closing tags may be missing. In the reasoning nothing is a tag but `</think>`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Literal
 
-from dsv4c.chat.dsml import CALLS_CLOSE, CALLS_OPEN, ToolCall, parse_calls
-from dsv4c.chat.tokens import EOS, THINK_END
+from dsv4c.chat.dsml import PARAMETER_CLOSE, ToolCall, is_json, is_json_object, to_json
+from dsv4c.chat.tokens import DSML, EOS, THINK_END
+
+Kind = Literal["reasoning", "content", "call", "arguments", "call_end"]
+Piece = tuple[Kind, str]
+"""`call` brings the function's name, `arguments` the next part of a JSON text, `call_end` nothing."""
+
+_TAG_START = re.compile(rf"(\n\n)?(<?)(/?){DSML}")
+_MAY_START_TAG = re.compile(r"(?:\n\n?|(?:\n\n)?(?:</?|/|<?/?｜(?:D|DS|DSM|DSML)?))\Z")
+_BARE = re.compile(r" ?([A-Za-z_]{1,24})>")
+_CALL = re.compile(r'invoke name="([^"\n]*)">')
+_PARAMETER = re.compile(r'parameter name="([^\n]*?)">')
+_FLAG = re.compile(r'(.*)" string="(true|false)', re.IGNORECASE)
+_UNFINISHED = re.compile(r' ?[A-Za-z_]{0,24}|invoke name="[^"\n]*"?|parameter name="[^\n]*')
+_HEAD_START = re.compile(r'(?:invoke|parameter) name="?')
+_HEADS = ('invoke name="', 'parameter name="')
+_NAMES = ("tool_calls", "invoke", "parameter")
+_ANY_CLOSE = f"</{DSML}"
+_CUT = 4096
 
 
-class ReasoningSplitter:
-    """Splits a stream of text at the first `</think>`, which belongs to neither side.
-
-    Thinking: text before it is reasoning, and all of it if it never comes. Not thinking: everything is content.
-    """
+class AnswerParser:
+    """Parses one completion. `thinking`: it begins inside the reasoning, whose start tag is in the prompt."""
 
     def __init__(self, thinking: bool) -> None:
-        self._reasoning = thinking
-        self._held = ""
+        self.in_reasoning = thinking
+        self._text = ""  # not understood yet
+        self._kept: list[str] = []  # of a value: what is not shown yet, without its end in `_text`
+        self._state: Literal["text", "string", "doubt", "literal"] = "text"
+        self._in_call = False
+        self._arguments: Literal["none", "open", "whole"] = "none"
+        self._loose = ""  # text of a call before its first parameter, if it may be the arguments themselves
+        self._gap: str | None = None  # white space since the last tag; None: text has followed it
+        self._said = ""  # the end of the content
+        self._seam = 0  # how much of `DSML` the content ended with as a tag was taken out
+        self._pieces: list[Piece] = []
 
-    def push(self, delta: str) -> tuple[str, str]:
-        """(reasoning, content) that this delta settles. Holds back the shortest text that may begin `</think>`."""
-        if not self._reasoning:
-            return "", delta
-        text = self._held + delta
-        before, tag, after = text.partition(THINK_END)
+    @property
+    def num_held(self) -> int:
+        """Characters held back."""
+        return len(self._text) + len(self._loose) + len(self._gap or "") + sum(map(len, self._kept))
+
+    def push(self, delta: str) -> list[Piece]:
+        """The pieces that this delta settles."""
+        self._pieces = []
+        self._text += delta
+        while self._text and self._step():
+            pass
+        return self._pieces
+
+    def flush(self, *, truncated: bool = False) -> list[Piece]:
+        """The rest, when nothing follows.
+
+        A call without its end is completed, unless the completion was `truncated`: its arguments then stay the
+        unfinished JSON that they are, so that nobody acts on half a value.
+        """
+        self._pieces = []
+        if self.in_reasoning:
+            self._show("reasoning", self._text)
+            self._text = ""
+            return self._pieces
+        while self._state != "text":
+            if not self._flush_value(truncated):
+                return self._pieces
+            while self._text and self._step():
+                pass
+        self._flush_text()
+        self._text = ""
+        self._flush_loose(truncated)
+        if self._in_call and not truncated:
+            self._end_call()
+        return self._pieces
+
+    def _step(self) -> bool:
+        """Takes what it can from the front of the text; False if more must come first."""
+        if self.in_reasoning:
+            return self._step_reasoning()
+        if self._state == "text":
+            return self._step_text()
+        return self._step_value()
+
+    def _step_reasoning(self) -> bool:
+        before, tag, after = self._text.partition(THINK_END)
         if tag:
-            self._reasoning, self._held = False, ""
-            return before, after
-        held = _overlap(text, THINK_END)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], ""
+            self.in_reasoning, self._text = False, after
+            self._show("reasoning", before)
+            return True
+        shown = len(before) - _overlap(before, THINK_END)
+        self._show("reasoning", before[:shown])
+        self._text = before[shown:]
+        return False
 
-    def flush(self) -> tuple[str, str]:
-        """What is held back when the stream ends."""
-        text, self._held = self._held, ""
-        return text, ""
+    # --- text between tags -------------------------------------------------------------------------------------
+
+    def _step_text(self) -> bool:
+        text = self._text
+        start = _TAG_START.search(text) if DSML in text else None
+        if start is None:
+            held = _MAY_START_TAG.search(text)
+            shown = len(text) if held is None else held.start()
+            self._say(text[:shown])
+            self._text = text[shown:]
+            return False
+        self._say(text[: start.start()])
+        self._text = text[start.start() :]
+        return self._step_tag(start)
+
+    def _step_tag(self, start: re.Match[str]) -> bool:
+        """A tag at the front of the text."""
+        rest = self._text[len(start.group()) :]
+        newlines, bracket, closing = start.group(1) or "", start.group(2), start.group(3)
+        if (found := _BARE.match(rest)) and (bracket or found.group(1) in _NAMES):
+            if closing:
+                self._say(newlines)
+            self._tag_ends_text()
+            if self._in_call and found.group(1) != "parameter":
+                self._end_call()
+        elif not closing and (found := _CALL.match(rest)) and DSML not in found.group(1):
+            self._tag_ends_text()
+            if found.group(1):
+                self._begin_call(found.group(1))
+        elif not closing and (found := _PARAMETER.match(rest)) and DSML not in found.group(1):
+            self._say(newlines)
+            self._tag_ends_text()
+            self._begin_parameter(found.group(1))
+        elif any(head.startswith(rest) for head in _HEADS) or (_UNFINISHED.fullmatch(rest) and DSML not in rest):
+            return False
+        else:  # no tag of ours: its mark goes, what it says stays
+            self._say(newlines)
+            self._tag_ends_text()
+            head = _HEAD_START.match(rest)
+            self._text = rest[head.end() :] if head else rest
+            return True
+        self._text = rest[found.end() :]
+        return True
+
+    def _flush_text(self) -> None:
+        """What is held back outside of a value: text, or a tag without its end, of which only the payload stays."""
+        start = _TAG_START.match(self._text)
+        if start is None:
+            self._say(self._text)
+            return
+        self._tag_ends_text()
+        rest = self._text[start.end() :]
+        if head := _HEAD_START.match(rest):
+            rest = rest[head.end() :].removesuffix('"')
+        if not any(name.startswith(rest) for name in (*_NAMES, *_HEADS)):
+            self._say((start.group(1) or "") + rest)
+
+    def _say(self, text: str) -> None:
+        """Content, or the arguments of a call as bare JSON; white space alone between two tags is neither."""
+        if self._gap is not None and text:
+            self._gap += text
+            if not (text := self._gap).strip():
+                return
+            self._gap = None
+            if self._in_call and self._arguments == "none" and text.lstrip().startswith("{"):
+                self._loose = text
+                return
+        if self._loose:
+            self._loose += text
+        elif text:
+            self._say_content(text)
+
+    def _say_content(self, text: str) -> None:
+        if self._seam and text[0] == DSML[self._seam]:
+            text = " " + text  # the text before and after a tag must not make a new one
+        self._seam = 0
+        self._said = (self._said + text)[-len(DSML) :]
+        self._show("content", text)
+
+    def _tag_ends_text(self) -> None:
+        self._flush_loose()
+        self._gap = ""
+        self._seam = _overlap(self._said, DSML)
+
+    def _flush_loose(self, truncated: bool = False) -> None:
+        loose, self._loose = self._loose, ""
+        if loose and (truncated or is_json_object(loose)):
+            self._arguments = "whole"
+            self._show("arguments", loose.strip())
+        elif loose:
+            self._say_content(loose)
+
+    # --- calls -------------------------------------------------------------------------------------------------
+
+    def _begin_call(self, name: str) -> None:
+        if self._in_call:
+            self._end_call()
+        self._in_call, self._arguments = True, "none"
+        self._show("call", name)
+
+    def _end_call(self) -> None:
+        self._in_call = False
+        if self._arguments != "whole":
+            self._show("arguments", "}" if self._arguments == "open" else "{}")
+        self._pieces.append(("call_end", ""))
+
+    def _begin_parameter(self, head: str) -> None:
+        flag = _FLAG.fullmatch(head)
+        key = head if flag is None else flag.group(1)
+        if not self._in_call or self._arguments == "whole":
+            self._say(f"{key}: ")
+            return
+        self._show("arguments", ("{" if self._arguments == "none" else ", ") + to_json(key) + ": ")
+        self._arguments = "open"
+        if flag is not None and flag.group(2).lower() == "false":
+            self._state = "literal"
+        else:
+            self._state = "string"
+            self._show("arguments", '"')
+
+    def _step_value(self) -> bool:
+        if self._state == "string":
+            return self._step_string()
+        before, tag, after = self._text.partition(PARAMETER_CLOSE)
+        if tag:
+            self._kept.append(before)
+            self._end_value("".join(self._kept), after)
+            return True
+        kept = len(before) - _overlap(before, PARAMETER_CLOSE)
+        self._kept.append(before[:kept])
+        self._text = before[kept:]
+        return False
+
+    def _step_string(self) -> bool:
+        """Shows a string as it comes. A closing tag other than its own leaves in doubt whether it is part of it."""
+        text = self._text
+        at = text.find(_ANY_CLOSE)
+        if at < 0:
+            at = len(text) - _overlap(text, _ANY_CLOSE)
+        self._show("arguments", _escaped(text[:at]))
+        self._text = text = text[at:]
+        if text.startswith(PARAMETER_CLOSE):
+            self._end_value("", text[len(PARAMETER_CLOSE) :])
+            return True
+        if PARAMETER_CLOSE.startswith(text):
+            return False
+        self._state = "doubt"
+        return True
+
+    def _end_value(self, kept: str, rest: str) -> None:
+        if self._state == "literal":
+            self._show("arguments", kept if is_json(kept) else to_json(kept))
+        else:
+            self._show("arguments", _escaped(kept) + '"')
+        self._state, self._text, self._gap = "text", rest, ""
+        self._kept.clear()
+
+    def _flush_value(self, truncated: bool) -> bool:
+        """Ends a value at the first closing tag in it, of whatever name, or at the end; False if it was cut off."""
+        value, tag, rest = ("".join(self._kept) + self._text).partition(_ANY_CLOSE)
+        if truncated and not tag:
+            self._show("arguments", value if self._state == "literal" else _escaped(value))
+            return False
+        self._end_value(value, tag + rest)
+        return True
+
+    def _show(self, kind: Kind, text: str) -> None:
+        if text:
+            self._pieces.append((kind, text))
 
 
 @dataclass(frozen=True)
 class ParsedCompletion:
-    """An assistant turn. `leftover` is text inside or after a tool-call block that is no part of a whole call."""
+    """An assistant turn. `reasoning_content` is None outside of thinking mode."""
 
     content: str
     reasoning_content: str | None
     tool_calls: tuple[ToolCall, ...] = ()
-    leftover: str = ""
 
 
-def parse_completion(text: str, thinking: bool) -> ParsedCompletion:
-    """Parses a whole completion, with or without its EOS. `reasoning_content` is None outside of thinking mode.
+def parse_completion(text: str, thinking: bool, *, truncated: bool = False) -> ParsedCompletion:
+    """Parses a whole completion, with or without its EOS."""
+    parser, text = AnswerParser(thinking), text.removesuffix(EOS)
+    cuts = range(0, len(text), _CUT)  # what was parsed is cut off the front, which takes time for long texts
+    pieces = [piece for at in cuts for piece in parser.push(text[at : at + _CUT])]
+    pieces += parser.flush(truncated=truncated)
+    names = [piece for kind, piece in pieces if kind == "call"]
+    arguments = [""] * len(names)
+    number = -1
+    for kind, piece in pieces:
+        number += kind == "call"
+        if kind == "arguments":
+            arguments[number] += piece
+    said = {kind: "".join(piece for k, piece in pieces if k == kind) for kind in ("reasoning", "content")}
+    calls = tuple(ToolCall(name, text) for name, text in zip(names, arguments, strict=True))
+    return ParsedCompletion(said["content"], said["reasoning"] if thinking else None, calls)
 
-    Tool calls are looked for in the content only. A block without a single whole call is left in the content.
-    """
-    splitter = ReasoningSplitter(thinking)
-    reasoning, content = splitter.push(text.removesuffix(EOS))
-    reasoning += splitter.flush()[0]
-    said = reasoning if thinking else None
-    before, tag, block = content.partition(CALLS_OPEN)
-    inside, _, after = block.partition(CALLS_CLOSE)
-    calls, stray = parse_calls(inside)
-    if not tag or not calls:
-        return ParsedCompletion(content, said)
-    leftover = stray + (after if after.strip() else "")
-    return ParsedCompletion(before.removesuffix("\n\n"), said, calls, leftover)
+
+def _escaped(text: str) -> str:
+    """Text inside of a JSON string; each character for itself, so that pieces can be joined."""
+    return to_json(text)[1:-1]
 
 
 def _overlap(text: str, tag: str) -> int:

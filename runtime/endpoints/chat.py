@@ -1,4 +1,4 @@
-"""/v1/chat/completions: messages, thinking modes, reasoning apart from content."""
+"""/v1/chat/completions: messages, thinking modes, reasoning and tool calls apart from content."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from starlette.responses import Response
 
 from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
-from dsv4c.runtime.completion import Choice, Delta, chat_logprobs
-from dsv4c.runtime.fields import MANY, GenerationBody
+from dsv4c.runtime.completion import CallDelta, Choice, Delta, chat_logprobs, prompt_logprobs
+from dsv4c.runtime.fields import MANY, GenerationBody, unknown_keys
 from dsv4c.runtime.params import MAX_LOGPROBS
 from dsv4c.runtime.protocol import Usage, parse_body, refuse
 from dsv4c.runtime.server import Server, offload
+from dsv4c.runtime.tools import ToolPlan, read_tools
 
 PATH = "/v1/chat/completions"
+# What chat/messages.py reads of a message, and what the official client gives back of an answer.
+_MESSAGE_KEYS = frozenset(
+    """role content reasoning_content tool_calls tool_call_id prefix wo_eos task tools response_format
+    refusal annotations""".split()
+)
 
 
 def add(app: FastAPI, server: Server) -> None:
@@ -26,8 +32,9 @@ def add(app: FastAPI, server: Server) -> None:
 
     @app.post(PATH)
     async def chat_completions(request: Request) -> Response:
-        job = await chat_job(server, parse_body(ChatBody, await server.read_body(request)))
-        return server.answer(job, ChatWriter(job))
+        body = parse_body(ChatBody, await server.read_body(request))
+        job = await chat_job(server, body)
+        return server.answer(job, ChatWriter(job, body))
 
 
 class ChatBody(GenerationBody):
@@ -44,6 +51,16 @@ class ChatBody(GenerationBody):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
+
+    @property
+    def ignored_fields(self) -> list[str]:
+        """Those of every body, and what is not read of messages, modes and formats."""
+        found = list(super().ignored_fields)
+        for i, message in enumerate(self.messages):
+            found += unknown_keys(f"messages[{i}]", message, _MESSAGE_KEYS)
+        found += unknown_keys("thinking", self.thinking, ("type",))
+        found += unknown_keys("chat_template_kwargs", self.chat_template_kwargs, ("thinking", "enable_thinking"))
+        return sorted((*found, *unknown_keys("response_format", self.response_format, ("type", "json_schema"))))
 
     def new_tokens(self) -> int | None:
         """Most tokens to generate; None is as many as the context holds."""
@@ -88,14 +105,9 @@ class ChatBody(GenerationBody):
         thinking = next(iter(said.values()), default_thinking)
         return thinking, None if effort == "none" else effort
 
-    def prompt_tools(self) -> list[dict[str, Any]] | None:
-        """The tools the prompt shows. Raises RequestError for a choice that cannot be kept."""
-        choice = "auto" if self.tool_choice is None else self.tool_choice
-        if choice == "none":
-            return None
-        if choice != "auto":
-            refuse("`tool_choice` must be `auto` or `none`; forcing a call is not supported", "tool_choice")
-        return self.tools or None
+    def tool_plan(self) -> ToolPlan:
+        """How tools are used. Raises RequestError for a tool or a choice that is not understood."""
+        return read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def prompt_format(self) -> dict[str, Any] | None:
         """The response format the prompt shows: the model is told, not forced."""
@@ -135,18 +147,26 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
     codec, request_id = server.codec, f"chatcmpl-{uuid.uuid4().hex}"
     server.check_model(body.model)
     body.check_content()
+    body.check_scores()
     asked, logprobs, stops = body.new_tokens(), body.num_logprobs(), body.stops()
     thinking, effort = body.mode(server.default_thinking)
-    tools, response_format = body.prompt_tools(), body.prompt_format()
+    plan, response_format = body.tool_plan(), body.prompt_format()
     include_usage = body.include_usage()
     headers = server.extra_headers(request_id, body.ignored_fields)
 
     def encode(messages: list[dict[str, object]]) -> list[int]:
         return codec.chat_prompt(
-            messages, thinking=thinking, effort=effort, tools=tools, response_format=response_format
+            messages, thinking=thinking, effort=effort, tools=plan.shown, response_format=response_format
         )
 
-    prompt = await offload(encode, body.messages, len(json.dumps([body.messages, tools])))
+    prompt = await offload(encode, body.messages, len(json.dumps([body.messages, plan.shown])))
+    reasons, begun = codec.in_reasoning(prompt), ""
+    if plan.forced:
+        if reasons:
+            hint = "ask without thinking, or with `tool_choice: auto`"
+            refuse("`tool_choice` cannot force a call after thinking", "tool_choice", hint=hint)
+        begun = codec.call_start(plan.forced[0] if len(plan.forced) == 1 else None)
+        prompt = prompt + codec.encode(begun)
     room = server.room(len(prompt), asked, "messages")
     parts = []
     for number in range(body.num_choices):
@@ -155,12 +175,15 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
             max_tokens=room if asked is None else asked,
             vocab_size=codec.vocab_size,
             logprobs=logprobs,
+            prompt_logprobs=body.prompt_logprobs,
         )
         choice = Choice(
             codec,
             index=number,
             stops=stops,
-            splitter=codec.splitter(thinking),
+            parser=codec.parser(reasons),
+            begun=begun,
+            max_calls=plan.max_calls,
             scored=logprobs is not None,
             min_tokens=params.min_tokens,
         )
@@ -173,6 +196,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
         len(prompt),
         stream=bool(body.stream),
         include_usage=include_usage,
+        continuous_usage=body.continuous_usage(),
         scored=logprobs is not None,
         thinking=thinking,
         fingerprint=server.fingerprint,
@@ -185,13 +209,19 @@ class ChatWriter:
 
     path = PATH
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, body: ChatBody) -> None:
         self._job = job
+        self._prompt_logprobs = body.prompt_logprobs
         self._greeted: set[int] = set()
 
     def whole(self, usage: Usage) -> dict[str, Any]:
         choices = [self._choice(index, part.choice) for index, part in enumerate(self._job.parts)]
-        return {**head(self._job, "chat.completion"), "choices": choices, "usage": usage.to_dict()}
+        said = {**head(self._job, "chat.completion"), "choices": choices, "usage": usage.to_dict()}
+        if self._prompt_logprobs is not None:
+            part = self._job.parts[0]  # of all choices the same
+            scores = part.prompt_scores or ()
+            said["prompt_logprobs"] = prompt_logprobs(self._job.codec, part.prompt, scores, self._prompt_logprobs)
+        return said
 
     def begin(self) -> bytes:
         return b""
@@ -202,17 +232,20 @@ class ChatWriter:
             self._greeted.add(index)
             data = self._event([_chunk(index, {"role": "assistant", "content": ""})])
         if delta:
-            said: dict[str, str] = {}
+            said: dict[str, Any] = {}
             if delta.reasoning:
                 said["reasoning_content"] = delta.reasoning
-            if delta.content or not delta.reasoning:
+            if delta.content or not (delta.reasoning or delta.tool_calls):
                 said["content"] = delta.content
+            if delta.tool_calls:
+                said["tool_calls"] = [_call(call, streamed=True) for call in delta.tool_calls]
             chunk = _chunk(index, said)
             if self._job.scored:
                 chunk["logprobs"] = chat_logprobs(self._job.codec, delta.tokens)
             data += self._event([chunk])
         if finish is not None:
-            data += self._event([_chunk(index, {}, finish)])
+            stop_reason = self._job.parts[index].choice.stop_reason
+            data += self._event([{**_chunk(index, {}, finish), "stop_reason": stop_reason}])
         return data
 
     def end(self, usage: Usage) -> bytes:
@@ -223,19 +256,36 @@ class ChatWriter:
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         job, delta = self._job, choice.take()
-        message: dict[str, Any] = {"role": "assistant", "content": delta.content}
+        calls = [_call(call, streamed=False) for call in delta.tool_calls]
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if calls and not delta.content else delta.content,
+        }
+        if calls:
+            message["tool_calls"] = calls
         if job.thinking:
             message["reasoning_content"] = delta.reasoning
         scores = chat_logprobs(job.codec, delta.tokens) if job.scored else None
-        return {"index": index, "message": message, "logprobs": scores, "finish_reason": choice.finish_reason}
+        ended = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        return {"index": index, "message": message, "logprobs": scores, **ended}
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> bytes:
         body = head(self._job, "chat.completion.chunk")
         body["choices"] = choices
         if self._job.include_usage:
+            usage = self._job.usage() if self._job.continuous_usage else usage
             body["usage"] = None if usage is None else usage.to_dict()
         return event(body)
 
 
-def _chunk(index: int, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
+def _call(call: CallDelta, streamed: bool) -> dict[str, Any]:
+    said: dict[str, Any] = {"index": call.index} if streamed else {}
+    function = {"arguments": call.arguments}
+    if call.id is not None:
+        said |= {"id": call.id, "type": "function"}
+        function = {"name": call.name or "", **function}
+    return {**said, "function": function}
+
+
+def _chunk(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}

@@ -11,9 +11,9 @@ from starlette.responses import Response
 
 from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
-from dsv4c.runtime.completion import Choice, Delta, completion_logprobs
+from dsv4c.runtime.completion import Choice, Delta, completion_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MAX_SEQUENCES, GenerationBody
-from dsv4c.runtime.params import MAX_LOGPROBS
+from dsv4c.runtime.params import MAX_CHOICES, MAX_LOGPROBS
 from dsv4c.runtime.protocol import Usage, parse_body, refuse, token_ids
 from dsv4c.runtime.server import Server, offload
 
@@ -27,8 +27,9 @@ def add(app: FastAPI, server: Server) -> None:
 
     @app.post(PATH)
     async def completions(request: Request) -> Response:
-        job = await completion_job(server, parse_body(CompletionBody, await server.read_body(request)))
-        return server.answer(job, CompletionWriter(job))
+        body = parse_body(CompletionBody, await server.read_body(request))
+        job = await completion_job(server, body)
+        return server.answer(job, CompletionWriter(job, body))
 
 
 class CompletionBody(GenerationBody):
@@ -37,7 +38,7 @@ class CompletionBody(GenerationBody):
     prompt: Any = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = Field(None, ge=1)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     suffix: str | None = None
 
     def prompts(self, vocab_size: int) -> list[Prompt]:
@@ -55,6 +56,16 @@ class CompletionBody(GenerationBody):
             refuse("`prompt` mixes strings, token ids and lists", "prompt")
         return [token_ids(item, f"prompt[{i}]", vocab_size) for i, item in enumerate(value)]
 
+    @property
+    def num_sequences(self) -> int:
+        """How many are generated for each prompt; the `n` likeliest are shown."""
+        return self.best_of or self.num_choices
+
+    def scored_prompt(self) -> int | None:
+        """How many alternatives the prompt's tokens are scored with; None is no scores."""
+        wanted = [k for k in (self.prompt_logprobs, self.logprobs if self.echo else None) if k is not None]
+        return max(wanted, default=None)
+
     def new_tokens(self) -> int:
         """Most tokens to generate; 0 only together with `echo`, to score a prompt."""
         if self.max_tokens is None:
@@ -66,8 +77,12 @@ class CompletionBody(GenerationBody):
 
     def check(self) -> None:
         """Raises RequestError for options that contradict each other or are not offered."""
-        if self.best_of not in (None, self.num_choices):
-            refuse("`best_of` other than `n` is not supported", "best_of", hint="ask for `n` choices and pick one")
+        self.check_scores()
+        if self.num_sequences < self.num_choices:
+            refuse(f"`best_of` must be at least `n`, which is {self.num_choices}", "best_of")
+        if self.num_sequences > self.num_choices and (self.stream or self.new_tokens() == 0):
+            what = "`stream: true`" if self.stream else "`max_tokens` 0"
+            refuse(f"`best_of` above `n` does not go with {what}", "best_of")
         if self.suffix:
             refuse("`suffix` is not supported", "suffix", hint="put the model's fill-in tokens into `prompt`")
 
@@ -77,9 +92,9 @@ async def completion_job(server: Server, body: CompletionBody) -> Job:
     codec, request_id = server.codec, f"cmpl-{uuid.uuid4().hex}"
     server.check_model(body.model)
     body.check()
-    given, asked, n = body.prompts(codec.vocab_size), body.new_tokens(), body.num_choices
+    given, asked, n = body.prompts(codec.vocab_size), body.new_tokens(), body.num_sequences
     if len(given) * n > MAX_SEQUENCES:
-        refuse(f"{len(given)} prompts times `n` {n} is more than {MAX_SEQUENCES} sequences", "prompt")
+        refuse(f"{len(given)} prompts times {n} is more than {MAX_SEQUENCES} sequences", "prompt")
     stops, include_usage = body.stops(), body.include_usage()
     headers = server.extra_headers(request_id, body.ignored_fields)
     prompts = [p if isinstance(p, list) else await offload(codec.encode, p, len(p)) for p in given]
@@ -113,6 +128,7 @@ async def completion_job(server: Server, body: CompletionBody) -> Job:
         echo=bool(body.echo),
         scored=body.logprobs is not None,
         score_only=asked == 0,
+        continuous_usage=body.continuous_usage(),
         fingerprint=server.fingerprint,
         headers=headers,
     )
@@ -123,17 +139,33 @@ class CompletionWriter:
 
     path = PATH
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, body: CompletionBody) -> None:
         self._job = job
+        self._best = body.num_choices, body.num_sequences
+        self._alternatives = body.logprobs
+        self._prompt_logprobs = body.prompt_logprobs
         self._offsets = [0] * len(job.parts)
         self._echoed: set[int] = set()
 
     def whole(self, usage: Usage) -> dict[str, Any]:
-        choices = [
-            self._choice(index, part.choice.take(), part.choice.finish_reason)
-            for index, part in enumerate(self._job.parts)
-        ]
+        choices: list[dict[str, Any]] = []
+        for index in self._chosen():
+            part = self._job.parts[index]
+            choice = self._choice(index, part.choice.take(), part.choice.finish_reason)
+            if self._prompt_logprobs is not None:
+                scores = part.prompt_scores or ()
+                choice["prompt_logprobs"] = prompt_logprobs(self._job.codec, part.prompt, scores, self._prompt_logprobs)
+            choices.append({**choice, "index": len(choices)})
         return {**head(self._job, "text_completion"), "choices": choices, "usage": usage.to_dict()}
+
+    def _chosen(self) -> list[int]:
+        """Of each prompt's sequences the `n` of the highest mean log-probability, best first; all if `n` are made."""
+        parts, (n, made) = self._job.parts, self._best
+        if n == made:
+            return list(range(len(parts)))
+        means = [part.logprob / max(1, part.choice.num_tokens) for part in parts]
+        groups = [range(first, first + made) for first in range(0, len(parts), made)]
+        return [i for group in groups for i in sorted(group, key=lambda i: -means[i])[:n]]
 
     def begin(self) -> bytes:
         return b""
@@ -156,13 +188,15 @@ class CompletionWriter:
             tokens = echoed + tokens
         logprobs = None
         if job.scored:
-            logprobs = completion_logprobs(job.codec, tokens, self._offsets[index])
+            logprobs = completion_logprobs(job.codec, tokens, self._offsets[index], self._alternatives or 0)
             self._offsets[index] += sum(len(token.text) for token in tokens)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return choice if finish is None else {**choice, "stop_reason": job.parts[index].choice.stop_reason}
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> bytes:
         body = head(self._job, "text_completion")
         body["choices"] = choices
         if self._job.include_usage:
+            usage = self._job.usage() if self._job.continuous_usage else usage
             body["usage"] = None if usage is None else usage.to_dict()
         return event(body)

@@ -1,4 +1,7 @@
-"""/health and /metrics: for whoever watches the server."""
+"""/health, /ready and /metrics: for whoever watches the server.
+
+`/health` fails when only a restart helps; `/ready` also while the server stops or its queue is full.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,14 @@ def add(app: FastAPI, server: Server) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        server.check_ready()
+        server.check_healthy()
         return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        server.check_ready()
+        stats = server.engine.stats()
+        return JSONResponse({"status": "ready", "running": stats.running, "waiting": stats.waiting})
 
     @app.get("/metrics")
     async def metrics() -> Response:

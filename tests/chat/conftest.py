@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from hypothesis import settings
 
 from dsv4c.chat.bpe import train_bpe
 from dsv4c.chat.tokenizer import Tokenizer
+
+settings.register_profile("thorough", max_examples=50_000)
+"""`pytest tests/chat/test_parse.py --hypothesis-profile=thorough`: minutes for each property."""
 
 TEXTS = [
     "The engine reads a manifest, loads the weights and serves requests; 12345 tokens a second.",

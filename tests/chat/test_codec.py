@@ -58,8 +58,8 @@ def test_detokenizers_do_not_share_state(codec: ChatCodec) -> None:
     assert "".join(map(one.push, ids[1:])) == "𝄞"
 
 
-def test_splitter(codec: ChatCodec) -> None:
-    assert codec.splitter(True).push("a</think>b") == ("a", "b")
+def test_parser(codec: ChatCodec) -> None:
+    assert codec.parser(True).push("a</think>b") == [("reasoning", "a"), ("content", "b")]
 
 
 @pytest.mark.parametrize("role", ["system", "assistant", "latest_reminder"])

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import httpx
 import torch
 
-from dsv4c.chat.parse import ReasoningSplitter
+from dsv4c.chat.dsml import call_start
+from dsv4c.chat.parse import AnswerParser
 from dsv4c.errors import RequestError
 from dsv4c.runtime.app import create_app
 from dsv4c.runtime.engine import Engine
@@ -72,8 +73,14 @@ class ToyCodec:
     def detokenizer(self) -> _Detokenizer:
         return _Detokenizer()
 
-    def splitter(self, thinking: bool) -> ReasoningSplitter:
-        return ReasoningSplitter(thinking)
+    def in_reasoning(self, prompt: Sequence[int]) -> bool:
+        return prompt[-1] == TOKENS.index(b"<think>")
+
+    def call_start(self, name: str | None) -> str:
+        return call_start(name)
+
+    def parser(self, thinking: bool) -> AnswerParser:
+        return AnswerParser(thinking)
 
     def chat_prompt(
         self,

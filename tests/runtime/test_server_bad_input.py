@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from dsv4c.runtime.operations import Operations
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.scheduler import Limits
 from tests.runtime.live import EOS, MODEL, Live, Paced, ToyCodec, start, start_toy, wait_for
@@ -62,7 +63,12 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str | None]] = [
     ({"seed": 2**70}, 400, "seed"),
     ({"n": 0}, 400, "n"),
     ({"n": 1000}, 400, "n"),
-    ({"best_of": 4}, 400, "best_of"),
+    ({"best_of": 4, "n": 5}, 400, "best_of"),
+    ({"best_of": 2, "stream": True}, 400, "best_of"),
+    ({"best_of": 2, "max_tokens": 0, "echo": True}, 400, "best_of"),
+    ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs"),
+    ({"prompt_logprobs": 21}, 400, "prompt_logprobs"),
+    ({"logit_bias": {"03": 1}}, 400, "logit_bias"),
     ({"suffix": "end"}, 400, "suffix"),
     ({"logprobs": 21}, 400, "logprobs"),
     ({"logprobs": -1}, 400, "logprobs"),
@@ -132,6 +138,12 @@ BAD_BODIES: list[bytes] = [
     b'{"model": "toy", "prompt": "\xff\xfe"}',
     b'{"model": "toy", "seed": ' + b"9" * 5000 + b"}",
     b"[" * 90_000,
+    b"[" * 50_000 + b"]" * 50_000,
+    b'{"model": "toy", "prompt": "a", "metadata": {"a": 1e400}}',
+    b'{"model": "toy", "messages": [' + b'{"content": [' * 300 + b"]}" * 300 + b"]}",
+    b"\xef\xbb\xbf{}",
+    b"\x1f\x8b\x08\x00gzip",
+    '{"model": "toy"}'.encode("utf-16"),
     b'{"a":' * 15_000,
     b'{"model": "toy", "prompt": "a", "stop": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
 ]
@@ -139,7 +151,7 @@ BAD_BODIES: list[bytes] = [
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    server, _ = start_toy(max_body_bytes=LIMIT)
+    server, _ = start_toy(operations=Operations(max_body_bytes=LIMIT))
     yield server
     server.close()
 

@@ -44,7 +44,7 @@ def test_choice_ignores_how_often_it_is_read(ids: list[int], stops: list[str], e
     codec = ToyCodec()
 
     def read(step: int) -> tuple[str, str, list[int], str | None, int]:
-        choice = Choice(codec, stops=stops, splitter=codec.splitter(thinking), scored=True)
+        choice = Choice(codec, stops=stops, parser=codec.parser(thinking), scored=True)
         reasoning, content, tokens = "", "", []
         for i, token in enumerate(ids):
             choice.push(token, (-1.0, ()))
