@@ -34,11 +34,13 @@ class FuseHcPostPre(Pass):
             types = (post.meta["type"], *pre.meta["type"])
             # where `hc_post` stands: others may read the streams before the next sublayer does
             fused = call_before(post, "hc_post_pre_norm", (*post.args, *pre.args[1:]), dict(pre.kwargs), types)
-            fused.meta["scope"] = pre.meta["scope"]
+            fused.meta["scope"] = pre_scope = pre.meta["scope"]
             old = outputs(pre)
             for index, value in old.items():
                 value.replace_all_uses_with(output_of(fused, index + 1, pre))
             erase(*old.values(), pre)
-            post.replace_all_uses_with(output_of(fused, 0, fused.next))
+            streams = output_of(fused, 0, fused.next)
+            streams.meta["scope"] = pre_scope
+            post.replace_all_uses_with(streams)
             erase(post)
         return len(found)

@@ -237,7 +237,7 @@ def test_drafts_are_the_plain_models(engine_of: Make, untrained: Path) -> None:
     assert engine.stats().prefix_hit_tokens > 0
     model = Transformer(TINY, LAYOUT).eval()
     model.load_state_dict(load_model_state(Checkpoint(untrained)))
-    assert watched is not None and len(watched.seen) > 50
+    assert watched is not None and sum(len(drafts) == 5 for _, drafts in watched.seen) > 50
     at_a_pages_end = [one for one in watched.seen if len(one[0]) % LAYOUT.window_page == 0]
     for tokens, drafts in [*watched.seen[::9], *at_a_pages_end]:
         step = make_step(TINY, LAYOUT, [(0, 0, torch.tensor(tokens[:-1]))], CONTEXT)
@@ -245,7 +245,7 @@ def test_drafts_are_the_plain_models(engine_of: Make, untrained: Path) -> None:
         state = model.absorb(model.tap(streams), step, state)
         block = make_draft(TINY, LAYOUT, [(0, len(tokens) - 1, tokens[-1])], CONTEXT)
         expected, _ = model.draft(block, state)
-        assert list(drafts) == expected[0].tolist()
+        assert list(drafts) == expected[0].tolist()[: len(drafts)]  # fewer where the request ends
 
 
 def test_more_drafts_than_a_block_are_refused() -> None:

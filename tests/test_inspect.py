@@ -70,16 +70,16 @@ def test_every_pass_has_a_row_with_its_work(nano_artifact: Path, capsys: pytest.
     rows = [line.split() for line in out.splitlines()]
     assert rows[0][:4] == ["pass", "rewrites", "nodes", "kernels"]
     assert [row[0] for row in rows[1:4]] == ["capture", "canonicalize", "raise-attention"]
-    assert rows[15][0] == "stitch" and rows[15][1:4] == ["20", "270", "229"]
+    assert rows[16][0] == "stitch" and rows[16][1:4] == ["20", "270", "229"]
     assert "64 tokens of 64 requests with 4,096 tokens each" in out
     dumped = sorted(file.name for file in (nano_artifact.parent / "dump").iterdir())
-    assert dumped[:2] == ["00-capture.txt", "01-canonicalize.txt"] and dumped[-1] == "14-stitch.txt"
-    assert "12-raise-quant.txt" not in dumped, "it changed nothing"
+    assert dumped[:2] == ["00-capture.txt", "01-canonicalize.txt"] and dumped[-1] == "15-stitch.txt"
+    assert "13-raise-quant.txt" not in dumped, "it changed nothing"
 
 
 def test_stop_after_prints_the_program_there(nano_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "inspect", nano_artifact, "--stop-after", PASS)
-    text = (nano_artifact / "ir" / "16-fuse-hc-norm.txt").read_text(encoding="utf-8")
+    text = (nano_artifact / "ir" / "17-fuse-hc-norm.txt").read_text(encoding="utf-8")
     assert out.endswith(text) and "fuse-linears" not in out
 
 
