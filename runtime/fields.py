@@ -38,10 +38,19 @@ _FIXED = {
 }
 
 
-class GenerationBody(BaseModel):
-    """What every endpoint that generates shares. `None` always means the default."""
+class Body(BaseModel):
+    """A request's body. `None` always means the default."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of the fields that were sent and that no model knows."""
+        return unknown_keys("", self.model_extra, _INERT)
+
+
+class GenerationBody(Body):
+    """What every endpoint that generates shares."""
 
     model: str
     stream: bool | None = None

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from fastapi import FastAPI
 
-from dsv4c.runtime.endpoints import chat, completions, health, models
+from dsv4c.runtime.endpoints import chat, completions, health, models, tokens
 from dsv4c.runtime.server import Server
 
 ENDPOINTS: tuple[Callable[[FastAPI, Server], None], ...] = (
     models.add,
     completions.add,
     chat.add,
+    tokens.add,
     health.add,
 )

@@ -14,6 +14,7 @@ from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
 from dsv4c.runtime.completion import CallDelta, Choice, Delta, chat_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MANY, GenerationBody, unknown_keys
+from dsv4c.runtime.openapi import route
 from dsv4c.runtime.params import MAX_LOGPROBS
 from dsv4c.runtime.protocol import Usage, parse_body, refuse
 from dsv4c.runtime.server import Server, offload
@@ -21,16 +22,16 @@ from dsv4c.runtime.tools import ToolPlan, read_tools
 
 PATH = "/v1/chat/completions"
 # What chat/messages.py reads of a message, and what the official client gives back of an answer.
-_MESSAGE_KEYS = frozenset(
-    """role content reasoning_content tool_calls tool_call_id prefix wo_eos task tools response_format
-    refusal annotations""".split()
+_MESSAGE_KEYS = (
+    *("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "prefix", "wo_eos", "task", "tools"),
+    *("response_format", "refusal", "annotations"),
 )
 
 
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH)
+    @app.post(PATH, **route(ChatBody, streams=True))
     async def chat_completions(request: Request) -> Response:
         body = parse_body(ChatBody, await server.read_body(request))
         job = await chat_job(server, body)
@@ -142,17 +143,15 @@ class ChatBody(GenerationBody):
                     refuse(what, param, code="unsupported_content")
 
 
-async def chat_job(server: Server, body: ChatBody) -> Job:
-    """Checks a /v1/chat/completions body against model, chat format, context and limits."""
-    codec, request_id = server.codec, f"chatcmpl-{uuid.uuid4().hex}"
-    server.check_model(body.model)
+async def chat_prompt(server: Server, body: ChatBody) -> tuple[list[int], str]:
+    """The prompt of a chat, and its end that is the beginning of the answer: of a call that must be made.
+
+    Raises RequestError as the chat format does, and for a call that cannot be forced.
+    """
+    codec = server.codec
     body.check_content()
-    body.check_scores()
-    asked, logprobs, stops = body.new_tokens(), body.num_logprobs(), body.stops()
     thinking, effort = body.mode(server.default_thinking)
     plan, response_format = body.tool_plan(), body.prompt_format()
-    include_usage = body.include_usage()
-    headers = server.extra_headers(request_id, body.ignored_fields)
 
     def encode(messages: list[dict[str, object]]) -> list[int]:
         return codec.chat_prompt(
@@ -160,13 +159,26 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
         )
 
     prompt = await offload(encode, body.messages, len(json.dumps([body.messages, plan.shown])))
-    reasons, begun = codec.in_reasoning(prompt), ""
-    if plan.forced:
-        if reasons:
-            hint = "ask without thinking, or with `tool_choice: auto`"
-            refuse("`tool_choice` cannot force a call after thinking", "tool_choice", hint=hint)
-        begun = codec.call_start(plan.forced[0] if len(plan.forced) == 1 else None)
-        prompt = prompt + codec.encode(begun)
+    if not plan.forced:
+        return prompt, ""
+    if codec.in_reasoning(prompt):
+        hint = "ask without thinking, or with `tool_choice: auto`"
+        refuse("`tool_choice` cannot force a call after thinking", "tool_choice", hint=hint)
+    begun = codec.call_start(plan.forced[0] if len(plan.forced) == 1 else None)
+    return prompt + codec.encode(begun), begun
+
+
+async def chat_job(server: Server, body: ChatBody) -> Job:
+    """Checks a /v1/chat/completions body against model, chat format, context and limits."""
+    codec, request_id = server.codec, f"chatcmpl-{uuid.uuid4().hex}"
+    server.check_model(body.model)
+    body.check_scores()
+    asked, logprobs, stops = body.new_tokens(), body.num_logprobs(), body.stops()
+    include_usage = body.include_usage()
+    headers = server.extra_headers(request_id, body.ignored_fields)
+    thinking, plan = body.mode(server.default_thinking)[0], body.tool_plan()
+    prompt, begun = await chat_prompt(server, body)
+    reasons = codec.in_reasoning(prompt)
     room = server.room(len(prompt), asked, "messages")
     parts = []
     for number in range(body.num_choices):
