@@ -73,6 +73,7 @@ class TextCodec(Protocol):
         *,
         thinking: bool,
         effort: str | None,
+        drop_thinking: bool,
         tools: Sequence[Mapping[str, Any]] | None,
         response_format: Mapping[str, Any] | None,
     ) -> list[int]: ...

@@ -14,6 +14,7 @@ from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
 from dsv4c.runtime.completion import CallDelta, Choice, Delta, chat_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MANY, GenerationBody, unknown_keys
+from dsv4c.runtime.modes import TEMPLATE_KEYS, Mode, read_mode
 from dsv4c.runtime.openapi import route
 from dsv4c.runtime.params import MAX_LOGPROBS
 from dsv4c.runtime.protocol import Usage, parse_body, refuse
@@ -23,8 +24,8 @@ from dsv4c.runtime.tools import ToolPlan, read_tools
 PATH = "/v1/chat/completions"
 # What chat/messages.py reads of a message, and what the official client gives back of an answer.
 _MESSAGE_KEYS = (
-    *("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "prefix", "wo_eos", "task", "tools"),
-    *("response_format", "refusal", "annotations"),
+    *("role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "prefix", "wo_eos", "task"),
+    *("tools", "response_format", "refusal", "annotations"),
 )
 
 
@@ -60,7 +61,7 @@ class ChatBody(GenerationBody):
         for i, message in enumerate(self.messages):
             found += unknown_keys(f"messages[{i}]", message, _MESSAGE_KEYS)
         found += unknown_keys("thinking", self.thinking, ("type",))
-        found += unknown_keys("chat_template_kwargs", self.chat_template_kwargs, ("thinking", "enable_thinking"))
+        found += unknown_keys("chat_template_kwargs", self.chat_template_kwargs, TEMPLATE_KEYS)
         return sorted((*found, *unknown_keys("response_format", self.response_format, ("type", "json_schema"))))
 
     def new_tokens(self) -> int | None:
@@ -82,29 +83,14 @@ class ChatBody(GenerationBody):
             return None
         return self.top_logprobs or 0
 
-    def mode(self, default_thinking: bool) -> tuple[bool, str | None]:
-        """(thinking, effort) from the three spellings in use. Raises RequestError when they contradict."""
-        said: dict[str, bool] = {}
-        if self.thinking is not None:
-            kind = self.thinking.get("type")
-            if kind not in ("enabled", "disabled"):
-                refuse("`thinking.type` must be `enabled` or `disabled`", "thinking.type")
-            said["thinking"] = kind == "enabled"
-        for key in ("thinking", "enable_thinking"):
-            value = (self.chat_template_kwargs or {}).get(key)
-            if value is None:
-                continue
-            if not isinstance(value, bool):
-                refuse(f"`chat_template_kwargs.{key}` must be true or false", f"chat_template_kwargs.{key}")
-            said[f"chat_template_kwargs.{key}"] = value
-        effort = self.reasoning_effort
-        if effort is not None:
-            said["reasoning_effort"] = effort != "none"
-        if len(set(said.values())) > 1:
-            first, second = list(said)[:2]
-            refuse(f"`{first}` and `{list(said)[-1] if said[first] == said[second] else second}` contradict", first)
-        thinking = next(iter(said.values()), default_thinking)
-        return thinking, None if effort == "none" else effort
+    def mode(self, default_thinking: bool) -> Mode:
+        """How to answer. Raises RequestError for spellings that contradict each other."""
+        return read_mode(
+            default_thinking=default_thinking,
+            thinking=self.thinking,
+            effort=self.reasoning_effort,
+            template=self.chat_template_kwargs,
+        )
 
     def tool_plan(self) -> ToolPlan:
         """How tools are used. Raises RequestError for a tool or a choice that is not understood."""
@@ -150,12 +136,17 @@ async def chat_prompt(server: Server, body: ChatBody) -> tuple[list[int], str]:
     """
     codec = server.codec
     body.check_content()
-    thinking, effort = body.mode(server.default_thinking)
+    mode = body.mode(server.default_thinking)
     plan, response_format = body.tool_plan(), body.prompt_format()
 
     def encode(messages: list[dict[str, object]]) -> list[int]:
         return codec.chat_prompt(
-            messages, thinking=thinking, effort=effort, tools=plan.shown, response_format=response_format
+            messages,
+            thinking=mode.thinking,
+            effort=mode.effort,
+            drop_thinking=mode.drop_thinking,
+            tools=plan.shown,
+            response_format=response_format,
         )
 
     prompt = await offload(encode, body.messages, len(json.dumps([body.messages, plan.shown])))
@@ -176,7 +167,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
     asked, logprobs, stops = body.new_tokens(), body.num_logprobs(), body.stops()
     include_usage = body.include_usage()
     headers = server.extra_headers(request_id, body.ignored_fields)
-    thinking, plan = body.mode(server.default_thinking)[0], body.tool_plan()
+    mode, plan = body.mode(server.default_thinking), body.tool_plan()
     prompt, begun = await chat_prompt(server, body)
     reasons = codec.in_reasoning(prompt)
     room = server.room(len(prompt), asked, "messages")
@@ -210,7 +201,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
         include_usage=include_usage,
         continuous_usage=body.continuous_usage(),
         scored=logprobs is not None,
-        thinking=thinking,
+        thinking=mode.thinking,
         fingerprint=server.fingerprint,
         headers=headers,
     )
