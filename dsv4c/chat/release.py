@@ -58,5 +58,5 @@ def _from_encoder(path: Path) -> Release:
             return release
     raise ConfigError(
         f"`{path}` is an encoder of no release that is known: {', '.join(RELEASES)}",
-        hint="say with `--chat-release` which one to speak",
+        hint="`--chat-release` says which one to serve; to compile, leave its folder `encoding` out",
     )

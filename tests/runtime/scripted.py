@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from dsv4c.chat.bpe import train_bpe
 from dsv4c.chat.codec import ChatCodec
+from dsv4c.chat.prompts import Release
 from dsv4c.chat.tokenizer import Tokenizer
 from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.engine import EngineStats
@@ -18,9 +19,9 @@ from dsv4c.runtime.service import Output, Sink
 TEXTS = ["What is the weather in Paris? I look it up, and then tell you what it is; 12345 degrees are many.\n" * 3]
 
 
-def small_codec() -> ChatCodec:
+def small_codec(release: Release = "preview") -> ChatCodec:
     """A chat codec with every special token and a few merges."""
-    return ChatCodec(Tokenizer(train_bpe(TEXTS, 330)))
+    return ChatCodec(Tokenizer(train_bpe(TEXTS, 330)), release=release)
 
 
 @dataclass
