@@ -78,6 +78,10 @@ class TextCodec(Protocol):
         response_format: Mapping[str, Any] | None,
     ) -> list[int]: ...
 
+    @property
+    def call_token(self) -> int | None:
+        """The token without which no tool call can be written."""
+
     def in_reasoning(self, prompt: Sequence[int], /) -> bool:
         """Whether the completion of this chat prompt begins with reasoning."""
 

@@ -12,7 +12,7 @@ from dsv4c.chat.parse import AnswerParser
 from dsv4c.chat.prompts import Release
 from dsv4c.chat.release import release_of
 from dsv4c.chat.tokenizer import Detokenizer, Tokenizer
-from dsv4c.chat.tokens import THINK_START
+from dsv4c.chat.tokens import DSML, THINK_START
 from dsv4c.errors import RequestError
 
 
@@ -29,6 +29,7 @@ class ChatCodec:
         chat_prompt(messages, ...) -> ids       BOS included
         in_reasoning(prompt ids) -> bool        whether its completion begins with reasoning
         call_start(name) -> text                of a completion that must call a function
+        call_token      int | None              without it no call can be written
         parser(thinking) -> AnswerParser        push(text) -> pieces, flush() -> pieces: (kind, text)
 
     Safe to share between threads; what `detokenizer` and `parser` return belongs to one completion.
@@ -37,6 +38,7 @@ class ChatCodec:
     def __init__(self, tokenizer: Tokenizer, *, release: Release = "preview") -> None:
         self._tokenizer = tokenizer
         self.release: Release = release
+        self.call_token: int | None = tokenizer.id_of(DSML)
         self._think_start = tokenizer.id_of(THINK_START)
         self.vocab_size = tokenizer.vocab_size
         self.eos_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,6 +23,7 @@ from dsv4c.runtime.server import Server, offload
 from dsv4c.runtime.tools import ToolPlan, read_tools
 
 PATH = "/v1/chat/completions"
+_NEVER = -100.0  # the strongest bias of a logit
 # What chat/messages.py reads of a message, and what the official client gives back of an answer.
 _MESSAGE_KEYS = (
     *("role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "prefix", "wo_eos", "task"),
@@ -180,6 +182,8 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
             logprobs=logprobs,
             prompt_logprobs=body.prompt_logprobs,
         )
+        if plan.forbidden and codec.call_token is not None:
+            params = replace(params, logit_bias={**params.logit_bias, codec.call_token: _NEVER})
         choice = Choice(
             codec,
             index=number,

@@ -52,6 +52,7 @@ class ToyCodec:
 
     vocab_size = VOCAB
     eos_token_ids = (EOS,)
+    call_token = None
 
     def encode(self, text: str) -> list[int]:
         ids = []

@@ -33,12 +33,14 @@ class ScriptedEngine:
     max_context: int = 4096
     failure: Dsv4cError | None = None
     prompts: list[list[int]] = field(default_factory=list)
+    params: list[SamplingParams] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(0))
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, sink: Sink) -> int:
         number = next(self._numbers)
         self.prompts.append(list(prompt))
+        self.params.append(params)
         ids = self.codec.encode(self.answers[number % len(self.answers)])
         threading.Thread(target=self._say, args=(ids, params, sink), daemon=True).start()
         return number
