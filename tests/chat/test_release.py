@@ -36,6 +36,18 @@ def test_the_artifact_keeps_it(tmp_path: Path, small_backend: tokenizers.Tokeniz
     assert ChatCodec.from_folder(tmp_path, release="0731").release == "0731", "what is asked for is stronger"
 
 
+def test_compiling_keeps_what_the_checkpoint_says(tmp_path: Path, small_backend: tokenizers.Tokenizer) -> None:
+    from dsv4c.compile import _embed
+
+    checkpoint, artifact = tmp_path / "checkpoint", tmp_path / "artifact"
+    checkpoint.mkdir()
+    artifact.mkdir()
+    save_tokenizer(small_backend, checkpoint, model_max_length=4096)
+    ship(checkpoint, EFFORTS["0731"]["max"])
+    _embed(checkpoint, artifact)
+    assert ChatCodec.from_folder(artifact / "tokenizer").release == "0731"
+
+
 def test_a_checkpoint_that_does_not_say(tmp_path: Path) -> None:
     assert release_of(tmp_path) is None
 
