@@ -20,6 +20,7 @@ import torch
 from dsv4c import __version__, artifact
 from dsv4c.buckets import gpu_buckets
 from dsv4c.capturing import capture, step_inputs
+from dsv4c.chat.release import release_of, write_release
 from dsv4c.config import ModelConfig, StateLayout, Target
 from dsv4c.drafting import block_drafter, block_plans
 from dsv4c.errors import ArtifactError, ConfigError
@@ -366,7 +367,7 @@ def _tools(target: Target) -> dict[str, str]:
 
 
 def _embed(checkpoint: Path, directory: Path) -> None:
-    """Weights as hard links where the file system allows it, else copies; the tokenizer's files beside them."""
+    """Weights as hard links where the file system allows it, else copies; tokenizer and chat format beside them."""
     (directory / "weights").mkdir()
     (directory / "tokenizer").mkdir()
     for file in sorted(checkpoint.iterdir()):
@@ -374,6 +375,8 @@ def _embed(checkpoint: Path, directory: Path) -> None:
             _link(file, directory / "weights" / file.name)
         elif file.name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(file, directory / "tokenizer" / file.name)
+    if (release := release_of(checkpoint)) is not None:
+        write_release(directory / "tokenizer", release)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsv4c.artifact import Manifest, Program, load_manifest
 from dsv4c.chat.codec import ChatCodec
+from dsv4c.chat.prompts import Release
 from dsv4c.checkpoint.dummy import DummySource
 from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.checkpoint.source import WeightSource
@@ -63,6 +64,8 @@ class LaunchOptions:
     weights: Path | None = None
     dummy_seed: int | None = None
     tokenizer: Path | None = None
+    chat_release: Release | None = None
+    """Whose reasoning efforts to speak. None: those of the checkpoint that the artifact was compiled from."""
     model_name: str | None = None
     max_requests: int | None = None
     max_context: int | None = None
@@ -265,7 +268,7 @@ def _codec(directory: Path, options: LaunchOptions) -> ChatCodec:
     folder = options.tokenizer or directory / "tokenizer"
     if options.tokenizer is None and not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"`{directory}` holds no tokenizer", hint="give one with `--tokenizer FILE`")
-    return ChatCodec.from_folder(folder)
+    return ChatCodec.from_folder(folder, release=options.chat_release)
 
 
 def _source(directory: Path, manifest: Manifest, options: LaunchOptions) -> WeightSource | DeviceDummies:

@@ -73,9 +73,14 @@ class TextCodec(Protocol):
         *,
         thinking: bool,
         effort: str | None,
+        drop_thinking: bool,
         tools: Sequence[Mapping[str, Any]] | None,
         response_format: Mapping[str, Any] | None,
     ) -> list[int]: ...
+
+    @property
+    def call_token(self) -> int | None:
+        """The token without which no tool call can be written."""
 
     def in_reasoning(self, prompt: Sequence[int], /) -> bool:
         """Whether the completion of this chat prompt begins with reasoning."""

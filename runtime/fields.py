@@ -23,7 +23,7 @@ _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _KNOBS = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "priority", *_PENALTIES)
 
 # Fields of the official client without meaning for one model on one machine, and hints of caching, which is automatic.
-_INERT = frozenset(
+INERT = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
 # Fields of vLLM's that have one value here: sent with it they change nothing, with another they are named.
@@ -38,10 +38,19 @@ _FIXED = {
 }
 
 
-class GenerationBody(BaseModel):
-    """What every endpoint that generates shares. `None` always means the default."""
+class Body(BaseModel):
+    """A request's body. `None` always means the default."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of the fields that were sent and that no model knows."""
+        return unknown_keys("", self.model_extra, INERT)
+
+
+class GenerationBody(Body):
+    """What every endpoint that generates shares."""
 
     model: str
     stream: bool | None = None
@@ -77,7 +86,7 @@ class GenerationBody(BaseModel):
     def ignored_fields(self) -> list[str]:
         """Names of the fields that were sent and have no effect, those inside of objects too."""
         extra = self.model_extra or {}
-        known = _INERT | {name for name, value in _FIXED.items() if extra.get(name) == value}
+        known = INERT | {name for name, value in _FIXED.items() if extra.get(name) == value}
         options = unknown_keys("stream_options", self.stream_options, ("include_usage", "continuous_usage_stats"))
         return sorted((*unknown_keys("", extra, known), *options))
 

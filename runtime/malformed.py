@@ -51,6 +51,7 @@ def _httptools() -> type[asyncio.Protocol]:
         _head_bytes = 0
         _unparsed_bytes = 0  # of a head without an end: the parser says nothing of a field before its end
         _in_head = True
+        _num_heads = 0
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -64,9 +65,9 @@ def _httptools() -> type[asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             if self._in_head and self._timer is None:
                 self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
-            began_in_head = self._in_head
+            heads = self._num_heads
             super().data_received(data)
-            if began_in_head and self._in_head and not self.transport.is_closing():
+            if self._in_head and self._num_heads == heads and not self.transport.is_closing():
                 self._unparsed_bytes += len(data)
                 if self._unparsed_bytes > MAX_HEAD_BYTES:
                     self.send_400_response("headers too large")
@@ -77,6 +78,7 @@ def _httptools() -> type[asyncio.Protocol]:
 
         def on_headers_complete(self) -> None:
             self._in_head, self._unparsed_bytes = False, 0
+            self._num_heads += 1
             self._stop_timer()
             super().on_headers_complete()
 

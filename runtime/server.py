@@ -188,13 +188,16 @@ class Server:
 
     def extra_headers(self, request_id: str, ignored: list[str]) -> dict[str, str]:
         """The request id, and the names of fields without effect. Raises RequestError for those under `strict`."""
-        headers = {"x-request-id": request_id}
+        return {"x-request-id": request_id, **self.ignored_header(ignored)}
+
+    def ignored_header(self, ignored: list[str]) -> dict[str, str]:
+        """A header with the names of fields without effect. Raises RequestError for those under `strict`."""
         if not ignored:
-            return headers
+            return {}
         shown = [name if _FIELD_NAME.fullmatch(name) else "?" for name in ignored[:16]]
         if self.strict:
             refuse(f"unknown field `{shown[0]}`", shown[0], code="unknown_parameter", hint="this server is strict")
-        return {**headers, "x-ignored-fields": ", ".join(shown)}
+        return {"x-ignored-fields": ", ".join(shown)}
 
     def room(self, prompt_len: int, asked: int | None, param: str) -> int:
         """How many tokens may follow a prompt. Raises RequestError when the context cannot hold what was asked."""

@@ -26,6 +26,8 @@ class ToolPlan:
     """One of these must be called; empty: the model chooses whether."""
     max_calls: int | None = None
     """The answer ends with this many calls; None: as many as the model makes."""
+    forbidden: bool = False
+    """No call may be made, whatever earlier turns suggest: the token that begins one is kept out."""
 
 
 def read_tools(tools: Sequence[Any] | None, choice: Any = None, parallel: bool | None = None) -> ToolPlan:
@@ -48,7 +50,9 @@ def read_tools(tools: Sequence[Any] | None, choice: Any = None, parallel: bool |
         tools = [tool for tool, name in zip(tools or (), names, strict=True) if name in wanted]
         names = [name for name in names if name in wanted]
         choice = allowed.get("mode", "auto")
-    if choice == "none" or (choice in (None, "auto") and not names):
+    if choice == "none":
+        return ToolPlan(forbidden=True)
+    if choice in (None, "auto") and not names:
         return ToolPlan()
     shown = list(tools or ())
     if choice in (None, "auto"):

@@ -10,8 +10,9 @@ from dsv4c.chat.dsml import call_start
 from dsv4c.chat.encoding import awaits_completion, encode_messages
 from dsv4c.chat.parse import AnswerParser
 from dsv4c.chat.prompts import Release
+from dsv4c.chat.release import release_of
 from dsv4c.chat.tokenizer import Detokenizer, Tokenizer
-from dsv4c.chat.tokens import THINK_START
+from dsv4c.chat.tokens import DSML, THINK_START
 from dsv4c.errors import RequestError
 
 
@@ -28,6 +29,7 @@ class ChatCodec:
         chat_prompt(messages, ...) -> ids       BOS included
         in_reasoning(prompt ids) -> bool        whether its completion begins with reasoning
         call_start(name) -> text                of a completion that must call a function
+        call_token      int | None              without it no call can be written
         parser(thinking) -> AnswerParser        push(text) -> pieces, flush() -> pieces: (kind, text)
 
     Safe to share between threads; what `detokenizer` and `parser` return belongs to one completion.
@@ -35,15 +37,23 @@ class ChatCodec:
 
     def __init__(self, tokenizer: Tokenizer, *, release: Release = "preview") -> None:
         self._tokenizer = tokenizer
-        self._release: Release = release
+        self.release: Release = release
+        self.call_token: int | None = tokenizer.id_of(DSML)
         self._think_start = tokenizer.id_of(THINK_START)
         self.vocab_size = tokenizer.vocab_size
         self.eos_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, release: Release = "preview") -> ChatCodec:
-        """The codec of the checkpoint or artifact in `folder`. Raises ConfigError if its tokenizer is not usable."""
-        return cls(Tokenizer.from_file(folder), release=release)
+    def from_folder(cls, folder: str | Path, *, release: Release | None = None) -> ChatCodec:
+        """The codec of the checkpoint or artifact in `folder`, or of its `tokenizer.json`.
+
+        `release` None: the one it is of or, where it does not say, the preview. Raises ConfigError if its tokenizer
+        is not usable.
+        """
+        tokenizer, folder = Tokenizer.from_file(folder), Path(folder)
+        if release is None:
+            release = release_of(folder if folder.is_dir() else folder.parent) or "preview"
+        return cls(tokenizer, release=release)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
@@ -66,6 +76,7 @@ class ChatCodec:
         *,
         thinking: bool,
         effort: str | None = None,
+        drop_thinking: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         response_format: Mapping[str, Any] | None = None,
     ) -> list[int]:
@@ -77,9 +88,10 @@ class ChatCodec:
             messages,
             thinking=thinking,
             effort=effort,
+            drop_thinking=drop_thinking,
             tools=tools,
             response_format=response_format,
-            release=self._release,
+            release=self.release,
         )
         if not awaits_completion(messages):
             raise RequestError(

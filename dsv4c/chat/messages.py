@@ -96,7 +96,7 @@ def _read_turn(message: Any, param: str) -> Turn:
 
 
 def _read_assistant(message: Mapping[str, Any], param: str, task: str | None) -> Turn:
-    content, reasoning = message.get("content"), message.get("reasoning_content")
+    content, reasoning = message.get("content"), message.get("reasoning_content", message.get("reasoning"))
     if reasoning is not None and not isinstance(reasoning, str):
         _refuse(f"`{param}.reasoning_content` must be a string", f"{param}.reasoning_content")
     calls, call_ids = _read_calls(message.get("tool_calls"), f"{param}.tool_calls")

@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 from fastapi import FastAPI
 
-from dsv4c.runtime.endpoints import chat, completions, health, models
+from dsv4c.runtime.endpoints import chat, completions, health, messages, models, responses, tokens
 from dsv4c.runtime.server import Server
 
 ENDPOINTS: tuple[Callable[[FastAPI, Server], None], ...] = (
     models.add,
     completions.add,
     chat.add,
+    responses.add,
+    messages.add,
+    tokens.add,
     health.add,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,23 +15,26 @@ from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
 from dsv4c.runtime.completion import CallDelta, Choice, Delta, chat_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MANY, GenerationBody, unknown_keys
+from dsv4c.runtime.modes import TEMPLATE_KEYS, Mode, read_mode
+from dsv4c.runtime.openapi import route
 from dsv4c.runtime.params import MAX_LOGPROBS
 from dsv4c.runtime.protocol import Usage, parse_body, refuse
 from dsv4c.runtime.server import Server, offload
 from dsv4c.runtime.tools import ToolPlan, read_tools
 
 PATH = "/v1/chat/completions"
+_NEVER = -100.0  # the strongest bias of a logit
 # What chat/messages.py reads of a message, and what the official client gives back of an answer.
-_MESSAGE_KEYS = frozenset(
-    """role content reasoning_content tool_calls tool_call_id prefix wo_eos task tools response_format
-    refusal annotations""".split()
+_MESSAGE_KEYS = (
+    *("role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "prefix", "wo_eos", "task"),
+    *("tools", "response_format", "refusal", "annotations"),
 )
 
 
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH)
+    @app.post(PATH, **route(ChatBody, streams=True))
     async def chat_completions(request: Request) -> Response:
         body = parse_body(ChatBody, await server.read_body(request))
         job = await chat_job(server, body)
@@ -59,7 +63,7 @@ class ChatBody(GenerationBody):
         for i, message in enumerate(self.messages):
             found += unknown_keys(f"messages[{i}]", message, _MESSAGE_KEYS)
         found += unknown_keys("thinking", self.thinking, ("type",))
-        found += unknown_keys("chat_template_kwargs", self.chat_template_kwargs, ("thinking", "enable_thinking"))
+        found += unknown_keys("chat_template_kwargs", self.chat_template_kwargs, TEMPLATE_KEYS)
         return sorted((*found, *unknown_keys("response_format", self.response_format, ("type", "json_schema"))))
 
     def new_tokens(self) -> int | None:
@@ -81,29 +85,14 @@ class ChatBody(GenerationBody):
             return None
         return self.top_logprobs or 0
 
-    def mode(self, default_thinking: bool) -> tuple[bool, str | None]:
-        """(thinking, effort) from the three spellings in use. Raises RequestError when they contradict."""
-        said: dict[str, bool] = {}
-        if self.thinking is not None:
-            kind = self.thinking.get("type")
-            if kind not in ("enabled", "disabled"):
-                refuse("`thinking.type` must be `enabled` or `disabled`", "thinking.type")
-            said["thinking"] = kind == "enabled"
-        for key in ("thinking", "enable_thinking"):
-            value = (self.chat_template_kwargs or {}).get(key)
-            if value is None:
-                continue
-            if not isinstance(value, bool):
-                refuse(f"`chat_template_kwargs.{key}` must be true or false", f"chat_template_kwargs.{key}")
-            said[f"chat_template_kwargs.{key}"] = value
-        effort = self.reasoning_effort
-        if effort is not None:
-            said["reasoning_effort"] = effort != "none"
-        if len(set(said.values())) > 1:
-            first, second = list(said)[:2]
-            refuse(f"`{first}` and `{list(said)[-1] if said[first] == said[second] else second}` contradict", first)
-        thinking = next(iter(said.values()), default_thinking)
-        return thinking, None if effort == "none" else effort
+    def mode(self, default_thinking: bool) -> Mode:
+        """How to answer. Raises RequestError for spellings that contradict each other."""
+        return read_mode(
+            default_thinking=default_thinking,
+            thinking=self.thinking,
+            effort=self.reasoning_effort,
+            template=self.chat_template_kwargs,
+        )
 
     def tool_plan(self) -> ToolPlan:
         """How tools are used. Raises RequestError for a tool or a choice that is not understood."""
@@ -142,31 +131,47 @@ class ChatBody(GenerationBody):
                     refuse(what, param, code="unsupported_content")
 
 
+async def chat_prompt(server: Server, body: ChatBody) -> tuple[list[int], str]:
+    """The prompt of a chat, and its end that is the beginning of the answer: of a call that must be made.
+
+    Raises RequestError as the chat format does, and for a call that cannot be forced.
+    """
+    codec = server.codec
+    body.check_content()
+    mode = body.mode(server.default_thinking)
+    plan, response_format = body.tool_plan(), body.prompt_format()
+
+    def encode(messages: list[dict[str, object]]) -> list[int]:
+        return codec.chat_prompt(
+            messages,
+            thinking=mode.thinking,
+            effort=mode.effort,
+            drop_thinking=mode.drop_thinking,
+            tools=plan.shown,
+            response_format=response_format,
+        )
+
+    prompt = await offload(encode, body.messages, len(json.dumps([body.messages, plan.shown])))
+    if not plan.forced:
+        return prompt, ""
+    if codec.in_reasoning(prompt):
+        hint = "ask without thinking, or with `tool_choice: auto`"
+        refuse("`tool_choice` cannot force a call after thinking", "tool_choice", hint=hint)
+    begun = codec.call_start(plan.forced[0] if len(plan.forced) == 1 else None)
+    return prompt + codec.encode(begun), begun
+
+
 async def chat_job(server: Server, body: ChatBody) -> Job:
     """Checks a /v1/chat/completions body against model, chat format, context and limits."""
     codec, request_id = server.codec, f"chatcmpl-{uuid.uuid4().hex}"
     server.check_model(body.model)
-    body.check_content()
     body.check_scores()
     asked, logprobs, stops = body.new_tokens(), body.num_logprobs(), body.stops()
-    thinking, effort = body.mode(server.default_thinking)
-    plan, response_format = body.tool_plan(), body.prompt_format()
     include_usage = body.include_usage()
     headers = server.extra_headers(request_id, body.ignored_fields)
-
-    def encode(messages: list[dict[str, object]]) -> list[int]:
-        return codec.chat_prompt(
-            messages, thinking=thinking, effort=effort, tools=plan.shown, response_format=response_format
-        )
-
-    prompt = await offload(encode, body.messages, len(json.dumps([body.messages, plan.shown])))
-    reasons, begun = codec.in_reasoning(prompt), ""
-    if plan.forced:
-        if reasons:
-            hint = "ask without thinking, or with `tool_choice: auto`"
-            refuse("`tool_choice` cannot force a call after thinking", "tool_choice", hint=hint)
-        begun = codec.call_start(plan.forced[0] if len(plan.forced) == 1 else None)
-        prompt = prompt + codec.encode(begun)
+    mode, plan = body.mode(server.default_thinking), body.tool_plan()
+    prompt, begun = await chat_prompt(server, body)
+    reasons = codec.in_reasoning(prompt)
     room = server.room(len(prompt), asked, "messages")
     parts = []
     for number in range(body.num_choices):
@@ -177,6 +182,8 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
             logprobs=logprobs,
             prompt_logprobs=body.prompt_logprobs,
         )
+        if plan.forbidden and codec.call_token is not None:
+            params = replace(params, logit_bias={**params.logit_bias, codec.call_token: _NEVER})
         choice = Choice(
             codec,
             index=number,
@@ -198,7 +205,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
         include_usage=include_usage,
         continuous_usage=body.continuous_usage(),
         scored=logprobs is not None,
-        thinking=thinking,
+        thinking=mode.thinking,
         fingerprint=server.fingerprint,
         headers=headers,
     )

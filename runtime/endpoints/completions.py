@@ -13,6 +13,7 @@ from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
 from dsv4c.runtime.completion import Choice, Delta, completion_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MAX_SEQUENCES, GenerationBody
+from dsv4c.runtime.openapi import route
 from dsv4c.runtime.params import MAX_CHOICES, MAX_LOGPROBS
 from dsv4c.runtime.protocol import Usage, parse_body, refuse, token_ids
 from dsv4c.runtime.server import Server, offload
@@ -25,7 +26,7 @@ Prompt = str | list[int]
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH)
+    @app.post(PATH, **route(CompletionBody, streams=True))
     async def completions(request: Request) -> Response:
         body = parse_body(CompletionBody, await server.read_body(request))
         job = await completion_job(server, body)

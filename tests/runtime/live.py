@@ -52,6 +52,7 @@ class ToyCodec:
 
     vocab_size = VOCAB
     eos_token_ids = (EOS,)
+    call_token = None
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -88,6 +89,7 @@ class ToyCodec:
         *,
         thinking: bool,
         effort: str | None = None,
+        drop_thinking: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         response_format: Mapping[str, Any] | None = None,
     ) -> list[int]:
@@ -98,7 +100,7 @@ class ToyCodec:
                 raise RequestError(f"`messages[{i}].content` is missing", param=f"messages[{i}].content")
         if effort not in (None, "high", "max"):
             raise RequestError(f"unknown effort `{effort}`", param="reasoning_effort")
-        said = json.dumps([messages, tools, response_format, effort], sort_keys=True)
+        said = json.dumps([messages, tools, response_format, effort, drop_thinking], sort_keys=True)
         return [0, *self.encode(said), TOKENS.index(b"<think>" if thinking else b"</think>")]
 
 

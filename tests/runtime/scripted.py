@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from dsv4c.chat.bpe import train_bpe
 from dsv4c.chat.codec import ChatCodec
+from dsv4c.chat.prompts import Release
 from dsv4c.chat.tokenizer import Tokenizer
 from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.engine import EngineStats
@@ -18,9 +19,9 @@ from dsv4c.runtime.service import Output, Sink
 TEXTS = ["What is the weather in Paris? I look it up, and then tell you what it is; 12345 degrees are many.\n" * 3]
 
 
-def small_codec() -> ChatCodec:
+def small_codec(release: Release = "preview") -> ChatCodec:
     """A chat codec with every special token and a few merges."""
-    return ChatCodec(Tokenizer(train_bpe(TEXTS, 330)))
+    return ChatCodec(Tokenizer(train_bpe(TEXTS, 330)), release=release)
 
 
 @dataclass
@@ -32,12 +33,14 @@ class ScriptedEngine:
     max_context: int = 4096
     failure: Dsv4cError | None = None
     prompts: list[list[int]] = field(default_factory=list)
+    params: list[SamplingParams] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(0))
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, sink: Sink) -> int:
         number = next(self._numbers)
         self.prompts.append(list(prompt))
+        self.params.append(params)
         ids = self.codec.encode(self.answers[number % len(self.answers)])
         threading.Thread(target=self._say, args=(ids, params, sink), daemon=True).start()
         return number

@@ -102,6 +102,13 @@ def test_what_is_no_http_or_too_long_gets_the_error_body(live: Live) -> None:
     assert httpx.post(f"{live.api}/completions", content=BODY).status_code == 200
 
 
+def test_a_long_body_that_comes_with_its_head_is_no_long_head(live: Live) -> None:
+    body = json.dumps({**json.loads(BODY), "user": "x" * 200_000}).encode()
+    request = LINE + b"content-length: %d\r\n\r\n" % len(body) + body
+    for _ in range(3):
+        assert sent(live, request).split()[1] == b"200"
+
+
 def test_odd_paths_are_not_found_and_never_redirected(live: Live) -> None:
     for path in ODD_PATHS:
         refused(sent(live, b"GET " + path + b" HTTP/1.1\r\nhost: evil.example\r\n\r\n"), 400, 404)

@@ -128,6 +128,9 @@ def test_none_shows_no_tools(serve: Any) -> None:
         answer = whole(client, tool_choice="none").choices[0]
         assert (answer.message.content, answer.message.tool_calls, answer.finish_reason) == ("hi", None, "stop")
         assert "get_weather" not in engine.codec.decode(engine.prompts[0])
+        assert engine.params[0].logit_bias == {engine.codec.call_token: -100.0}
+        whole(client)
+        assert not engine.params[1].logit_bias
 
 
 @pytest.mark.parametrize("stream", [False, True])
