@@ -242,9 +242,9 @@ def serve(launched: Launched, sock: socket.socket) -> None:
     """Serves on a bound socket until a signal comes, then lets requests in flight finish."""
     # a machine that only measures needs no web framework
     from dsv4c.rehearsal import rehearse_app
+    from dsv4c.runtime.app import create_app
     from dsv4c.runtime.outputs import ServedEngine
     from dsv4c.runtime.serve import serve as serve_app
-    from dsv4c.runtime.app import create_app
 
     fingerprint = f"{launched.manifest.target}-{launched.manifest.model_sha256[:12]}"
 
