@@ -231,9 +231,8 @@ class Answer(Response):
         elif token is not None:
             self._clocks.token(index, output.queued_s)
             if output.finish_reason == "stop":
-                choice.end("stop", hidden_token=True)
-                if choice.stop_reason is None and token not in job.codec.eos_token_ids:
-                    choice.stop_reason = token
+                eos = token in job.codec.eos_token_ids
+                choice.end("stop", hidden_token=True, stop_token=None if eos else token)
             else:
                 choice.push(token, output.score)
         if output.finish_reason is not None:
