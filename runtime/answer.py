@@ -30,6 +30,7 @@ from dsv4c.runtime.completion import (
     TextCodec,
     score_prompt,
 )
+from dsv4c.runtime.malformed import ABORT
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.protocol import Usage, error_body, error_kind
@@ -188,7 +189,10 @@ class Answer(Response):
             except asyncio.CancelledError:
                 if not group.given_up:
                     raise
-                self._status, self._error = CLIENT_GONE, "stalled"  # uvicorn closes the connection: nothing was ended
+                self._status, self._error = CLIENT_GONE, "stalled"
+                if ABORT in scope.get("extensions", {}):
+                    scope["extensions"][ABORT]["abort"]()  # closing would wait for the client
+                    await asyncio.sleep(0)
             finally:
                 watch.cancel()
         self._count(record_of(scope))

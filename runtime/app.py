@@ -108,7 +108,7 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
         count(request, response.status_code)
         if (record := record_of(request.scope)) is not None:
             record.error = error.code if isinstance(error, RequestError) else "engine_error"
-        if response.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        if response.status_code in (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT):
             response.headers["connection"] = "close"  # the rest of the body will not be read
         return response
 
