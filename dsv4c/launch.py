@@ -262,16 +262,19 @@ def serve(launched: Launched, sock: socket.socket, options: ServeOptions | None 
     # a machine that only measures needs no web framework
     from dsv4c.rehearsal import rehearse_app
     from dsv4c.runtime.app import create_app
+    from dsv4c.runtime.grammar import Grammars
     from dsv4c.runtime.outputs import ServedEngine
     from dsv4c.runtime.serve import serve as serve_app
 
     chosen = options or ServeOptions()
+    grammars = Grammars(launched.codec) if launched.manifest.target == "cpu" else None  # masks are applied on the host
     fingerprint = f"{launched.manifest.target}-{launched.manifest.model_sha256[:12]}"
 
     def app_of(loop: EngineLoop, operations: Operations) -> Any:
         return create_app(
             ServedEngine(loop), launched.codec, launched.model_name, default_thinking=chosen.default_thinking,
             strict=chosen.strict, operations=operations, fingerprint=fingerprint,
+            grammars=grammars,
         )  # fmt: skip
 
     trial = EngineLoop(launched.engine).start()

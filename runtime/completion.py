@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dsv4c.runtime.grammar import GrammarCodec
 from dsv4c.runtime.params import MAX_LOGPROBS
 from dsv4c.runtime.protocol import logprob_number
 from dsv4c.runtime.service import Score
@@ -48,7 +49,7 @@ class AnswerParser(Protocol):
         """The rest. `truncated`: the model was not done; a call without its end then stays unfinished."""
 
 
-class TextCodec(Protocol):
+class TextCodec(GrammarCodec, Protocol):
     """What the server needs to know about a tokenizer and a chat format; given to it, never imported."""
 
     @property

@@ -15,10 +15,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import llguidance
 import numpy as np
@@ -35,6 +35,33 @@ _LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 
 Masks = npt.NDArray[np.int32]
 """[rows, ceil(vocabulary / 32)], a bit a token, 1: allowed."""
+
+
+class GrammarCodec(Protocol):
+    """What grammars need to know of a tokenizer and a chat format."""
+
+    @property
+    def eos_token_ids(self) -> Collection[int]: ...
+
+    @property
+    def added_token_ids(self) -> Collection[int]:
+        """Tokens that are no text: roles, markup, ends."""
+
+    def vocabulary(self) -> Sequence[bytes]:
+        """The bytes of every token, by id."""
+
+    def encode(self, text: str, /) -> list[int]: ...
+
+    def answer_grammar(
+        self,
+        content: Mapping[str, Any] | None,
+        *,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]],
+        forced: bool,
+        parallel: bool,
+    ) -> str:
+        """What an answer may be: content (None: free text), or calls of these functions."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,13 @@ class Grammar:
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Grammar:
         return self
+
+    def ahead(self, tokens: Sequence[int]) -> Grammar:
+        """What may follow these tokens, which are given. Raises EngineError if they cannot be."""
+        matcher = self._matcher.deep_copy()
+        if matcher.try_consume_tokens(list(tokens)) < len(tokens):
+            raise EngineError(f"the grammar does not allow the tokens {list(tokens)[:16]} that it is to continue")
+        return Grammar(matcher, self.vocab_size, self._eos, self.param)
 
     def start(self, stop_ids: Collection[int]) -> Cursor:
         """At the beginning; `stop_ids`: the tokens that end the request. End tokens that are none are masked."""
@@ -137,18 +171,9 @@ class Masking:
 class Grammars:
     """Compiles grammars for one vocabulary, in threads, and keeps the latest."""
 
-    def __init__(
-        self,
-        vocabulary: Callable[[], Sequence[bytes]],
-        added_token_ids: Collection[int],
-        eos_token_ids: Collection[int],
-        encode: Callable[[str], list[int]],
-    ) -> None:
-        """`vocabulary`: the bytes of every token, by id; read when the first grammar comes. `encode`: text to ids."""
-        self._vocabulary = vocabulary
-        self._added = frozenset(added_token_ids)
-        self._eos = tuple(sorted(eos_token_ids))
-        self._encode = encode
+    def __init__(self, codec: GrammarCodec) -> None:
+        """The codec's vocabulary is read when the first grammar comes."""
+        self._codec = codec
         self._tokenizer: Any = None
         self._lock = threading.Lock()
         self._known: OrderedDict[GrammarSource, Grammar] = OrderedDict()  # touched in the event loop's thread alone
@@ -204,7 +229,7 @@ class Grammars:
             raise _refused(source, "matches no text")
         if probe.is_stopped():
             raise _refused(source, "matches nothing but the empty text")
-        return Grammar(matcher, tokenizer.vocab_size, self._eos, source.param)
+        return Grammar(matcher, tokenizer.vocab_size, self._codec.eos_token_ids, source.param)
 
     def close(self) -> None:
         """Ends the threads; what is being compiled is still finished."""
@@ -213,8 +238,8 @@ class Grammars:
     def _tokenizer_once(self) -> Any:
         with self._lock:
             if self._tokenizer is None:
-                words = _Words(self._vocabulary(), self._added, self._eos, self._encode)
-                made = llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), eos_token=list(self._eos))
+                words, ends = _Words(self._codec), sorted(self._codec.eos_token_ids)
+                made = llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), eos_token=ends)
                 if made.vocab_size != len(words.tokens):
                     raise EngineError(f"the grammar's vocabulary has {made.vocab_size} tokens, not {len(words.tokens)}")
                 self._tokenizer = made
@@ -224,18 +249,14 @@ class Grammars:
 class _Words:
     """A vocabulary as llguidance asks for it. 0xFF begins the name of a token that is no text."""
 
-    def __init__(
-        self,
-        vocabulary: Sequence[bytes],
-        added: Collection[int],
-        eos_token_ids: Sequence[int],
-        encode: Callable[[str], list[int]],
-    ) -> None:
-        self.tokens = [b"\xff<%d>" % i if i in added or not text else bytes(text) for i, text in enumerate(vocabulary)]
+    def __init__(self, codec: GrammarCodec) -> None:
+        added = frozenset(codec.added_token_ids)
+        words = enumerate(codec.vocabulary())
+        self.tokens = [b"\xff<%d>" % i if i in added or not text else bytes(text) for i, text in words]
         self.special_token_ids = sorted(added)
-        self.eos_token_id = eos_token_ids[0]
+        self.eos_token_id = min(codec.eos_token_ids)
         self.bos_token_id = None
-        self._encode = encode
+        self._encode = codec.encode
 
     def __call__(self, text: str) -> list[int]:
         if not isinstance(text, str):  # it asks whether bytes are taken, and gives text if not
