@@ -227,8 +227,6 @@ class Grammars:
         probe.compute_bitmask()  # also builds the automata that every request begins with
         if probe.is_error():
             raise _refused(source, "matches no text")
-        if probe.is_stopped():
-            raise _refused(source, "matches nothing but the empty text")
         return Grammar(matcher, tokenizer.vocab_size, self._codec.eos_token_ids, source.param)
 
     def close(self) -> None:
@@ -269,5 +267,7 @@ def _refused(source: GrammarSource, what: str) -> RequestError:
 
 
 def _first_line(text: str) -> str:
+    """The reason in an error of several lines, which also shows where it is and, in tags, all that is known."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("<")]
-    return (lines or ["it grew too complex"])[0][:300]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return " ".join([*lines[:1], *told[:1]])[:300] or "it grew too complex"

@@ -30,7 +30,7 @@ _SPACE = (
 _PLAIN_DATA = frozenset(("const", "enum", "default", "examples", "example"))
 _OLD = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
-_OPTIONS = frozenset((*_KINDS, "disable_any_whitespace"))
+_SWITCHES = ("disable_any_whitespace", "disable_additional_properties")
 
 Content = tuple[str, Mapping[str, Any]]
 """The field that asks, and a grammar of llguidance: `lark_grammar` or `json_schema`."""
@@ -85,17 +85,17 @@ class StructuredFields(BaseModel):
         if self.structured_outputs is None:
             return
         for key in given:
-            if key not in _OPTIONS:
+            if key not in (*_KINDS, *_SWITCHES):
                 param = f"structured_outputs.{key}"
                 refuse(f"`{param}` is not supported", param, code="unsupported", hint=f"one of {', '.join(_KINDS)}")
-        compact = given.pop("disable_any_whitespace", False)
-        if not isinstance(compact, bool):
-            param = "structured_outputs.disable_any_whitespace"
-            refuse(f"`{param}` must be true or false", param)
+        compact, closed = (given.pop(name, False) for name in _SWITCHES)
+        for name, value in zip(_SWITCHES, (compact, closed), strict=True):
+            if not isinstance(value, bool):
+                refuse(f"`structured_outputs.{name}` must be true or false", f"structured_outputs.{name}")
         if not given:
             refuse("`structured_outputs` asks for nothing", "structured_outputs", hint=f"give {', '.join(_KINDS)}")
         for key, value in given.items():
-            yield f"structured_outputs.{key}", _grammar(key, value, f"structured_outputs.{key}", compact)
+            yield f"structured_outputs.{key}", _grammar(key, value, f"structured_outputs.{key}", compact, closed)
 
 
 _UNFORCED = "with `strict: false` the schema is put into the prompt and not enforced"
@@ -152,14 +152,14 @@ def _functions(plan: ToolPlan | None) -> dict[str, dict[str, Any]]:
     return {function["name"]: function for function in functions}
 
 
-def _grammar(kind: str, value: Any, param: str, compact: bool = False) -> Mapping[str, Any]:
+def _grammar(kind: str, value: Any, param: str, compact: bool = False, closed: bool = False) -> Mapping[str, Any]:
     """A grammar for llguidance; `ebnf` if it is still to be translated."""
     if kind == "json_object":
         if value is not True:
             refuse(f"`{param}` must be true", param)
         return _json({"type": "object"}, param, compact)
     if kind == "json":
-        return _json(value, param, compact)
+        return _json(value, param, compact, closed)
     if kind == "choice":
         words = value if isinstance(value, list) else []
         if not words or not all(isinstance(word, str) and word for word in words):
@@ -186,7 +186,8 @@ def _lark(text: str, param: str) -> str:
         refuse(f"`{param}` is not a grammar: {str(error)[:200]}", param, code="invalid_grammar")
 
 
-def _json(schema: Any, param: str, compact: bool = False, hint: str = "") -> Mapping[str, Any]:
+def _json(schema: Any, param: str, compact: bool = False, closed: bool = False, hint: str = "") -> Mapping[str, Any]:
+    """A JSON schema. `compact`: without free space; `closed`: objects have no property that they do not name."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -197,12 +198,25 @@ def _json(schema: Any, param: str, compact: bool = False, hint: str = "") -> Map
     if not isinstance(schema, dict):
         refuse(f"`{param}` must be a JSON schema that something matches", param, code="invalid_grammar")
     _check_schema(schema, param, hint)
+    schema = _closed(schema) if closed else schema
     options: dict[str, Any] = {"lenient": False, "coerce_one_of": False}
     if compact:
         options |= {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     else:
         options["whitespace_pattern"] = _SPACE
     return {"json_schema": {**schema, "x-guidance": options}}
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with `additionalProperties: false` wherever properties are named and it says nothing else."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: value if key in _PLAIN_DATA else _closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and "patternProperties" not in schema:
+        inner.setdefault("additionalProperties", False)
+    return inner
 
 
 def _check_schema(schema: dict[str, Any], param: str, hint: str) -> None:
