@@ -119,7 +119,7 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": True}}},
         400,
-        "response_format.json_schema.strict",
+        "response_format.json_schema.schema",
     ),
 ]
 
