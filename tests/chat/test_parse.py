@@ -56,12 +56,33 @@ PARTS = st.one_of(
         ["</think>", "</thi", "<", "nk>", "\n\n", "\n", " ", "<think>", "é", '">', "{}", "3", "/", "｜", "DSML"]
     ),
 )
-TEXTS = st.lists(PARTS, max_size=16).map("".join)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> list[str]:
+    """A well-formed answer with a few pieces lost, doubled or put in, cut somewhere."""
+    value = draw(st.sampled_from(["Paris", "[1, 2]", '{"a": "b"}', "x\n</｜DSML｜invoke>", "", "3"]))
+    one = (
+        f'<｜DSML｜parameter name="k" string="{draw(st.sampled_from(["true", "false"]))}">{value}</｜DSML｜parameter>\n'
+    )
+    invoke = '<｜DSML｜invoke name="f">\n' + one * draw(st.integers(0, 2)) + "</｜DSML｜invoke>\n"
+    text = f"why</think>I look.\n\n<｜DSML｜tool_calls>\n{invoke * draw(st.integers(1, 2))}</｜DSML｜tool_calls>"
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(text)))
+        end = min(len(text), at + draw(st.integers(0, 30)))
+        kind = draw(st.sampled_from(["lose", "double", "put in"]))
+        text = text[:at] + {"lose": "", "double": text[at:end] * 2, "put in": draw(PARTS)}[kind] + text[end:]
+    edges = [0, *sorted(draw(st.lists(st.integers(0, len(text)), max_size=10))), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
+
+
+PIECES = st.lists(PARTS, max_size=16) | damaged()
+TEXTS = PIECES.map("".join)
 
 
 @cases(2000)
 @given(
-    pieces=st.lists(PARTS, max_size=16),
+    pieces=PIECES,
     cuts=st.lists(st.integers(0, 200), max_size=8),
     thinking=st.booleans(),
     truncated=st.booleans(),
@@ -96,7 +117,7 @@ def test_no_tag_leaks_and_arguments_are_objects(text: str, thinking: bool, trunc
 
 
 @cases(2000)
-@given(parts=st.lists(PARTS, max_size=12), thinking=st.booleans(), truncated=st.booleans())
+@given(parts=PIECES, thinking=st.booleans(), truncated=st.booleans())
 def test_no_text_is_lost(parts: list[str], thinking: bool, truncated: bool) -> None:
     words = [f"{i}w" for i in range(len(parts))]
     text = "".join(f"{part}{word}" for part, word in zip(parts, words, strict=True))
