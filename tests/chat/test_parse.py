@@ -211,9 +211,28 @@ def test_parallel_calls() -> None:
     assert got == ParsedCompletion("", None, (*CALLED, ToolCall("g", "{}")))
 
 
-def test_calls_in_the_reasoning_are_no_calls() -> None:
-    got = parse_completion(f"I could {block(CALL)}</think>done", thinking=True)
-    assert got == ParsedCompletion("done", f"I could {block(CALL)}")
+def test_a_call_ends_the_reasoning_that_nothing_else_ended() -> None:
+    for text in (f"I look.\n\n{block(CALL)}", f"I look.{CALL}"):
+        assert parse_completion(text, thinking=True) == ParsedCompletion("", "I look.", CALLED)
+
+
+def test_reasoning_goes_on_after_a_call_until_its_end() -> None:
+    text = f"I could\n\n{block(CALL)} or not</think>\ndone"
+    assert parse_completion(text, thinking=True) == ParsedCompletion("\ndone", "I could or not", CALLED)
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "it would be <｜DSML｜tool_calls> and then", "</｜DSML｜tool_calls>", "｜DSML｜", "<｜DSML｜tool_calls>\n\n",
+        '<｜DSML｜invoke name="', '<｜DSML｜invoke name="">',
+        '<｜DSML｜tool_calls>\n<｜DSML｜parameter name="k" string="true">v',
+    ],
+)  # fmt: skip
+def test_markup_that_is_no_call_is_reasoning_as_it_is(thought: str) -> None:
+    assert parse_completion(f"{thought}</think>done", thinking=True) == ParsedCompletion("done", thought)
+    assert parse(list(f"{thought}</think>done"), thinking=True) == [("reasoning", thought), ("content", "done")]
+    assert parse_completion(thought, thinking=True) == ParsedCompletion("", thought)
 
 
 @pytest.mark.parametrize(
