@@ -108,8 +108,8 @@ async def completion_job(server: Server, body: CompletionBody) -> Job:
                 choice=number,
                 max_tokens=max(1, min(asked, room)),
                 vocab_size=codec.vocab_size,
-                logprobs=body.logprobs,
-                prompt_logprobs=body.logprobs if body.echo else None,
+                logprobs=0 if body.logprobs is None and n > body.num_choices else body.logprobs,
+                prompt_logprobs=body.scored_prompt(),
                 grammar=grammar,
             )
             choice = Choice(
