@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dsv4c.launch import LaunchOptions, launch
+from dsv4c.runtime.grammar import Grammars
 from tests.conformance.scripted_sampler import Scripted
 from tests.runtime.live import Live, start
 
@@ -44,7 +45,8 @@ def start_nano(artifact: Path, **options: Any) -> Host:
     engine = launched.engine
     scripted = Scripted(engine.runner, launched.codec.eos_token_ids[0])
     engine.runner = scripted
-    return Host(start(engine, launched.codec, launched.model_name, **options), scripted)
+    given = {"grammars": Grammars(launched.codec), **options}
+    return Host(start(engine, launched.codec, launched.model_name, **given), scripted)
 
 
 @pytest.fixture(scope="session")
