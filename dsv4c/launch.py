@@ -9,7 +9,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,13 +38,16 @@ from dsv4c.runtime.kernels import Binder
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import drafts_of, limits_for
 from dsv4c.runtime.loader import check_host, load, load_device, weights_on
+from dsv4c.runtime.logs import LogFormat
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.memory import MemoryPlan, Room
+from dsv4c.runtime.operations import Operations
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
 from dsv4c.runtime.speculation import Speculation, predicted_cost
+from dsv4c.runtime.tls import Tls
 from dsv4c.runtime.weights import LoadProgress, LoadReport
 from dsv4c.shadow import Difference, HostShadowExecutor, Shadow, ShadowExecutor
 
@@ -54,6 +57,7 @@ PlanWatch = Callable[[MemoryPlan, Room, PoolSizes], None]
 """Told what serving will take, before anything is loaded."""
 LoadWatch = Callable[[LoadReport], None]
 """Told what was loaded and how fast."""
+ExecutorKind = Literal["graph", "eager", "contracts", "shadow"]
 SNAPSHOTS = 2  # for each request that runs: the one it moves along, and one where its prompt or a shared prefix ended
 
 
@@ -77,11 +81,26 @@ class LaunchOptions:
     speculative_tokens: int | None = None
     """Most drafts of a request in a step; None: what the artifact was compiled for."""
     threads: int | None = None
-    executor: Literal["graph", "eager", "contracts", "shadow"] = "graph"
+    executor: ExecutorKind = "graph"
     """How a GPU artifact's segments run: captured; call by call; with every segment's contract checked; or with the
     reference of every call beside it."""
     breaks: tuple[str, ...] = ()
     """Scopes that stay out of the graphs, e.g. `L07.*`."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How to serve what was launched: clients, TLS, the end, logs."""
+
+    operations: Operations = field(default_factory=Operations)
+    strict: bool = False
+    """Unknown fields of requests are errors."""
+    default_thinking: bool = False
+    tls: Tls | None = None
+    drain_s: float = 30.0
+    drain_delay_s: float = 0.0
+    log_level: str = "info"
+    log_format: LogFormat = "text"
 
 
 @dataclass(frozen=True)
@@ -238,28 +257,38 @@ def answer(launched: Launched, prompt: str, max_tokens: int, temperature: float,
     yield text.flush()
 
 
-def serve(launched: Launched, sock: socket.socket) -> None:
+def serve(launched: Launched, sock: socket.socket, options: ServeOptions | None = None) -> None:
     """Serves on a bound socket until a signal comes, then lets requests in flight finish."""
     # a machine that only measures needs no web framework
     from dsv4c.rehearsal import rehearse_app
     from dsv4c.runtime.app import create_app
+    from dsv4c.runtime.grammar import Grammars
     from dsv4c.runtime.outputs import ServedEngine
     from dsv4c.runtime.serve import serve as serve_app
 
+    chosen = options or ServeOptions()
+    grammars = Grammars(launched.codec) if launched.manifest.target == "cpu" else None  # masks are applied on the host
     fingerprint = f"{launched.manifest.target}-{launched.manifest.model_sha256[:12]}"
 
-    def app_of(loop: EngineLoop) -> Any:
-        return create_app(ServedEngine(loop), launched.codec, launched.model_name, fingerprint=fingerprint)
+    def app_of(loop: EngineLoop, operations: Operations) -> Any:
+        return create_app(
+            ServedEngine(loop), launched.codec, launched.model_name, default_thinking=chosen.default_thinking,
+            strict=chosen.strict, operations=operations, fingerprint=fingerprint,
+            grammars=grammars,
+        )  # fmt: skip
 
     trial = EngineLoop(launched.engine).start()
     try:
-        rehearse_app(app_of(trial), launched.model_name)
+        rehearse_app(app_of(trial, Operations(observers=())), launched.model_name)
     finally:
         trial.close(drain=False)
     loop = EngineLoop(launched.engine.renewed()).start()
-    app = app_of(loop)
+    app = app_of(loop, chosen.operations)
     try:
-        serve_app(app, sock=sock)
+        serve_app(
+            app, sock=sock, drain_s=chosen.drain_s, drain_delay_s=chosen.drain_delay_s, tls=chosen.tls,
+            log_level=chosen.log_level, log_format=chosen.log_format,
+        )  # fmt: skip
     finally:
         loop.close(drain=False)
 

@@ -30,6 +30,7 @@ from dsv4c.runtime.completion import (
     TextCodec,
     score_prompt,
 )
+from dsv4c.runtime.malformed import ABORT
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.protocol import Usage, error_body, error_kind
@@ -188,7 +189,10 @@ class Answer(Response):
             except asyncio.CancelledError:
                 if not group.given_up:
                     raise
-                self._status, self._error = CLIENT_GONE, "stalled"  # uvicorn closes the connection: nothing was ended
+                self._status, self._error = CLIENT_GONE, "stalled"
+                if ABORT in scope.get("extensions", {}):
+                    scope["extensions"][ABORT]["abort"]()  # closing would wait for the client
+                    await asyncio.sleep(0)
             finally:
                 watch.cancel()
         self._count(record_of(scope))
@@ -231,9 +235,8 @@ class Answer(Response):
         elif token is not None:
             self._clocks.token(index, output.queued_s)
             if output.finish_reason == "stop":
-                choice.end("stop", hidden_token=True)
-                if choice.stop_reason is None and token not in job.codec.eos_token_ids:
-                    choice.stop_reason = token
+                eos = token in job.codec.eos_token_ids
+                choice.end("stop", hidden_token=True, stop_token=None if eos else token)
             else:
                 choice.push(token, output.score)
         if output.finish_reason is not None:

@@ -23,6 +23,7 @@ from dsv4c.errors import Dsv4cError, RequestError
 from dsv4c.runtime.completion import TextCodec
 from dsv4c.runtime.endpoints import ENDPOINTS
 from dsv4c.runtime.gate import Gate
+from dsv4c.runtime.grammar import Grammars
 from dsv4c.runtime.keys import KeyRing
 from dsv4c.runtime.operations import Operations
 from dsv4c.runtime.protocol import error_body, error_kind
@@ -40,11 +41,13 @@ def create_app(
     strict: bool = False,
     operations: Operations | None = None,
     fingerprint: str | None = None,
+    grammars: Grammars | None = None,
 ) -> FastAPI:
     """The application for one engine that runs in a thread of its own; the caller starts and stops it.
 
     `default_thinking`: chat requests that do not say. `strict`: unknown fields are errors, not a response header.
     `operations`: keys, limits, deadlines. `fingerprint`: `system_fingerprint` of responses, to reproduce with `seed`.
+    `grammars`: for structured output, if the engine can enforce it.
     """
     server = Server(
         engine,
@@ -54,6 +57,7 @@ def create_app(
         strict=strict,
         operations=operations,
         fingerprint=fingerprint,
+        grammars=grammars,
     )
 
     @asynccontextmanager
@@ -108,7 +112,7 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
         count(request, response.status_code)
         if (record := record_of(request.scope)) is not None:
             record.error = error.code if isinstance(error, RequestError) else "engine_error"
-        if response.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        if response.status_code in (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT):
             response.headers["connection"] = "close"  # the rest of the body will not be read
         return response
 

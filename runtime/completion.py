@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dsv4c.runtime.grammar import GrammarCodec
 from dsv4c.runtime.params import MAX_LOGPROBS
 from dsv4c.runtime.protocol import logprob_number
 from dsv4c.runtime.service import Score
@@ -48,7 +49,7 @@ class AnswerParser(Protocol):
         """The rest. `truncated`: the model was not done; a call without its end then stays unfinished."""
 
 
-class TextCodec(Protocol):
+class TextCodec(GrammarCodec, Protocol):
     """What the server needs to know about a tokenizer and a chat format; given to it, never imported."""
 
     @property
@@ -205,6 +206,7 @@ class Choice:
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.num_calls = 0
+        self._in_call = False
         self._detokenizer = codec.detokenizer()
         self._parser = parser
         self._max_calls = max_calls
@@ -227,17 +229,21 @@ class Choice:
         self._show(text)
         self.num_reasoning_tokens += thought
 
-    def end(self, reason: str, *, hidden_token: bool = False) -> None:
-        """Ends the sequence unless a stop string did. `hidden_token`: an end token came last and is only counted."""
+    def end(self, reason: str, *, hidden_token: bool = False, stop_token: int | None = None) -> None:
+        """Ends the sequence unless a stop string did. `hidden_token`: an end token came last and is only counted.
+
+        `stop_token`: the end token, if it is the request's own; like a limit it may cut a tool call off.
+        """
         if self.finish_reason is not None:
             return
         self.num_tokens += hidden_token
         self._show(self._detokenizer.flush())
         if self._parser is not None and self.finish_reason is None:
-            self._relay(self._parser.flush(truncated=reason != "stop"))
+            self._relay(self._parser.flush(truncated=reason != "stop" or stop_token is not None))
         if self.finish_reason is None:
             self._delta.content += self._matcher.flush()
-            self.finish_reason = "tool_calls" if reason == "stop" and self.num_calls else reason
+            whole = self.num_calls > 0 and not self._in_call
+            self.finish_reason, self.stop_reason = "tool_calls" if reason == "stop" and whole else reason, stop_token
 
     def take(self) -> Delta:
         """What became visible since the last call. Tokens come along with the text that they complete."""
@@ -285,12 +291,13 @@ class Choice:
             self._delta.content += self._matcher.flush()  # a stop string does not reach across a call
             calls.append(CallDelta(self.num_calls, id=f"call_{uuid.uuid4().hex[:24]}", name=text))
             self.num_calls += 1
+            self._in_call = True
             return
         if not calls:
             calls.append(CallDelta(self.num_calls - 1))
         calls[-1].arguments += text
         if kind == "call_end":
-            calls[-1].done = True
+            calls[-1].done, self._in_call = True, False
             if self.num_calls == self._max_calls:
                 self.finish_reason = "tool_calls"
 

@@ -8,6 +8,7 @@ What the other API cannot say of this model is refused; what it says without eff
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ _TRANSLATED = frozenset(
 ) | frozenset(("logprobs", "top_logprobs", "prompt_logprobs", "parallel_tool_calls", "reasoning_effort"))
 EXTENSIONS = frozenset(ChatBody.model_fields) - _TRANSLATED - {"response_format", "thinking", "stop"}
 """Sampling fields and others of the chat endpoint that are taken under the same name."""
+_NAME = re.compile(r"`([a-z_]+[][a-z0-9_.]*)")  # of a field, in a message
 
 
 @dataclass
@@ -91,14 +93,18 @@ class Chat:
         try:
             yield
         except RequestError as error:
-            message, param = error.message, error.param
-            for theirs in sorted(self.names, key=len, reverse=True):
-                ours = self.names[theirs]
-                message = message.replace(f"`{theirs}", f"`{ours}")
-                if param is not None and param.startswith(theirs) and param[len(theirs) :][:1] in ("", ".", "["):
-                    param = ours + param[len(theirs) :]
-                    break
-            raise RequestError(message, status=error.status, param=param, code=error.code, hint=error.hint) from error
+            param = None if error.param is None else self._own_name(error.param)
+            message, hint = (
+                _NAME.sub(lambda m: f"`{self._own_name(m[1])}", text) for text in (error.message, error.hint)
+            )
+            raise RequestError(message, status=error.status, param=param, code=error.code, hint=hint) from error
+
+    def _own_name(self, name: str) -> str:
+        """The request's own name of a chat's field, or of a part of one."""
+        for known in sorted(self.names, key=len, reverse=True):
+            if name.startswith(known) and name[len(known) :][:1] in ("", ".", "["):
+                return self.names[known] + name[len(known) :]
+        return name
 
 
 def unsupported(kind: Any, param: str, offered: str) -> NoReturn:

@@ -331,7 +331,8 @@ class Engine:
         )
         for token, logprob in zip(tokens, logprobs, strict=True):
             if token is None:
-                error = EngineError(f"the logits after {request.num_tokens} tokens hold NaN or infinity")
+                what = " or its grammar lets nothing follow" if request.params.grammar is not None else ""
+                error = EngineError(f"the logits after {request.num_tokens} tokens hold NaN or infinity{what}")
                 self.scheduler.distrust()
                 return self._end(request, "failed", event if event.tokens else None, error=error)
             request.append(token)
@@ -355,6 +356,12 @@ class Engine:
             return self._end(request, "failed", given, error=EngineError(f"the stop hook failed: {error}"))
         if stopped and request.num_generated >= request.params.min_tokens:
             return self._end(request, "stop", given)
+        cursor = None if request.sampler is None else request.sampler.grammar
+        if cursor is not None and cursor.over:
+            if cursor.fault is None:
+                return self._end(request, "stop", given)
+            lost = EngineError(f"the grammar cannot be followed any more: {cursor.fault}")
+            return self._end(request, "failed", given, error=lost)
         if request.num_tokens >= request.max_tokens_total:
             return self._end(request, "length", given)
         return None

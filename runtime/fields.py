@@ -13,8 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dsv4c.runtime.grammar import Grammar
 from dsv4c.runtime.params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 from dsv4c.runtime.protocol import refuse
+from dsv4c.runtime.structured import StructuredFields
 
 MAX_SEQUENCES = 256  # prompts times n in one HTTP request: a batch of an evaluation harness fits, a typo does not
 MAX_STOPS = 16
@@ -49,7 +51,7 @@ class Body(BaseModel):
         return unknown_keys("", self.model_extra, INERT)
 
 
-class GenerationBody(Body):
+class GenerationBody(StructuredFields, Body):
     """What every endpoint that generates shares."""
 
     model: str
@@ -144,6 +146,7 @@ class GenerationBody(Body):
         vocab_size: int,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> SamplingParams:
         """Engine parameters of choice number `choice`; with a seed, choice i draws from `seed + i`.
 
@@ -165,6 +168,7 @@ class GenerationBody(Body):
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
             **given,
         )
         params.check_vocab(vocab_size)

@@ -17,6 +17,8 @@ from dsv4c.runtime.protocol import error_body, error_kind
 
 MAX_HEAD_BYTES = 64 * 1024  # h11's own limit; what httptools takes is unlimited without ours
 HEAD_TIMEOUT_S = 30.0
+ABORT = "dsv4c.abort"
+"""ASGI extension: `abort()` drops the connection and what its client has not taken."""
 
 
 def http_protocol() -> type[asyncio.Protocol]:
@@ -80,6 +82,7 @@ def _httptools() -> type[asyncio.Protocol]:
             self._in_head, self._unparsed_bytes = False, 0
             self._num_heads += 1
             self._stop_timer()
+            self.scope["extensions"] = {ABORT: {"abort": self.transport.abort}}
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:

@@ -54,6 +54,10 @@ class _EngineCollector(Collector):
         )
         yield CounterMetricFamily("dsv4c_steps", "Steps launched", value=stats.steps)
         yield CounterMetricFamily("dsv4c_step_tokens", "Tokens computed, recomputed ones too", value=stats.step_tokens)
+        yield CounterMetricFamily(
+            "dsv4c_engine_generated_tokens", "Generated tokens as they come, those of requests that go on too",
+            value=stats.generated_tokens,
+        )  # fmt: skip
         yield CounterMetricFamily("dsv4c_failed_steps", "Steps that raised", value=stats.failed_steps)
         for name, text, seconds in (
             ("step", "Seconds spent in steps", stats.step_s),

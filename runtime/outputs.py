@@ -54,7 +54,7 @@ class ServedEngine:
 
 
 def outputs_of(event: Event) -> list[Output]:
-    """One Output a token, or one without a token that only ends the request."""
+    """One Output a token, and one without a token where the request ends and its last token is no reason for it."""
     reason: str | None = None
     error: Dsv4cError | None = None
     if event.end is not None:
@@ -64,7 +64,9 @@ def outputs_of(event: Event) -> list[Output]:
     if not event.tokens:
         return [Output(prompt_scores=prompt, finish_reason=reason, error=error)]
     last = len(event.tokens) - 1
-    return [
+    if event.end is not None and event.end.reason == "stop" and event.end.stop_token is None:
+        last += 1  # its text has ended, by its grammar or its hook; the token is part of it
+    outputs = [
         Output(
             token_id=token,
             score=_score(event.logprobs[i]) if event.logprobs else None,
@@ -76,6 +78,7 @@ def outputs_of(event: Event) -> list[Output]:
         )
         for i, token in enumerate(event.tokens)
     ]
+    return outputs if event.end is None or last < len(outputs) else [*outputs, Output(finish_reason=reason)]
 
 
 def _score(entry: TokenLogprob | None) -> Score | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dsv4c.errors import RequestError
+from dsv4c.runtime.grammar import Grammar
 
 MAX_LOGPROBS = 20  # OpenAI's limit for chat
 MAX_CHOICES = 128  # OpenAI's limit for n
@@ -49,6 +50,8 @@ class SamplingParams:
     n: int = 1
     priority: int = 0
     """Of those that wait, the lowest goes first, and among equals the one that came first."""
+    grammar: Grammar | None = field(default=None, compare=False, repr=False)
+    """What the generated text must match; it ends where this does, whatever `min_tokens`."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -22,9 +22,10 @@ from dsv4c.artifact import Input
 from dsv4c.errors import EngineError
 from dsv4c.runtime.batch import BatchBuilder
 from dsv4c.runtime.drafts import Drafter
+from dsv4c.runtime.grammar import Masking
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.request import Request
-from dsv4c.runtime.sampler import SamplerState, TokenLogprob, logprobs_of, sample
+from dsv4c.runtime.sampler import SamplerState, TokenLogprob, logprobs_of, sample, width_of
 from dsv4c.runtime.scheduler import Span
 
 Ticket = Any
@@ -109,9 +110,13 @@ class HostRunner:
         self.vocab_size = vocab_size
         self.states = tuple(states)
         self._batch = BatchBuilder(inputs, pool, symbols)
+        self._masking = Masking()
 
     def check(self, request: Request, /) -> None:
-        """Everything that SamplingParams allows can be sampled."""
+        """Everything that SamplingParams allows can be sampled. Raises EngineError for another model's grammar."""
+        grammar = request.params.grammar
+        if grammar is not None and grammar.vocab_size > self.vocab_size:
+            raise EngineError(f"the grammar knows {grammar.vocab_size} tokens, the model {self.vocab_size}")
 
     def launch(self, spans: Sequence[Span], /) -> Chosen:
         states = [s.request.sampler for s in spans if s.samples and s.request.sampler is not None]
@@ -130,16 +135,20 @@ class HostRunner:
         self, spans: Sequence[Span], inputs: Mapping[str, torch.Tensor], states: Sequence[SamplerState]
     ) -> Chosen:
         """What the model says to these inputs; `states` are those of the sampling spans. No request changes."""
-        logits_SV = self.executor.step(inputs)
+        guesses = _guesses(spans, inputs["token_ids"].tolist()) if any(s.drafts for s in spans) else [[]] * len(states)
+        each = [s.ahead(g[:i]) if i else s for s, g in zip(states, guesses, strict=True) for i in range(1 + len(g))]
+        filling = self._masking.begin([s.grammar for s in each], width_of(each))
+        try:
+            logits_SV = self.executor.step(inputs)
+        finally:
+            masks = filling.result() if filling is not None else None  # nobody may touch a cursor before
         rows = sum(s.num_rows for s in spans)
         if tuple(logits_SV.shape) != (rows, self.vocab_size):
             raise EngineError(f"the executor gave logits {list(logits_SV.shape)}, not {[rows, self.vocab_size]}")
         prompt: dict[str, list[TokenLogprob]] = {}
         if any(s.prompt_rows for s in spans):
             logits_SV, prompt = _split_rows(spans, logits_SV)
-        guesses = _guesses(spans, inputs["token_ids"].tolist()) if any(s.drafts for s in spans) else [[]] * len(states)
-        each = [s.ahead(g[:i]) if i else s for s, g in zip(states, guesses, strict=True) for i in range(1 + len(g))]
-        tokens, logprobs = sample(logits_SV, each) if each else ([], [])
+        tokens, logprobs = sample(logits_SV, each, masks) if each else ([], [])
         kept = _kept(tokens, guesses)
         chosen = [tokens[rows] for rows in kept]
         drafts = self.drafter.draft(spans, inputs, chosen, states) if self.drafter is not None else ()

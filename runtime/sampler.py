@@ -6,7 +6,8 @@ E_v / p_v, with p_v its probability and E_v = -log(u_v) of a hash (SplitMix64) o
 with probability p_v. Of two distributions, the same key and count mostly draw the same token. Order of operations:
 
     raw logits -> log-probabilities reported (before everything below, as OpenAI and vLLM do)
-    + logit_bias -> repetition, frequency, presence penalties -> stop tokens masked until min_tokens
+    + logit_bias -> repetition, frequency, presence penalties -> the grammar's mask -> stop tokens masked until
+    min_tokens, unless the grammar lets nothing else follow
     -> greedy: the most likely | / temperature -> min_p -> top_k -> top_p -> draw
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dsv4c.runtime.grammar import Masks, fill_masks
 from dsv4c.runtime.params import SamplingParams
 
 GREEDY_BELOW = 1e-5  # smaller temperatures overflow float32 before they differ from greedy
@@ -86,7 +88,7 @@ class TokenLogprob:
 class SamplerState:
     """What sampling must remember of one request; survives preemption. `accept` every token that was chosen."""
 
-    __slots__ = ("_counts", "_index", "_seen", "_size", "bias", "generated", "key", "params", "stop_ids")
+    __slots__ = ("_counts", "_index", "_seen", "_size", "bias", "generated", "grammar", "key", "params", "stop_ids")
 
     def __init__(
         self, params: SamplingParams, prompt: npt.NDArray[np.int64], stop_ids: Sequence[int] = (), choice: int = 0
@@ -97,6 +99,7 @@ class SamplerState:
         self.stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
         bias = sorted(params.logit_bias.items())
         self.bias = np.array([t for t, _ in bias], dtype=np.int64), np.array([b for _, b in bias], dtype=np.float32)
+        self.grammar = None if params.grammar is None else params.grammar.start(stop_ids)
         self._index: dict[int, int] = {}
         self._seen = np.zeros(0, dtype=np.int64)
         self._size = 0
@@ -122,7 +125,7 @@ class SamplerState:
     @property
     def edits(self) -> bool:
         """Whether the logits change at all before the temperature."""
-        return bool(self.params.logit_bias) or self.masks or self.penalises
+        return bool(self.params.logit_bias) or self.masks or self.penalises or self.grammar is not None
 
     def seen(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Distinct tokens that penalties look at, and how often each was generated (0: only in the prompt)."""
@@ -132,6 +135,8 @@ class SamplerState:
         """This state as it will be once these tokens are accepted; to sample with, not to go on from."""
         out = copy.copy(self)
         out.generated += len(tokens)
+        if self.grammar is not None:
+            out.grammar = self.grammar.ahead(tokens)
         if self.penalises and tokens:
             seen, counts = self.seen()
             new = [t for t in dict.fromkeys(tokens) if t not in self._index]
@@ -145,6 +150,8 @@ class SamplerState:
 
     def accept(self, token: int) -> None:
         self.generated += 1
+        if self.grammar is not None:
+            self.grammar.accept(token)
         if not self.penalises:
             return
         at = self._index.get(token)
@@ -159,14 +166,15 @@ class SamplerState:
 
 
 def sample(
-    logits_SV: torch.Tensor, states: Sequence[SamplerState]
+    logits_SV: torch.Tensor, states: Sequence[SamplerState], masks: Masks | None = None
 ) -> tuple[list[int | None], list[TokenLogprob | None]]:
     """One token for each row, and its log-probability where asked for.
 
     logits_SV: [S, vocab] float32, left unchanged; states[i] belongs to row i and is not advanced (see `accept`).
+    masks: those of the rows' grammars; None: still to be filled.
     A row whose logits hold NaN, or whose best is not finite, gives None for both; the others are not affected.
     """
-    edited_SV = _edit(logits_SV, states)
+    edited_SV = _edit(logits_SV, states, masks)
     best_S, ids_S = edited_SV.max(dim=-1)
     finite_S = torch.isfinite(best_S)
     tokens: list[int | None] = ids_S.tolist()
@@ -201,8 +209,8 @@ def logprobs_of(logits_SV: torch.Tensor, tokens: Sequence[int], top: Sequence[in
     ]
 
 
-def _edit(logits_SV: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
-    """The logits after bias, penalties and the min_tokens mask; the very tensor where nobody asks for any."""
+def _edit(logits_SV: torch.Tensor, states: Sequence[SamplerState], masks: Masks | None = None) -> torch.Tensor:
+    """The logits after bias, penalties and masks; the very tensor where nobody asks for any."""
     if not any(s.edits for s in states):
         return logits_SV
     logits_SV = logits_SV.clone()
@@ -218,11 +226,42 @@ def _edit(logits_SV: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tens
         rows, seen = at[0], logits_SV[at]
         seen = torch.where(seen > 0, seen / repetition_S[rows], seen * repetition_S[rows])
         logits_SV[at] = seen - frequency_S[rows] * counts - presence_S[rows] * (counts > 0)
+    ruled = [(i, s.grammar) for i, s in enumerate(states) if s.grammar is not None]
+    if ruled:
+        if masks is None:
+            masks = fill_masks([cursor for _, cursor in ruled], width_of(states))
+        else:
+            masks = masks[[i for i, _ in ruled]]
+        _mask(logits_SV, [i for i, _ in ruled], masks, width_of(states))
     masked = [(i, s.stop_ids, np.zeros(s.stop_ids.size, np.float32)) for i, s in enumerate(states) if s.masks]
+    masked = [e for e in masked if states[e[0]].grammar is None or _goes_on(logits_SV[e[0]], e[1])]
     if masked:
         at, _ = _scatter(logits_SV, masked)
         logits_SV[at] = -torch.inf
     return logits_SV
+
+
+def width_of(states: Sequence[SamplerState]) -> int:
+    """Tokens that the grammars know; 0 if no state has one. An engine has one vocabulary."""
+    return next((s.params.grammar.vocab_size for s in states if s.params.grammar is not None), 0)
+
+
+def _mask(logits_SV: torch.Tensor, rows: Sequence[int], masks: Masks, width: int) -> None:
+    """-inf for tokens whose bit is 0, and for those beyond the grammars' vocabulary. In place, on the host."""
+    words = masks.astype("<i4", copy=False).view(np.uint8)
+    forbidden = np.unpackbits(words, axis=1, count=width, bitorder="little") == 0
+    for row, out in zip(rows, forbidden, strict=True):
+        logits_V = logits_SV[row].numpy()
+        np.putmask(logits_V[:width], out, -np.inf)
+        if out.any():  # a row that nothing masks has left its grammar behind
+            logits_V[width:] = -np.inf
+
+
+def _goes_on(logits_V: torch.Tensor, stop_ids: npt.NDArray[np.int64]) -> bool:
+    """Whether any other token than these is possible."""
+    left_V = logits_V.clone()
+    left_V[torch.from_numpy(stop_ids)] = -torch.inf
+    return bool((left_V > -torch.inf).any())
 
 
 def _scatter(

@@ -101,8 +101,11 @@ def no_drafts(requests: int) -> int:
 def _awaits(request: Request) -> bool:
     """Whether nothing can be planned for a request before its tokens in flight are known.
 
-    They are its last, or may be; or the number of its next token decides what is masked, and is not known.
+    They are its last, or may be; or the number of its next token decides what is masked, and is not known; or they
+    decide it themselves, by a grammar.
     """
+    if request.num_inflight and request.params.grammar is not None:
+        return True
     if request.num_total + request.num_uncertain >= request.max_tokens_total:
         return True
     return request.num_uncertain > 0 and request.num_sampled < request.params.min_tokens

@@ -40,7 +40,15 @@ class Seats:
         self._fresh: list[int] = []
 
     def check(self, request: Request) -> None:
-        """Raises RequestError (400) if the request edits more logits than a row has room for."""
+        """Raises RequestError (400) if the request edits more logits than a row has room for, or has a grammar."""
+        grammar = request.params.grammar
+        if grammar is not None:
+            raise RequestError(
+                f"`{grammar.param}` cannot be enforced: a GPU artifact samples on the card, which takes no masks",
+                param=grammar.param,
+                code="unsupported",
+                hint="serve an artifact for `cpu`, or ask for the format in the prompt",
+            )
         edits = len(request.params.logit_bias) + (
             len(request.params.stop_token_ids) if request.params.min_tokens else 0
         )

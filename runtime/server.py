@@ -19,10 +19,13 @@ from starlette.responses import JSONResponse
 from dsv4c.errors import Dsv4cError, EngineError, RequestError
 from dsv4c.runtime.answer import CLIENT_GONE, Answer, ErrorShape, Job, Writer, error_response
 from dsv4c.runtime.completion import TextCodec
+from dsv4c.runtime.grammar import Grammar, Grammars
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.operations import Operations, Pace, asked_timeout
 from dsv4c.runtime.protocol import parse_json, refuse
 from dsv4c.runtime.service import Bridge, Engine, Group
+from dsv4c.runtime.structured import StructuredFields, answer_grammar
+from dsv4c.runtime.tools import ToolPlan
 
 _INLINE_CHARS = 8192  # longer texts are tokenised in a thread: about 2 ms here, which other streams would notice
 _FIELD_NAME = re.compile(r"[][A-Za-z0-9_.-]{1,64}")
@@ -43,6 +46,7 @@ class Server:
         strict: bool = False,
         operations: Operations | None = None,
         fingerprint: str | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.engine = engine
         self.codec = codec
@@ -51,6 +55,8 @@ class Server:
         self.strict = strict
         self.operations = operations or Operations()
         self.fingerprint = fingerprint
+        self.grammars = grammars
+        """None: the engine can enforce none."""
         self.error_shapes: dict[str, ErrorShape] = {}
         """By path, of endpoints whose clients know another error body than OpenAI's."""
         self.metrics = Metrics(engine.stats, model_name)
@@ -198,6 +204,12 @@ class Server:
         if self.strict:
             refuse(f"unknown field `{shown[0]}`", shown[0], code="unknown_parameter", hint="this server is strict")
         return {"x-ignored-fields": ", ".join(shown)}
+
+    async def grammar(
+        self, body: StructuredFields, *, reasons: bool = False, plan: ToolPlan | None = None, begun: str = ""
+    ) -> Grammar | None:
+        """The grammar that the answers to a request must match, compiled: see `structured.answer_grammar`."""
+        return await answer_grammar(self.grammars, self.codec, body, reasons=reasons, plan=plan, begun=begun)
 
     def room(self, prompt_len: int, asked: int | None, param: str) -> int:
         """How many tokens may follow a prompt. Raises RequestError when the context cannot hold what was asked."""

@@ -12,9 +12,11 @@ import logging
 import pathlib
 import pydoc
 import random
+import shutil
 import socket
 import string
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,11 @@ from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.compile import Options, compile_artifact
 from dsv4c.config import Target
 
+if typing.TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 ROOT = Path(__file__).resolve().parents[1]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,3 +73,16 @@ def nano_prompts(nano_dir: Path) -> list[list[int]]:
     lengths = [16, 600, *(draw.randint(16, 600) for _ in range(98))]
     starts = [draw.randrange(len(ids) - 600) for _ in lengths]
     return [ids[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The system's Chromium, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see the extra `dev`")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield running
+        running.close()

@@ -8,11 +8,12 @@ from typing import Any
 
 from dsv4c.chat.dsml import call_start
 from dsv4c.chat.encoding import awaits_completion, encode_messages
+from dsv4c.chat.grammar import Marks, answer_grammar
 from dsv4c.chat.parse import AnswerParser
 from dsv4c.chat.prompts import Release
 from dsv4c.chat.release import release_of
 from dsv4c.chat.tokenizer import Detokenizer, Tokenizer
-from dsv4c.chat.tokens import DSML, THINK_START
+from dsv4c.chat.tokens import DSML, THINK_END, THINK_START
 from dsv4c.errors import RequestError
 
 
@@ -31,6 +32,9 @@ class ChatCodec:
         call_start(name) -> text                of a completion that must call a function
         call_token      int | None              without it no call can be written
         parser(thinking) -> AnswerParser        push(text) -> pieces, flush() -> pieces: (kind, text)
+        added_token_ids frozenset[int]          of roles, markup, thinking, ends: no text that a grammar may produce
+        vocabulary() -> list[bytes]             token_bytes of every id
+        answer_grammar(content, ...) -> str     what an answer may be, for llguidance
 
     Safe to share between threads; what `detokenizer` and `parser` return belongs to one completion.
     """
@@ -42,6 +46,7 @@ class ChatCodec:
         self._think_start = tokenizer.id_of(THINK_START)
         self.vocab_size = tokenizer.vocab_size
         self.eos_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
+        self.added_token_ids = tokenizer.added_ids
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, release: Release | None = None) -> ChatCodec:
@@ -112,3 +117,20 @@ class ChatCodec:
 
     def parser(self, thinking: bool) -> AnswerParser:
         return AnswerParser(thinking)
+
+    def vocabulary(self) -> list[bytes]:
+        """The bytes of every token, by id."""
+        return [self._tokenizer.token_bytes(i) for i in range(self.vocab_size)]
+
+    def answer_grammar(
+        self,
+        content: Mapping[str, Any] | None,
+        *,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        forced: bool = False,
+        parallel: bool = True,
+    ) -> str:
+        """The grammar of an answer, for llguidance: see `dsv4c.chat.grammar.answer_grammar`."""
+        marks = Marks(self._tokenizer.id_of(DSML), self._tokenizer.id_of(THINK_END))
+        return answer_grammar(marks, content, thinking=thinking, tools=tools, forced=forced, parallel=parallel)

@@ -12,7 +12,9 @@ What was promised, for every text and every way of cutting it into deltas:
   it is known to be JSON.
 
 A tag is `DSML` with or without `<` or `</` before it, and a name or a head after it. A call may lack its block, its
-block's name may be misspelt, closing tags may be missing. In the reasoning nothing is a tag but `</think>`.
+block's name may be misspelt, closing tags may be missing. The reasoning is shown as it is but for `</think>` and for
+calls: a model that begins one, head and all, has forgotten to end its reasoning. What else it says before `</think>`
+is reasoning still.
 """
 
 from __future__ import annotations
@@ -30,16 +32,20 @@ Piece = tuple[Kind, str]
 
 _TAG_START = re.compile(rf"(\n\n)?(<?)(/?){DSML}")
 _MAY_START_TAG = re.compile(r"(?:\n\n?|(?:\n\n)?(?:</?|/|<?/?｜(?:D|DS|DSM|DSML)?))\Z")
+_CALL_START = re.compile(rf"(?:\n\n)?<{DSML}")
+_MAY_START_CALL = re.compile(r"(?:\n\n?|(?:\n\n)?<(?:｜(?:D|DS|DSM|DSML)?)?)\Z")
 _BARE = re.compile(r" ?([A-Za-z_]{1,24})>")
-_CALL = re.compile(r'invoke name="([^"\n]*)">')
+_CALL = re.compile(r'invoke name="([^"\n<]*)">')
 _PARAMETER = re.compile(r'parameter name="([^\n]*?)">')
 _FLAG = re.compile(r'(.*)" string="(true|false)', re.IGNORECASE)
-_UNFINISHED = re.compile(r' ?[A-Za-z_]{0,24}|invoke name="[^"\n]*"?|parameter name="[^\n]*')
+_UNFINISHED = re.compile(r' ?[A-Za-z_]{0,24}|invoke name="[^"\n<]*"?|parameter name="[^\n]*')
 _HEAD_START = re.compile(r'(?:invoke|parameter) name="?')
 _HEADS = ('invoke name="', 'parameter name="')
 _NAMES = ("tool_calls", "invoke", "parameter")
 _ANY_CLOSE = f"</{DSML}"
 _CUT = 4096
+_BLOCK = "tool_calls>"
+_HEAD = 'invoke name="'
 
 
 class AnswerParser:
@@ -47,6 +53,7 @@ class AnswerParser:
 
     def __init__(self, thinking: bool) -> None:
         self.in_reasoning = thinking
+        self._verbatim = thinking  # in reasoning without a call so far
         self._text = ""  # not understood yet
         self._kept: list[str] = []  # of a value: what is not shown yet, without its end in `_text`
         self._state: Literal["text", "string", "doubt", "literal"] = "text"
@@ -78,7 +85,7 @@ class AnswerParser:
         unfinished JSON that they are, so that nobody acts on half a value.
         """
         self._pieces = []
-        if self.in_reasoning:
+        if self._verbatim:
             self._show("reasoning", self._text)
             self._text = ""
             return self._pieces
@@ -96,31 +103,56 @@ class AnswerParser:
 
     def _step(self) -> bool:
         """Takes what it can from the front of the text; False if more must come first."""
-        if self.in_reasoning:
+        if self._verbatim:
             return self._step_reasoning()
         if self._state == "text":
             return self._step_text()
         return self._step_value()
 
     def _step_reasoning(self) -> bool:
-        before, tag, after = self._text.partition(THINK_END)
-        if tag:
-            self.in_reasoning, self._text = False, after
-            self._show("reasoning", before)
+        text = self._text
+        end, call = text.find(THINK_END), _CALL_START.search(text) if DSML in text else None
+        if end >= 0 and (call is None or end < call.start()):
+            self._show("reasoning", text[:end])
+            self._end_reasoning(text[end + len(THINK_END) :])
             return True
-        shown = len(before) - _overlap(before, THINK_END)
-        self._show("reasoning", before[:shown])
-        self._text = before[shown:]
-        return False
+        if call is None:
+            held = _MAY_START_CALL.search(text)
+            shown = len(text) if held is None else held.start()
+            shown = min(shown, len(text) - _overlap(text, THINK_END))
+            self._show("reasoning", text[:shown])
+            self._text = text[shown:]
+            return False
+        self._show("reasoning", text[: call.start()])
+        self._text = text[call.start() :]
+        is_call = _begins_call(text[call.end() :])
+        if is_call:
+            self._verbatim = False
+        elif is_call is False:
+            self._show("reasoning", call.group())
+            self._text = text[call.end() :]
+        return is_call is not None
+
+    def _end_reasoning(self, rest: str) -> None:
+        self._flush_loose()
+        self.in_reasoning = self._verbatim = False
+        self._gap, self._text = None, rest
 
     # --- text between tags -------------------------------------------------------------------------------------
 
     def _step_text(self) -> bool:
         text = self._text
         start = _TAG_START.search(text) if DSML in text else None
+        end = text.find(THINK_END) if self.in_reasoning else -1
+        if end >= 0 and (start is None or end < start.start()):
+            self._say(text[:end])
+            self._end_reasoning(text[end + len(THINK_END) :])
+            return True
         if start is None:
             held = _MAY_START_TAG.search(text)
             shown = len(text) if held is None else held.start()
+            if self.in_reasoning:
+                shown = min(shown, len(text) - _overlap(text, THINK_END))
             self._say(text[:shown])
             self._text = text[shown:]
             return False
@@ -186,6 +218,9 @@ class AnswerParser:
             self._say_content(text)
 
     def _say_content(self, text: str) -> None:
+        if self.in_reasoning:
+            self._show("reasoning", text)
+            return
         if self._seam and text[0] == DSML[self._seam]:
             text = " " + text  # the text before and after a tag must not make a new one
         self._seam = 0
@@ -309,6 +344,24 @@ def parse_completion(text: str, thinking: bool, *, truncated: bool = False) -> P
     said = {kind: "".join(piece for k, piece in pieces if k == kind) for kind in ("reasoning", "content")}
     calls = tuple(ToolCall(name, text) for name, text in zip(names, arguments, strict=True))
     return ParsedCompletion(said["content"], said["reasoning"] if thinking else None, calls)
+
+
+def _begins_call(text: str) -> bool | None:
+    """Whether what follows the mark of a tag is a call's whole head, perhaps after its block's; None: not yet known."""
+    if text.startswith(_BLOCK):
+        text = text[len(_BLOCK) :].lstrip()
+        if f"<{DSML}".startswith(text):
+            return None
+        if not text.startswith(f"<{DSML}"):
+            return False
+        text = text[len(f"<{DSML}") :]
+    elif _BLOCK.startswith(text):
+        return None
+    if _HEAD.startswith(text):
+        return None
+    if (found := _CALL.match(text)) and DSML not in found.group(1):
+        return bool(found.group(1))
+    return None if text.startswith(_HEAD) and _UNFINISHED.fullmatch(text) and DSML not in text else False
 
 
 def _escaped(text: str) -> str:

@@ -34,6 +34,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         """Ids that `skip_special_tokens` drops. Role, think, task and DSML tokens are not among them."""
+        self.added_ids = frozenset(added)
+        """Ids of all added tokens: what they stand for is no text of the model's own vocabulary."""
         self.vocab_size = max(backend.get_vocab_size(), 1 + max(added))
         self.bos_token_id = self.id_of(tokens.BOS)
         self.eos_token_id = self.id_of(tokens.EOS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def positive(text: str) -> int:
@@ -19,3 +20,14 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """A whole number, zero included."""
     return 0 if text == "0" else positive(text)
+
+
+def seconds(text: str) -> float:
+    """A length of time above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a number of seconds") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} seconds is not a positive length of time")
+    return value

@@ -9,86 +9,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4c.commands.arguments import not_negative, positive
+from dsv4c.commands.run_options import FIXED, RUN_OPTIONS
+from dsv4c.commands.settings import add_options, namespace, print_settings, settle
 from dsv4c.commands.terminal import progress_bars
 from dsv4c.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from dsv4c.launch import ExecutorKind, LaunchOptions, ServeOptions
     from dsv4c.runtime.memory import MemoryPlan, Room
     from dsv4c.runtime.poolsizes import PoolSizes
+    from dsv4c.runtime.record import Observer
     from dsv4c.runtime.weights import LoadReport
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command's parser."""
     parser = commands.add_parser("run", help="serve an artifact over HTTP, or answer one prompt")
-    parser.add_argument("artifact", metavar="DIR", type=Path, help="the artifact's folder")
-    parser.add_argument("--weights", type=Path, help="checkpoint folder, if the artifact holds no weights")
-    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: seeded random weights")
-    parser.add_argument("--seed", type=int, default=0, help="of dummy weights, and of sampling with --prompt")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, if the artifact holds none")
-    parser.add_argument("--prompt", help="answer once on stdout and exit")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, help="with --prompt (default 64)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="with --prompt (default 0.7; 0 is greedy)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="port to bind (default 8000)")
-    parser.add_argument("--model-name", help="the name clients use (default: the artifact's folder)")
-    parser.add_argument("--max-requests", type=positive, help="requests served at once")
-    parser.add_argument("--max-queue", type=positive, default=512, help="requests that may wait (default 512)")
-    parser.add_argument("--max-context", metavar="TOKENS", help="longest request, such as 8192 or 128K")
-    parser.add_argument("--kv-memory", type=float, metavar="GB", help="for KV pools (default: what there is room for)")
-    parser.add_argument(
-        "--gpu-memory-utilization", type=float, metavar="SHARE", help="of the card's memory to fill (default 0.92)"
-    )
-    parser.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its first token")
-    parser.add_argument(
-        "--speculative-tokens", type=not_negative, metavar="N",
-        help="most drafts verified in a step (default: as compiled; 0: off)",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--executor", choices=("graph", "eager"), default="graph", help="GPU: capture CUDA graphs, or not")
-    how.add_argument(
-        "--debug-contracts", dest="executor", action="store_const", const="contracts",
-        help="GPU: check every segment's contract at every step, uncaptured",
-    )  # fmt: skip
-    how.add_argument(
-        "--shadow", dest="executor", action="store_const", const="shadow",
-        help="run every call's reference beside it and report what differs",
-    )  # fmt: skip
-    parser.add_argument(
-        "--break", dest="breaks", action="append", default=[], metavar="SCOPE", help="GPU: keep out of graphs, `L07.*`"
-    )
+    add_options(parser, RUN_OPTIONS)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serves until it is ended, or answers once; 0 when done."""
-    from dsv4c.describe_memory import memory_summary
-    from dsv4c.launch import LaunchOptions, answer, launch, serve
-    from dsv4c.runtime.serve import bind
-    from dsv4c.units import parse_tokens
+    settings = settle(args, RUN_OPTIONS, "run", FIXED)
+    args = argparse.Namespace(**vars(args) | vars(namespace(settings)))
+    if args.artifact is None:
+        raise ConfigError("which artifact?", hint="give its folder, or `artifact` in dsv4c.toml")
+    directory = Path(args.artifact)
+    if args.print_config:
+        print(print_settings(settings, "run", _facts(directory)))
+        return 0
 
-    if args.kv_memory is not None and not 0 < args.kv_memory < math.inf:
-        raise ConfigError(f"`--kv-memory` must be positive, not {args.kv_memory}")
-    options = LaunchOptions(
-        weights=args.weights,
-        dummy_seed=args.seed if args.load_format == "dummy" else None,
-        tokenizer=args.tokenizer,
-        model_name=args.model_name,
-        max_requests=args.max_requests,
-        max_context=None if args.max_context is None else parse_tokens(args.max_context),
-        max_queue=args.max_queue,
-        kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        prefix_cache=not args.no_prefix_cache,
-        speculative_tokens=args.speculative_tokens,
-        threads=args.threads,
-        executor=args.executor,
-        breaks=tuple(args.breaks),
-    )
+    from dsv4c.describe_memory import memory_summary
+    from dsv4c.launch import answer, launch, serve
+    from dsv4c.runtime.serve import bind
+
+    options = _launch_options(args)
+    serving = _serve_options(args)
     sock = bind(args.host, args.port) if args.prompt is None else None
     with progress_bars("{task.fields[amount]}") as progress:
         tasks: dict[str, TaskID] = {}
@@ -111,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
         def loaded(report: LoadReport) -> None:
             progress.console.print(str(report), soft_wrap=True, highlight=False)
 
-        launched = launch(args.artifact, options, watch, planned, loaded)
+        launched = launch(directory, options, watch, planned, loaded)
         progress.console.print(_split(began, ends), highlight=False)
     if sock is not None:
-        serve(launched, sock)
+        serve(launched, sock, serving)
         return 0
     for text in answer(launched, args.prompt, args.max_new_tokens, args.temperature, args.seed):
         print(text, end="", flush=True)
@@ -127,3 +86,93 @@ def _split(began: float, ends: Mapping[str, float]) -> str:
     starts = [began, *ends.values()]
     parts = ", ".join(f"{phase} {end - start:.1f}" for (phase, end), start in zip(ends.items(), starts, strict=False))
     return f"ready in {time.perf_counter() - began:.1f} s: {parts}"
+
+
+def _launch_options(args: argparse.Namespace) -> LaunchOptions:
+    """What loads and computes. Raises ConfigError for values that exclude each other."""
+    from dsv4c.launch import LaunchOptions
+    from dsv4c.units import parse_tokens
+
+    if args.kv_memory is not None and not 0 < args.kv_memory < math.inf:
+        raise ConfigError(f"`--kv-memory` must be positive, not {args.kv_memory}")
+    given = [name for name in ("debug_contracts", "shadow") if getattr(args, name)]
+    if len(given) + (args.executor != "graph") > 1:
+        raise ConfigError("`--executor`, `--debug-contracts` and `--shadow` exclude each other")
+    executor: ExecutorKind = args.executor
+    if given:
+        executor = "shadow" if args.shadow else "contracts"
+    return LaunchOptions(
+        weights=None if args.weights is None else Path(args.weights),
+        dummy_seed=args.seed if args.load_format == "dummy" else None,
+        tokenizer=None if args.tokenizer is None else Path(args.tokenizer),
+        model_name=args.model_name,
+        max_requests=args.max_requests,
+        max_context=None if args.max_context is None else parse_tokens(args.max_context),
+        max_queue=args.max_queue,
+        kv_memory_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        prefix_cache=not args.no_prefix_cache,
+        speculative_tokens=args.speculative_tokens,
+        threads=args.threads,
+        executor=executor,
+        breaks=args.__dict__["break"],
+    )
+
+
+def _serve_options(args: argparse.Namespace) -> ServeOptions:
+    """How clients are treated; files that it needs are read here. Raises ConfigError."""
+    from dsv4c.launch import ServeOptions
+    from dsv4c.runtime.keys import read_keys
+    from dsv4c.runtime.logs import log_request
+    from dsv4c.runtime.operations import Operations
+    from dsv4c.runtime.tls import Tls
+
+    if (args.ssl_certfile is None) != (args.ssl_keyfile is None) or (args.ssl_ca_certs and not args.ssl_certfile):
+        raise ConfigError("TLS needs both `--ssl-certfile` and `--ssl-keyfile`")
+    if not 0 <= args.drain_delay < math.inf:
+        raise ConfigError(f"`--drain-delay` must be zero or more seconds, not {args.drain_delay}")
+    tls = None
+    if args.ssl_certfile is not None:
+        ca = None if args.ssl_ca_certs is None else Path(args.ssl_ca_certs)
+        tls = Tls(Path(args.ssl_certfile), Path(args.ssl_keyfile), ca)
+    observers: tuple[Observer, ...] = (log_request,)
+    if args.otlp_endpoint is not None:
+        from dsv4c.runtime.tracing import trace_requests
+
+        observers += (trace_requests(args.otlp_endpoint),)
+    operations = Operations(
+        api_keys=read_keys(args.api_key, None if args.api_key_file is None else Path(args.api_key_file)),
+        cors_origins=args.cors_origin,
+        max_body_bytes=args.max_body_bytes,
+        body_timeout_s=args.body_timeout,
+        max_inflight=args.max_inflight,
+        request_timeout_s=args.request_timeout,
+        stall_timeout_s=args.stall_timeout,
+        priority=args.scheduling_policy == "priority",
+        page=not args.no_page,
+        observers=observers,
+    )
+    return ServeOptions(
+        operations, args.strict, args.default_thinking, tls, args.drain_timeout, args.drain_delay, args.log_level,
+        args.log_format,
+    )  # fmt: skip
+
+
+def _facts(directory: Path) -> dict[str, object]:
+    """What nobody can set, for it was compiled so."""
+    from dsv4c.artifact import load_manifest
+    from dsv4c.runtime.limits import bounds_of
+
+    manifest = load_manifest(directory)
+    bounds = bounds_of(manifest)
+    return {
+        "target": manifest.target,
+        "isa": manifest.isa,
+        "compute-dtype": manifest.compute_dtype,
+        "vocab-size": manifest.vocab_size,
+        "most max-requests": bounds.requests,
+        "most max-context": manifest.max_context,
+        "max-tokens": bounds.tokens,
+        "drafter": "none" if manifest.drafter is None else manifest.drafter.kind,
+        "model-sha256": manifest.model_sha256,
+    }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fastapi import FastAPI
 
-from dsv4c.runtime.endpoints import chat, completions, health, messages, models, responses, tokens
+from dsv4c.runtime.endpoints import chat, completions, health, messages, models, page, responses, tokens
 from dsv4c.runtime.server import Server
 
 ENDPOINTS: tuple[Callable[[FastAPI, Server], None], ...] = (
@@ -17,4 +17,5 @@ ENDPOINTS: tuple[Callable[[FastAPI, Server], None], ...] = (
     messages.add,
     tokens.add,
     health.add,
+    page.add,
 )

@@ -54,7 +54,6 @@ class ChatBody(GenerationBody):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
 
     @property
     def ignored_fields(self) -> list[str]:
@@ -98,27 +97,6 @@ class ChatBody(GenerationBody):
         """How tools are used. Raises RequestError for a tool or a choice that is not understood."""
         return read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
-    def prompt_format(self) -> dict[str, Any] | None:
-        """The response format the prompt shows: the model is told, not forced."""
-        if self.response_format is None:
-            return None
-        kind = self.response_format.get("type")
-        if kind == "text":
-            return None
-        if kind == "json_object":
-            return self.response_format
-        schema = self.response_format.get("json_schema")
-        if kind != "json_schema" or not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
-            hint = "`text`, `json_object`, or `json_schema` with `json_schema.schema`"
-            refuse("`response_format` is not understood", "response_format", hint=hint)
-        if schema.get("strict"):
-            refuse(
-                "`response_format.json_schema.strict` is not supported",
-                "response_format.json_schema.strict",
-                hint="without `strict` the schema is put into the prompt and not enforced",
-            )
-        return self.response_format
-
     def check_content(self) -> None:
         """Raises RequestError for a content part that is not text; the rest of a message is the chat format's."""
         for i, message in enumerate(self.messages):
@@ -139,7 +117,7 @@ async def chat_prompt(server: Server, body: ChatBody) -> tuple[list[int], str]:
     codec = server.codec
     body.check_content()
     mode = body.mode(server.default_thinking)
-    plan, response_format = body.tool_plan(), body.prompt_format()
+    plan, response_format = body.tool_plan(), body.shown_format()
 
     def encode(messages: list[dict[str, object]]) -> list[int]:
         return codec.chat_prompt(
@@ -152,9 +130,10 @@ async def chat_prompt(server: Server, body: ChatBody) -> tuple[list[int], str]:
         )
 
     prompt = await offload(encode, body.messages, len(json.dumps([body.messages, plan.shown])))
-    if not plan.forced:
+    reasons = codec.in_reasoning(prompt)
+    if not plan.forced or (reasons and server.grammars is not None):  # a grammar forces the call behind the reasoning
         return prompt, ""
-    if codec.in_reasoning(prompt):
+    if reasons:
         hint = "ask without thinking, or with `tool_choice: auto`"
         refuse("`tool_choice` cannot force a call after thinking", "tool_choice", hint=hint)
     begun = codec.call_start(plan.forced[0] if len(plan.forced) == 1 else None)
@@ -173,6 +152,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
     prompt, begun = await chat_prompt(server, body)
     reasons = codec.in_reasoning(prompt)
     room = server.room(len(prompt), asked, "messages")
+    grammar = await server.grammar(body, reasons=reasons, plan=plan, begun=begun)
     parts = []
     for number in range(body.num_choices):
         params = body.sampling(
@@ -181,6 +161,7 @@ async def chat_job(server: Server, body: ChatBody) -> Job:
             vocab_size=codec.vocab_size,
             logprobs=logprobs,
             prompt_logprobs=body.prompt_logprobs,
+            grammar=grammar,
         )
         if plan.forbidden and codec.call_token is not None:
             params = replace(params, logit_bias={**params.logit_bias, codec.call_token: _NEVER})

@@ -99,6 +99,7 @@ async def completion_job(server: Server, body: CompletionBody) -> Job:
     stops, include_usage = body.stops(), body.include_usage()
     headers = server.extra_headers(request_id, body.ignored_fields)
     prompts = [p if isinstance(p, list) else await offload(codec.encode, p, len(p)) for p in given]
+    grammar = await server.grammar(body)
     parts: list[Part] = []
     for prompt in prompts:
         room = server.room(len(prompt), body.max_tokens, "prompt")
@@ -107,8 +108,9 @@ async def completion_job(server: Server, body: CompletionBody) -> Job:
                 choice=number,
                 max_tokens=max(1, min(asked, room)),
                 vocab_size=codec.vocab_size,
-                logprobs=body.logprobs,
-                prompt_logprobs=body.logprobs if body.echo else None,
+                logprobs=0 if body.logprobs is None and n > body.num_choices else body.logprobs,
+                prompt_logprobs=body.scored_prompt(),
+                grammar=grammar,
             )
             choice = Choice(
                 codec,

@@ -56,12 +56,33 @@ PARTS = st.one_of(
         ["</think>", "</thi", "<", "nk>", "\n\n", "\n", " ", "<think>", "é", '">', "{}", "3", "/", "｜", "DSML"]
     ),
 )
-TEXTS = st.lists(PARTS, max_size=16).map("".join)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> list[str]:
+    """A well-formed answer with a few pieces lost, doubled or put in, cut somewhere."""
+    value = draw(st.sampled_from(["Paris", "[1, 2]", '{"a": "b"}', "x\n</｜DSML｜invoke>", "", "3"]))
+    one = (
+        f'<｜DSML｜parameter name="k" string="{draw(st.sampled_from(["true", "false"]))}">{value}</｜DSML｜parameter>\n'
+    )
+    invoke = '<｜DSML｜invoke name="f">\n' + one * draw(st.integers(0, 2)) + "</｜DSML｜invoke>\n"
+    text = f"why</think>I look.\n\n<｜DSML｜tool_calls>\n{invoke * draw(st.integers(1, 2))}</｜DSML｜tool_calls>"
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(text)))
+        end = min(len(text), at + draw(st.integers(0, 30)))
+        kind = draw(st.sampled_from(["lose", "double", "put in"]))
+        text = text[:at] + {"lose": "", "double": text[at:end] * 2, "put in": draw(PARTS)}[kind] + text[end:]
+    edges = [0, *sorted(draw(st.lists(st.integers(0, len(text)), max_size=10))), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
+
+
+PIECES = st.lists(PARTS, max_size=16) | damaged()
+TEXTS = PIECES.map("".join)
 
 
 @cases(2000)
 @given(
-    pieces=st.lists(PARTS, max_size=16),
+    pieces=PIECES,
     cuts=st.lists(st.integers(0, 200), max_size=8),
     thinking=st.booleans(),
     truncated=st.booleans(),
@@ -96,7 +117,7 @@ def test_no_tag_leaks_and_arguments_are_objects(text: str, thinking: bool, trunc
 
 
 @cases(2000)
-@given(parts=st.lists(PARTS, max_size=12), thinking=st.booleans(), truncated=st.booleans())
+@given(parts=PIECES, thinking=st.booleans(), truncated=st.booleans())
 def test_no_text_is_lost(parts: list[str], thinking: bool, truncated: bool) -> None:
     words = [f"{i}w" for i in range(len(parts))]
     text = "".join(f"{part}{word}" for part, word in zip(parts, words, strict=True))
@@ -190,9 +211,28 @@ def test_parallel_calls() -> None:
     assert got == ParsedCompletion("", None, (*CALLED, ToolCall("g", "{}")))
 
 
-def test_calls_in_the_reasoning_are_no_calls() -> None:
-    got = parse_completion(f"I could {block(CALL)}</think>done", thinking=True)
-    assert got == ParsedCompletion("done", f"I could {block(CALL)}")
+def test_a_call_ends_the_reasoning_that_nothing_else_ended() -> None:
+    for text in (f"I look.\n\n{block(CALL)}", f"I look.{CALL}"):
+        assert parse_completion(text, thinking=True) == ParsedCompletion("", "I look.", CALLED)
+
+
+def test_reasoning_goes_on_after_a_call_until_its_end() -> None:
+    text = f"I could\n\n{block(CALL)} or not</think>\ndone"
+    assert parse_completion(text, thinking=True) == ParsedCompletion("\ndone", "I could or not", CALLED)
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "it would be <｜DSML｜tool_calls> and then", "</｜DSML｜tool_calls>", "｜DSML｜", "<｜DSML｜tool_calls>\n\n",
+        '<｜DSML｜invoke name="', '<｜DSML｜invoke name="">',
+        '<｜DSML｜tool_calls>\n<｜DSML｜parameter name="k" string="true">v',
+    ],
+)  # fmt: skip
+def test_markup_that_is_no_call_is_reasoning_as_it_is(thought: str) -> None:
+    assert parse_completion(f"{thought}</think>done", thinking=True) == ParsedCompletion("done", thought)
+    assert parse(list(f"{thought}</think>done"), thinking=True) == [("reasoning", thought), ("content", "done")]
+    assert parse_completion(thought, thinking=True) == ParsedCompletion("", thought)
 
 
 @pytest.mark.parametrize(

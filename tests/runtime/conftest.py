@@ -13,6 +13,7 @@ from dsv4c.artifact import Manifest, load_manifest
 from dsv4c.compile import Options, lower, plan_artifact
 from dsv4c.config import ModelConfig, Target
 from dsv4c.launch import LaunchOptions, launch
+from dsv4c.runtime.grammar import Grammars
 from tests.runtime.devices import Planned
 from tests.runtime.live import Live, start, start_toy
 
@@ -30,7 +31,7 @@ def nano_server(nano_artifact: Path) -> Iterator[Live]:
     """The compiled nano model behind real HTTP."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
     launched = launch(nano_artifact, LaunchOptions(kv_memory_bytes=200_000_000))
-    live = start(launched.engine, launched.codec, launched.model_name)
+    live = start(launched.engine, launched.codec, launched.model_name, grammars=Grammars(launched.codec))
     yield live
     live.close()
 

@@ -15,6 +15,7 @@ import httpx
 import torch
 
 from dsv4c.chat.dsml import call_start
+from dsv4c.chat.grammar import Marks, answer_grammar
 from dsv4c.chat.parse import AnswerParser
 from dsv4c.errors import RequestError
 from dsv4c.runtime.app import create_app
@@ -53,12 +54,20 @@ class ToyCodec:
     vocab_size = VOCAB
     eos_token_ids = (EOS,)
     call_token = None
+    added_token_ids = frozenset(range(len(_SPECIAL) + len(_ADDED)))
+
+    def vocabulary(self) -> list[bytes]:
+        return TOKENS
+
+    def answer_grammar(self, content: Mapping[str, Any] | None, **options: Any) -> str:
+        return answer_grammar(Marks(dsml=0, think_end=TOKENS.index(b"</think>")), content, **options)
 
     def encode(self, text: str) -> list[int]:
         ids = []
         for character in text.lower():
             raw = character.encode()
-            ids += [TOKENS.index(raw)] if raw in TOKENS else [TOKENS.index(b"?")]
+            pieces = [raw] if raw in TOKENS else [bytes([byte]) for byte in raw]
+            ids += [TOKENS.index(p) for p in pieces] if all(p in TOKENS for p in pieces) else [TOKENS.index(b"?")]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

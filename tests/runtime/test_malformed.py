@@ -22,17 +22,17 @@ NOT_HTTP = [
     b"hello\r\n\r\n",
     b"GET\r\n\r\n",
     b"GET /\xff\xfe HTTP/1.1\r\nhost: x\r\n\r\n",
-    b"GET / HTTP/9.9\r\nhost: x\r\n\r\n",
-    b"GET / HTTP/1.1\r\nhost: x\r\nno colon\r\n\r\n",
-    b"GET / HTTP/1.1\r\nhost: x\r\nbad name: 1\r\n\r\n",
-    b"GET / HTTP/1.1\r\nhost: x\r\na: b\x00c\r\n\r\n",
+    b"GET /nothing HTTP/9.9\r\nhost: x\r\n\r\n",
+    b"GET /nothing HTTP/1.1\r\nhost: x\r\nno colon\r\n\r\n",
+    b"GET /nothing HTTP/1.1\r\nhost: x\r\nbad name: 1\r\n\r\n",
+    b"GET /nothing HTTP/1.1\r\nhost: x\r\na: b\x00c\r\n\r\n",
     LINE + b"content-length: -1\r\n\r\n",
     LINE + b"content-length: two\r\n\r\n",
     LINE + b"content-length: 3\r\ncontent-length: 4\r\n\r\nabc",
     LINE + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\nzz\r\n",  # request smuggling
     b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
-    b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"b" * 200_000 + b"\r\n\r\n",
-    b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 20_000 + b"\r\n",
+    b"GET /nothing HTTP/1.1\r\nhost: x\r\na: " + b"b" * 200_000 + b"\r\n\r\n",
+    b"GET /nothing HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 20_000 + b"\r\n",
 ]
 
 ODD_PATHS = [
@@ -47,7 +47,7 @@ ODD_PATHS = [
     b"/v1/models/" + b"a" * 5000,
     b"/v1/models/",
     b"/v1/models/a%0d%0aset-cookie:%20b",
-    b"/?" + b"a=b&" * 5000,
+    b"/nothing?" + b"a=b&" * 5000,
     b"/%",
 ]
 

@@ -220,6 +220,21 @@ def test_thinking_keeps_reasoning_apart(client: openai.OpenAI, live: Live) -> No
     assert "".join(said) == never.choices[0].message.reasoning_content
 
 
+def test_nano_is_made_to_call_tools(nano_server: Live) -> None:
+    """What nano writes after a forced head is no markup; all of it arrives, in both ways the same."""
+    client = openai.OpenAI(base_url=nano_server.api, api_key="unused", max_retries=0)
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice in (named, "required"):
+        asked: dict[str, Any] = {"tools": [tool], "tool_choice": choice, "max_tokens": 24}
+        whole = chat(client, nano_server, **asked).choices[0]
+        assert [call.function.name for call in whole.message.tool_calls] == ["f"]
+        deltas = [chunk.choices[0].delta for chunk in chat(client, nano_server, stream=True, **asked) if chunk.choices]
+        assert "".join(d.content or "" for d in deltas) == (whole.message.content or "")
+        assert [c.function.name for d in deltas for c in d.tool_calls or [] if c.function.name] == ["f"]
+        assert "DSML" not in (whole.message.content or "") and whole.finish_reason == "length"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_cut_the_text(client: openai.OpenAI, live: Live, stream: bool) -> None:
     text = complete(client, live, max_tokens=48).choices[0].text

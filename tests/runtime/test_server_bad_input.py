@@ -119,7 +119,7 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": True}}},
         400,
-        "response_format.json_schema.strict",
+        "response_format.json_schema.schema",
     ),
 ]
 
@@ -217,7 +217,7 @@ def test_body_too_large(http: httpx.Client, live: Live) -> None:
 
 def test_unknown_paths_and_methods(http: httpx.Client) -> None:
     refused(http.get("/v1/nothing"), 404)
-    refused(http.get("/"), 404)
+    refused(http.get("/nothing"), 404)
     refused(http.get("/docs"), 404)
     refused(http.get("/v1/models/gpt-9"), 404, "model")
     refused(http.get("/v1/models/../../etc/passwd"), 404)

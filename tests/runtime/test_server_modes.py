@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from dsv4c.chat.codec import ChatCodec
 from dsv4c.runtime.app import create_app
+from dsv4c.runtime.grammar import Grammars
 from tests.runtime.scripted import ScriptedEngine, small_codec
 
 Q = [{"role": "user", "content": "q"}]
@@ -28,7 +29,7 @@ def codec(request: pytest.FixtureRequest) -> ChatCodec:
 def serving(codec: ChatCodec, *answers: str, **options: Any) -> Iterator[Callable[..., httpx.Response]]:
     """A function that asks, and gives the response with the prompt in its headers."""
     engine = ScriptedEngine(codec, answers)
-    with TestClient(create_app(engine, codec, "m", **options)) as http:
+    with TestClient(create_app(engine, codec, "m", grammars=Grammars(codec), **options)) as http:
 
         def ask(messages: Any = Q, **fields: Any) -> httpx.Response:
             response = http.post("/v1/chat/completions", json={"model": "m", "messages": messages, **fields})

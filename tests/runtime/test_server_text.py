@@ -7,6 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv4c.chat.parse import AnswerParser
 from dsv4c.runtime.completion import Choice, StopMatcher, completion_logprobs, score_prompt, token_key
 from tests.runtime.live import EOS, TOKENS, ToyCodec
 
@@ -114,3 +115,13 @@ def test_logprobs_name_pieces_of_characters_by_bytes() -> None:
     assert body["text_offset"] == [0, 0, 1]
     assert body["token_logprobs"] == [None, -1.0, -2.0]
     assert body["top_logprobs"] == [None, {"bytes:\\xc3": -0.5, "bytes:\\xa9": -1.0}, {"<eos>": -2.0}]
+
+
+def test_a_stop_token_of_the_request_completes_no_call() -> None:
+    begun = '<｜DSML｜invoke name="rm">\n<｜DSML｜parameter name="path" string="true">/home'
+    for stop_token, arguments, reason in ((None, '{"path": "/home"}', "tool_calls"), (7, '{"path": "/home', "stop")):
+        choice = Choice(ToyCodec(), parser=AnswerParser(False), begun=begun)
+        choice.end("stop", hidden_token=True, stop_token=stop_token)
+        (call,) = choice.take().tool_calls
+        assert (call.name, call.arguments, call.done) == ("rm", arguments, stop_token is None)
+        assert (choice.finish_reason, choice.stop_reason) == (reason, stop_token)
