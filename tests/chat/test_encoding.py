@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv4c.chat.encoding import encode_messages
 from dsv4c.errors import RequestError
@@ -405,3 +407,42 @@ def test_messages_are_left_as_they_were() -> None:
     before = repr(messages)
     think(*messages, tools=[TOOL])
     assert repr(messages) == before
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=4)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "a"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+CALLS = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={"id": SCALARS, "function": st.fixed_dictionaries({}, optional={"name": SCALARS, "arguments": JSON})},
+    ),
+    max_size=2,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool", "developer", "latest_reminder", "x"])},
+        optional={
+            "content": st.text(max_size=4) | JSON, "reasoning_content": SCALARS, "tool_calls": CALLS | JSON,
+            "tool_call_id": SCALARS, "task": st.sampled_from(["query", "action", "x"]), "prefix": SCALARS,
+            "tools": st.sampled_from([[TOOL], [], {}, None]) | JSON, "response_format": JSON,
+        },
+    ),
+    max_size=5,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=500)
+@given(messages=MESSAGES, thinking=st.booleans(), drop=st.booleans(), tools=st.sampled_from([None, [TOOL]]) | JSON)
+def test_messages_are_rendered_or_refused(messages: list[Any], thinking: bool, drop: bool, tools: Any) -> None:
+    try:
+        text = encode_messages(messages, thinking=thinking, drop_thinking=drop, tools=tools)
+    except RequestError as error:
+        assert error.status == 400 and error.param
+    else:
+        assert text.startswith(BOS)
