@@ -35,17 +35,16 @@ _MAY_START_TAG = re.compile(r"(?:\n\n?|(?:\n\n)?(?:</?|/|<?/?｜(?:D|DS|DSM|DSML
 _CALL_START = re.compile(rf"(?:\n\n)?<{DSML}")
 _MAY_START_CALL = re.compile(r"(?:\n\n?|(?:\n\n)?<(?:｜(?:D|DS|DSM|DSML)?)?)\Z")
 _BARE = re.compile(r" ?([A-Za-z_]{1,24})>")
-_CALL = re.compile(r'invoke name="([^"\n<]*)">')
-_PARAMETER = re.compile(r'parameter name="([^\n]*?)">')
+_CALL = re.compile(r'invoke name="([^"\n<]{0,256})">')
+_PARAMETER = re.compile(r'parameter name="([^\n]{0,1024}?)">')
 _FLAG = re.compile(r'(.*)" string="(true|false)', re.IGNORECASE)
-_UNFINISHED = re.compile(r' ?[A-Za-z_]{0,24}|invoke name="[^"\n<]*"?|parameter name="[^\n]*')
+_UNFINISHED = re.compile(r' ?[A-Za-z_]{0,24}|invoke name="[^"\n<]{0,256}"?|parameter name="[^\n]{0,1025}')
 _HEAD_START = re.compile(r'(?:invoke|parameter) name="?')
 _HEADS = ('invoke name="', 'parameter name="')
 _NAMES = ("tool_calls", "invoke", "parameter")
 _ANY_CLOSE = f"</{DSML}"
-_CUT = 4096
 _BLOCK = "tool_calls>"
-_HEAD = 'invoke name="'
+_CUT = 4096
 
 
 class AnswerParser:
@@ -357,11 +356,11 @@ def _begins_call(text: str) -> bool | None:
         text = text[len(f"<{DSML}") :]
     elif _BLOCK.startswith(text):
         return None
-    if _HEAD.startswith(text):
+    if _HEADS[0].startswith(text):
         return None
     if (found := _CALL.match(text)) and DSML not in found.group(1):
         return bool(found.group(1))
-    return None if text.startswith(_HEAD) and _UNFINISHED.fullmatch(text) and DSML not in text else False
+    return None if text.startswith(_HEADS[0]) and _UNFINISHED.fullmatch(text) and DSML not in text else False
 
 
 def _escaped(text: str) -> str:

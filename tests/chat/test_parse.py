@@ -273,6 +273,18 @@ def test_a_head_that_never_ends_is_content() -> None:
     assert parse_completion(text, thinking=False) == ParsedCompletion("record_item {\ncategory: Dexes\n\nHmm", None)
 
 
+@pytest.mark.parametrize("size", [256, 257, 1024, 1025])
+def test_a_head_has_a_longest_name(size: int) -> None:
+    for head, most in (
+        (f'<｜DSML｜invoke name="{"f" * size}">', 256),
+        (f'{CALL[:23]}<｜DSML｜parameter name="{"k" * size}">', 1024),
+    ):
+        whole = parse([head])
+        assert parse(list(head)) == whole
+        assert any(size == len(text) or f'"{"k" * size}"' in text for _, text in whole) == (size <= most)
+        assert sum(text.count("f" * 200) + text.count("k" * 200) for _, text in whole) == size // 200
+
+
 @pytest.mark.parametrize("inside", ["", "\n"])
 def test_a_block_without_a_call_is_nothing(inside: str) -> None:
     assert parse_completion(f"a\n\n{block(inside)}", thinking=False) == ParsedCompletion("a", None)
