@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -31,3 +32,17 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} seconds is not a positive length of time")
     return value
+
+
+def server_url(text: str) -> str:
+    """The address of a server, without `/v1` and without a slash at its end."""
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"`{text}` is no address such as http://127.0.0.1:8000")
+    return text.rstrip("/").removesuffix("/v1")
+
+
+def client_key(file: Path | None) -> str | None:
+    """The first key of a file, if one is given. Raises ConfigError."""
+    from dsv4c.runtime.keys import read_keys
+
+    return None if file is None else read_keys((), file)[0]
