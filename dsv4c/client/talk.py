@@ -124,7 +124,7 @@ class _Printer:
 
 def printable(text: str) -> str:
     """Without characters that move the cursor or change the terminal: a model's text is not to be trusted."""
-    return "".join(c for c in text if c in "\n\t" or ((c.isprintable() or c.isspace()) and not "\x7f" <= c <= "\x9f"))
+    return "".join(c for c in text if c in "\n\t" or c.isprintable() or (c.isspace() and c >= "\xa0"))
 
 
 def converse(talk: Talk, read: Callable[[str], str]) -> None:
