@@ -30,12 +30,12 @@ from typing import Any
 
 from dsv4c.chat.codec import ChatCodec
 from dsv4c.errors import Dsv4cError
+from dsv4c.runtime.app import create_app
 from dsv4c.runtime.engine import EngineStats
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.request import End, Event, Request
 from dsv4c.runtime.serve import bind, serve
-from dsv4c.runtime.server import create_app
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "null"
