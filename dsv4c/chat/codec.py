@@ -42,6 +42,8 @@ class ChatCodec:
     def __init__(self, tokenizer: Tokenizer, *, release: Release = "preview") -> None:
         self._tokenizer = tokenizer
         self.release: Release = release
+        self.release_known = True
+        """Whether the release was asked for or is the checkpoint's, not assumed."""
         self.call_token: int | None = tokenizer.id_of(DSML)
         self._think_start = tokenizer.id_of(THINK_START)
         self.vocab_size = tokenizer.vocab_size
@@ -57,8 +59,10 @@ class ChatCodec:
         """
         tokenizer, folder = Tokenizer.from_file(folder), Path(folder)
         if release is None:
-            release = release_of(folder if folder.is_dir() else folder.parent) or "preview"
-        return cls(tokenizer, release=release)
+            release = release_of(folder if folder.is_dir() else folder.parent)
+        codec = cls(tokenizer, release=release or "preview")
+        codec.release_known = release is not None
+        return codec
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)

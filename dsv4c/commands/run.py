@@ -17,6 +17,7 @@ from dsv4c.errors import ConfigError
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from dsv4c.chat.codec import ChatCodec
     from dsv4c.launch import ExecutorKind, LaunchOptions, ServeOptions
     from dsv4c.runtime.memory import MemoryPlan, Room
     from dsv4c.runtime.poolsizes import PoolSizes
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             progress.console.print(str(report), soft_wrap=True, highlight=False)
 
         launched = launch(directory, options, watch, planned, loaded)
+        progress.console.print(_chat(launched.codec), soft_wrap=True, highlight=False)
         progress.console.print(_split(began, ends), highlight=False)
     if sock is not None:
         serve(launched, sock, serving)
@@ -79,6 +81,11 @@ def run(args: argparse.Namespace) -> int:
         print(text, end="", flush=True)
     print()
     return 0
+
+
+def _chat(codec: ChatCodec) -> str:
+    """Which release's efforts are spoken, and whether anything said so."""
+    return f"chat format: {codec.release}" + ("" if codec.release_known else ", as the checkpoint does not say")
 
 
 def _split(began: float, ends: Mapping[str, float]) -> str:
@@ -105,6 +112,7 @@ def _launch_options(args: argparse.Namespace) -> LaunchOptions:
         weights=None if args.weights is None else Path(args.weights),
         dummy_seed=args.seed if args.load_format == "dummy" else None,
         tokenizer=None if args.tokenizer is None else Path(args.tokenizer),
+        chat_release=args.chat_release,
         model_name=args.model_name,
         max_requests=args.max_requests,
         max_context=None if args.max_context is None else parse_tokens(args.max_context),

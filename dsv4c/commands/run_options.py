@@ -12,6 +12,12 @@ RUN_OPTIONS = (
     Option("load-format", "dummy: seeded random weights", "auto", choices=("auto", "dummy")),
     Option("seed", "of dummy weights, and of sampling with --prompt", 0, type=int, metavar="N"),
     Option("tokenizer", "tokenizer.json, if the artifact holds none", metavar="FILE"),
+    Option(
+        "chat-release",
+        "the release whose reasoning efforts to speak",
+        choices=("preview", "0731"),
+        unset="the checkpoint's, or preview if it does not say",
+    ),
     Option("model-name", "the name clients use", metavar="NAME", unset="the artifact's folder"),
     # answering once
     Option("prompt", "answer once on stdout and exit", metavar="TEXT", saved=False),

@@ -29,9 +29,11 @@ def test_the_encoder_tells(tmp_path: Path, release: Release) -> None:
 @pytest.mark.parametrize("release", RELEASES)
 def test_the_artifact_keeps_it(tmp_path: Path, small_backend: tokenizers.Tokenizer, release: Release) -> None:
     save_tokenizer(small_backend, tmp_path, model_max_length=4096)
-    assert ChatCodec.from_folder(tmp_path).release == "preview", "where nothing is said"
+    assumed = ChatCodec.from_folder(tmp_path)
+    assert (assumed.release, assumed.release_known) == ("preview", False)
     write_release(tmp_path, release)
     assert ChatCodec.from_folder(tmp_path).release == release
+    assert ChatCodec.from_folder(tmp_path).release_known
     assert ChatCodec.from_folder(tmp_path / "tokenizer.json").release == release
     assert ChatCodec.from_folder(tmp_path, release="0731").release == "0731", "what is asked for is stronger"
 
