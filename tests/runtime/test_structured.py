@@ -1,4 +1,4 @@
-"""Structured output over HTTP: what fields ask for is enforced or refused by name; nano's answers match their schemas."""
+"""Structured output over HTTP: what fields ask for is enforced, or refused by name; nano matches its schemas."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_nothing_asked_for_is_nothing_enforced(codec: ChatCodec) -> None:
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object"),
-        ({"structured_outputs": {"regex": "a", "disable_any_whitespace": 1}}, "structured_outputs.disable_any_whitespace"),
+        ({"structured_outputs": {"json": {}, "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_enforced_is_a_400_that_names_the_field(
@@ -177,7 +177,8 @@ def test_reasoning_is_free_and_what_follows_is_not(codec: ChatCodec) -> None:
 
 
 def test_a_forced_call_keeps_to_its_schema(codec: ChatCodec) -> None:
-    begun = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get">'
+    begun = codec.call_start("get")
+    assert CALL.startswith(begun)
     rest = CALL.removeprefix(begun)
     choice = {"type": "function", "function": {"name": "get"}}
     for text, wanted in ((rest, True), (rest.replace(">4<", ">x<"), False), ("hello", False)):
