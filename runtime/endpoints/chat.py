@@ -34,7 +34,7 @@ _MESSAGE_KEYS = (
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH, **route(ChatBody, streams=True))
+    @app.post(PATH, **route(ChatBody, server.model_name, streams=True))
     async def chat_completions(request: Request) -> Response:
         body = parse_body(ChatBody, await server.read_body(request))
         job = await chat_job(server, body)

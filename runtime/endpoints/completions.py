@@ -26,7 +26,7 @@ Prompt = str | list[int]
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH, **route(CompletionBody, streams=True))
+    @app.post(PATH, **route(CompletionBody, server.model_name, streams=True))
     async def completions(request: Request) -> Response:
         body = parse_body(CompletionBody, await server.read_body(request))
         job = await completion_job(server, body)

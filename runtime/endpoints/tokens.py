@@ -40,7 +40,7 @@ def add(app: FastAPI, server: Server) -> None:
     """Adds the routes."""
     codec = server.codec
 
-    @app.post("/tokenize", **route(TokenizeBody))
+    @app.post("/tokenize", **route(TokenizeBody, server.model_name))
     async def tokenize(request: Request) -> JSONResponse:
         body = parse_body(TokenizeBody, await server.read_body(request))
         server.check_model(server.model_name if body.model is None else body.model)
@@ -61,7 +61,7 @@ def add(app: FastAPI, server: Server) -> None:
         answer = {"count": len(ids), "max_model_len": server.engine.max_context, "tokens": ids, **shown}
         return JSONResponse(answer, headers=server.ignored_header(ignored))
 
-    @app.post("/detokenize", **route(DetokenizeBody))
+    @app.post("/detokenize", **route(DetokenizeBody, server.model_name))
     async def detokenize(request: Request) -> JSONResponse:
         body = parse_body(DetokenizeBody, await server.read_body(request))
         server.check_model(server.model_name if body.model is None else body.model)
