@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from dsv4c.runtime.params import MAX_REPETITION_PENALTY
+
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -64,7 +66,7 @@ _RANGES: dict[str, dict[str, Any]] = {  # as params.SamplingParams has them
     "min_p": {"type": "number", "minimum": 0, "maximum": 1},
     "min_tokens": {"type": "integer", "minimum": 0},
     "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
-    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
+    "repetition_penalty": {"type": "number", "minimum": 1 / MAX_REPETITION_PENALTY, "maximum": MAX_REPETITION_PENALTY},
     "stop_sequences": {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16},
     "stop_token_ids": _IDS,
     "temperature": {"type": "number", "minimum": 0},
