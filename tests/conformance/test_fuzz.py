@@ -21,7 +21,6 @@ from tests.runtime.live import MODEL, Live, ToyCodec, start_toy, wait_for
 
 schemathesis = pytest.importorskip("schemathesis", reason="it is in the extra `dev`")
 
-settings.register_profile("long", max_examples=1000)
 RELAXED = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 TURNS: list[Any] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
