@@ -136,7 +136,7 @@ def serve_null(step_s: float, profile: bool, pure: bool) -> int:
             print(json.dumps(times), flush=True)
 
     threading.Thread(target=answer, daemon=True).start()
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(time.thread_time)
     if profile:
         profiler.enable()
     serve(app, sock=sock, log_level="warning")

@@ -115,10 +115,30 @@ class Writer(Protocol):
         """The event that ends a stream which failed."""
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_MARK = "\0text\0"  # nothing that the rest of an event can hold: NUL is written as \\u0000
+
+
 def event(body: Mapping[str, Any], name: str | None = None) -> bytes:
     """One server-sent event."""
-    data = b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+    data = b"data: " + _encode(body).encode() + b"\n\n"
     return data if name is None else b"event: " + name.encode() + b"\n" + data
+
+
+class TextEvents:
+    """Events that differ by one text alone. What stands around it is encoded once: most tokens of a stream are such."""
+
+    def __init__(self, make: Callable[[int, str, str], bytes]) -> None:
+        self._make = make
+        self._around: dict[tuple[int, str], tuple[bytes, bytes]] = {}
+
+    def of(self, index: int, kind: str, text: str) -> bytes:
+        """The bytes of `make(index, kind, text)`."""
+        around = self._around.get((index, kind))
+        if around is None:
+            before, _, after = self._make(index, kind, _MARK).partition(_encode(_MARK).encode())
+            around = self._around[index, kind] = (before, after)
+        return around[0] + _encode(text).encode() + around[1]
 
 
 def head(job: Job, kind: str) -> dict[str, Any]:
@@ -292,7 +312,11 @@ class _Stream:
 
     async def relay(self, indices: set[int]) -> None:
         """Sends what became visible of these choices."""
-        data = b"".join([await self._begin(), *(self._chunks(index) for index in sorted(indices))])
+        begin = b"" if self._open else await self._begin()
+        if len(indices) == 1:
+            data = begin + self._chunks(next(iter(indices)))
+        else:
+            data = b"".join([begin, *(self._chunks(index) for index in sorted(indices))])
         if data:
             await self._push({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -308,8 +332,6 @@ class _Stream:
         self._group.sending_since_s = None
 
     async def _begin(self) -> bytes:
-        if self._open:
-            return b""
         self._open = True
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
         await self._send(_start({**headers, "x-accel-buffering": "no", **self._job.headers}))

@@ -67,9 +67,9 @@ def _httptools() -> type[asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             if self._in_head and self._timer is None:
                 self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
-            heads = self._num_heads
+            began_in_head, heads = self._in_head, self._num_heads
             super().data_received(data)
-            if self._in_head and self._num_heads == heads and not self.transport.is_closing():
+            if began_in_head and self._in_head and self._num_heads == heads and not self.transport.is_closing():
                 self._unparsed_bytes += len(data)
                 if self._unparsed_bytes > MAX_HEAD_BYTES:
                     self.send_400_response("headers too large")

@@ -11,6 +11,7 @@ from dsv4c.errors import RequestError
 from dsv4c.runtime.grammar import Grammar
 
 MAX_LOGPROBS = 20  # OpenAI's limit for chat
+MAX_REPETITION_PENALTY = 1000.0  # logits times more, or by less, may leave float32
 MAX_CHOICES = 128  # OpenAI's limit for n
 
 
@@ -67,8 +68,7 @@ class SamplingParams:
         self._range("min_p", 0.0, 1.0)
         self._range("presence_penalty", -2.0, 2.0)
         self._range("frequency_penalty", -2.0, 2.0)
-        if self.repetition_penalty <= 0:
-            raise _refuse("repetition_penalty", f"must be positive, not {self.repetition_penalty}", "1 is none")
+        self._range("repetition_penalty", 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         if self.seed is not None:
             self._range("seed", -(2**63), 2**64 - 1)
         for token, bias in self.logit_bias.items():

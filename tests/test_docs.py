@@ -13,7 +13,10 @@ from dsv4c.verifying import Verification
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name", ["passes.md", "schedules.md", "api.md", "numerics.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["passes.md", "schedules.md", "api.md", "numerics.md", "metrics.md", "configuration.md", "grafana.json"],
+)
 def test_generated_page_is_current(name: str) -> None:
     spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "tools" / "generate_docs.py")
     assert spec is not None and spec.loader is not None

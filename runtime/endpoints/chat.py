@@ -12,7 +12,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from dsv4c.errors import Dsv4cError
-from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
+from dsv4c.runtime.answer import DONE, Job, Part, TextEvents, error_dict, event, head
 from dsv4c.runtime.completion import CallDelta, Choice, Delta, chat_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MANY, GenerationBody, unknown_keys
 from dsv4c.runtime.modes import TEMPLATE_KEYS, Mode, read_mode
@@ -34,7 +34,7 @@ _MESSAGE_KEYS = (
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH, **route(ChatBody, streams=True))
+    @app.post(PATH, **route(ChatBody, server.model_name, streams=True))
     async def chat_completions(request: Request) -> Response:
         body = parse_body(ChatBody, await server.read_body(request))
         job = await chat_job(server, body)
@@ -201,6 +201,8 @@ class ChatWriter:
         self._job = job
         self._prompt_logprobs = body.prompt_logprobs
         self._greeted: set[int] = set()
+        self._plain = TextEvents(lambda index, kind, text: self._event([_chunk(index, {kind: text})]))
+        self._is_plain = not (job.scored or job.continuous_usage)
 
     def whole(self, usage: Usage) -> dict[str, Any]:
         choices = [self._choice(index, part.choice) for index, part in enumerate(self._job.parts)]
@@ -219,6 +221,9 @@ class ChatWriter:
         if index not in self._greeted:
             self._greeted.add(index)
             data = self._event([_chunk(index, {"role": "assistant", "content": ""})])
+        if self._is_plain and finish is None and bool(delta.content) != bool(delta.reasoning) and not delta.tool_calls:
+            kind = "content" if delta.content else "reasoning_content"
+            return data + self._plain.of(index, kind, delta.content or delta.reasoning)
         if delta:
             said: dict[str, Any] = {}
             if delta.reasoning:

@@ -10,7 +10,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from dsv4c.errors import Dsv4cError
-from dsv4c.runtime.answer import DONE, Job, Part, error_dict, event, head
+from dsv4c.runtime.answer import DONE, Job, Part, TextEvents, error_dict, event, head
 from dsv4c.runtime.completion import Choice, Delta, completion_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MAX_SEQUENCES, GenerationBody
 from dsv4c.runtime.openapi import route
@@ -26,7 +26,7 @@ Prompt = str | list[int]
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH, **route(CompletionBody, streams=True))
+    @app.post(PATH, **route(CompletionBody, server.model_name, streams=True))
     async def completions(request: Request) -> Response:
         body = parse_body(CompletionBody, await server.read_body(request))
         job = await completion_job(server, body)
@@ -144,6 +144,7 @@ class CompletionWriter:
 
     def __init__(self, job: Job, body: CompletionBody) -> None:
         self._job = job
+        self._plain = TextEvents(self._text_event)
         self._best = body.num_choices, body.num_sequences
         self._alternatives = body.logprobs
         self._prompt_logprobs = body.prompt_logprobs
@@ -174,6 +175,9 @@ class CompletionWriter:
         return b""
 
     def chunks(self, index: int, delta: Delta, finish: str | None) -> bytes:
+        job = self._job
+        if finish is None and not (job.echo or job.scored or job.continuous_usage):
+            return self._plain.of(index, "text", delta.content)
         return self._event([self._choice(index, delta, finish)])
 
     def end(self, usage: Usage) -> bytes:
@@ -195,6 +199,9 @@ class CompletionWriter:
             self._offsets[index] += sum(len(token.text) for token in tokens)
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
         return choice if finish is None else {**choice, "stop_reason": job.parts[index].choice.stop_reason}
+
+    def _text_event(self, index: int, kind: str, text: str) -> bytes:
+        return self._event([{"index": index, kind: text, "logprobs": None, "finish_reason": None}])
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> bytes:
         body = head(self._job, "text_completion")

@@ -30,7 +30,7 @@ def add(app: FastAPI, server: Server) -> None:
     """Adds the routes."""
     server.error_shapes |= {PATH: error_shape, _COUNT_PATH: error_shape}
 
-    @app.post(PATH, **route(MessagesBody, streams=True))
+    @app.post(PATH, **route(MessagesBody, server.model_name, streams=True))
     async def messages(request: Request) -> Response:
         body = parse_body(MessagesBody, await server.read_body(request))
         server.check_model(body.model)
@@ -39,7 +39,7 @@ def add(app: FastAPI, server: Server) -> None:
         job = await chat.job(server, request_id, headers)
         return server.answer(job, MessagesWriter(job))
 
-    @app.post(_COUNT_PATH, **route(CountBody))
+    @app.post(_COUNT_PATH, **route(CountBody, server.model_name))
     async def count_tokens(request: Request) -> JSONResponse:
         body = parse_body(CountBody, await server.read_body(request))
         server.check_model(body.model)

@@ -28,7 +28,7 @@ _INERT = INERT - {"store"}
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH, **route(ResponsesBody, streams=True))
+    @app.post(PATH, **route(ResponsesBody, server.model_name, streams=True))
     async def responses(request: Request) -> Response:
         body = parse_body(ResponsesBody, await server.read_body(request))
         server.check_model(body.model)

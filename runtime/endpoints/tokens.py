@@ -9,7 +9,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse
 
 from dsv4c.runtime.endpoints.chat import ChatBody, chat_prompt
-from dsv4c.runtime.fields import Body, unknown_keys
+from dsv4c.runtime.fields import INERT, Body, unknown_keys
 from dsv4c.runtime.openapi import route
 from dsv4c.runtime.protocol import parse_body, refuse, token_ids
 from dsv4c.runtime.server import Server, offload
@@ -40,7 +40,7 @@ def add(app: FastAPI, server: Server) -> None:
     """Adds the routes."""
     codec = server.codec
 
-    @app.post("/tokenize", **route(TokenizeBody))
+    @app.post("/tokenize", **route(TokenizeBody, server.model_name))
     async def tokenize(request: Request) -> JSONResponse:
         body = parse_body(TokenizeBody, await server.read_body(request))
         server.check_model(server.model_name if body.model is None else body.model)
@@ -51,17 +51,17 @@ def add(app: FastAPI, server: Server) -> None:
             refuse("`add_special_tokens` is not supported: text gets none", "add_special_tokens", hint=hint)
         extra = body.model_extra or {}
         if body.prompt is not None:
-            ids, ignored = await offload(codec.encode, body.prompt, len(body.prompt)), unknown_keys("", extra, ())
+            ids, ignored = await offload(codec.encode, body.prompt, len(body.prompt)), body.unknown
         else:
             chat = {name: extra[name] for name in _CHAT if name in extra}
             said = parse_body(ChatBody, {"model": server.model_name, "messages": body.messages, **chat})
             (ids, _), ignored = await chat_prompt(server, said), said.ignored_fields
-            ignored += unknown_keys("", extra, (*_CHAT, *(k for k, v in _FIXED.items() if extra.get(k) == v)))
+            ignored += unknown_keys("", extra, (*INERT, *_CHAT, *(k for k, v in _FIXED.items() if extra.get(k) == v)))
         shown = {"token_strs": [codec.token_text(i) for i in ids]} if body.return_token_strs else {}
         answer = {"count": len(ids), "max_model_len": server.engine.max_context, "tokens": ids, **shown}
         return JSONResponse(answer, headers=server.ignored_header(ignored))
 
-    @app.post("/detokenize", **route(DetokenizeBody))
+    @app.post("/detokenize", **route(DetokenizeBody, server.model_name))
     async def detokenize(request: Request) -> JSONResponse:
         body = parse_body(DetokenizeBody, await server.read_body(request))
         server.check_model(server.model_name if body.model is None else body.model)

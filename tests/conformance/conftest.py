@@ -11,11 +11,14 @@ import httpx
 import openai
 import pytest
 import torch
+from hypothesis import settings
 
 from dsv4c.launch import LaunchOptions, launch
 from dsv4c.runtime.grammar import Grammars
 from tests.conformance.scripted_sampler import Scripted
 from tests.runtime.live import Live, start
+
+settings.register_profile("long", max_examples=2000)  # of test_fuzz.py
 
 
 class Host:

@@ -107,6 +107,10 @@ def test_a_long_body_that_comes_with_its_head_is_no_long_head(live: Live) -> Non
     request = LINE + b"content-length: %d\r\n\r\n" % len(body) + body
     for _ in range(3):
         assert sent(live, request).split()[1] == b"200"
+    with httpx.Client(base_url=live.url) as http:  # the head alone, the body in pieces, on one connection
+        for _ in range(3):
+            pieces = [body[i : i + 50_000] for i in range(0, len(body), 50_000)]
+            assert http.post("/v1/completions", content=iter(pieces)).status_code == 200
 
 
 def test_odd_paths_are_not_found_and_never_redirected(live: Live) -> None:

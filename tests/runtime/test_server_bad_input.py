@@ -59,6 +59,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str | None]] = [
     ({"presence_penalty": 3}, 400, "presence_penalty"),
     ({"frequency_penalty": -3}, 400, "frequency_penalty"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+    ({"repetition_penalty": 5e-324}, 400, "repetition_penalty"),
+    ({"repetition_penalty": 1e300}, 400, "repetition_penalty"),
     ({"seed": 1.5}, 400, "seed"),
     ({"seed": 2**70}, 400, "seed"),
     ({"n": 0}, 400, "n"),
