@@ -77,14 +77,20 @@ def create_app(
     _add_error_handlers(app, server)
     for add in ENDPOINTS:
         add(app, server)
-    _add_middleware(app, server.operations)
+    _add_middleware(app, server)
     return app
 
 
-def _add_middleware(app: FastAPI, operations: Operations) -> None:
+def _add_middleware(app: FastAPI, server: Server) -> None:
     """The gate, and around it CORS where it is wanted, so that a browser can read a refusal and ask beforehand."""
-    keys = KeyRing(operations.api_keys)
-    app.add_middleware(Gate, keys=keys, max_inflight=operations.max_inflight, observers=operations.observers)
+    operations = server.operations
+    app.add_middleware(
+        Gate,
+        keys=KeyRing(operations.api_keys),
+        max_inflight=operations.max_inflight,
+        observers=operations.observers,
+        shapes=server.error_shapes,
+    )
     if operations.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dsv4c.runtime.answer import ErrorShape
 from dsv4c.runtime.keys import KeyRing
 from dsv4c.runtime.protocol import error_body, error_kind
 from dsv4c.runtime.record import Observer, RequestRecord, put_record
@@ -30,8 +31,17 @@ _ID_HEADER = b"x-request-id"
 class Gate:
     """The middleware. `max_inflight`: requests at hand at once, whether they arrive, wait or are being answered."""
 
-    def __init__(self, app: ASGIApp, *, keys: KeyRing, max_inflight: int, observers: Sequence[Observer] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing,
+        max_inflight: int,
+        observers: Sequence[Observer] = (),
+        shapes: Mapping[str, ErrorShape] | None = None,
+    ) -> None:
         self._app = app
+        self._shapes = {} if shapes is None else shapes
         self._keys = keys
         self._max_inflight = max_inflight
         self._observers = observers
@@ -65,12 +75,16 @@ class Gate:
             if record.key is None:
                 record.error = "invalid_api_key"
                 message = "the API key is missing or wrong; hint: send `Authorization: Bearer KEY`"
-                return _refused(401, message, record.error, {"www-authenticate": "Bearer"})
+                return self._refused(401, message, record, {"www-authenticate": "Bearer"})
         if self._inflight > self._max_inflight:
             record.error = "overloaded"
             message = f"{self._max_inflight} requests are at hand already; hint: try again later"
-            return _refused(503, message, record.error, {"retry-after": "1", "connection": "close"})
+            return self._refused(503, message, record, {"retry-after": "1", "connection": "close"})
         return None
+
+    def _refused(self, status: int, message: str, record: RequestRecord, headers: dict[str, str]) -> JSONResponse:
+        body, shape = error_body(message, kind=error_kind(status), code=record.error), self._shapes.get(record.path)
+        return JSONResponse(body if shape is None else shape(body, status), status, headers=headers)
 
 
 class _Sender:
@@ -113,7 +127,3 @@ def _key_of(headers: dict[bytes, bytes]) -> str:
     if scheme.lower() == b"bearer":
         return key.strip().decode("latin-1")
     return headers.get(b"x-api-key", b"").decode("latin-1")
-
-
-def _refused(status: int, message: str, code: str, headers: dict[str, str]) -> JSONResponse:
-    return JSONResponse(error_body(message, kind=error_kind(status), code=code), status, headers=headers)

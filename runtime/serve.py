@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import signal
 import socket
 import ssl
@@ -128,6 +129,7 @@ class GracefulServer(uvicorn.Server):
         except OSError as error:
             self._sock.close()
             raise _bind_error(host, port, error) from error
+        logging.getLogger("dsv4c").info("listening on %s", self.url)
         super().run(sockets=sockets or [self._sock])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
