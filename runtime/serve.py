@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import signal
 import socket
 import ssl
@@ -128,6 +129,7 @@ class GracefulServer(uvicorn.Server):
         except OSError as error:
             self._sock.close()
             raise _bind_error(host, port, error) from error
+        logging.getLogger("dsv4c").info("listening on %s", self.url)
         super().run(sockets=sockets or [self._sock])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -146,6 +148,10 @@ class GracefulServer(uvicorn.Server):
         deadline = asyncio.get_running_loop().call_later(self._drain_s, self._app_server.abort_all)
         try:
             await super().shutdown(sockets)
+            if self.force_exit:
+                await asyncio.sleep(_TICK_S)  # for the error events of aborted streams to be written
+                await self.lifespan.shutdown()  # uvicorn leaves it out, and its cancellation would print a trace
+                logging.getLogger("dsv4c").warning("stopped at once: requests in flight were ended")
         finally:
             deadline.cancel()
 

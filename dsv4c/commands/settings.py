@@ -189,7 +189,7 @@ def option_table(options: Sequence[Option]) -> Iterator[str]:
     yield "| --- | --- | --- |"
     for option in options:
         name = option.name if option.positional else f"--{option.name}"
-        default = option.unset or ("" if option.initial in (None, (), False) else f"`{option.initial}`")
+        default = option.unset or ("" if option.flag or option.initial in (None, ()) else f"`{option.initial}`")
         more = f"; one of {', '.join(f'`{choice}`' for choice in option.choices)}" if option.choices else ""
         more += "; may be given several times" if option.repeated else ""
         name += f" {option.metavar}" if option.metavar and not option.positional else ""

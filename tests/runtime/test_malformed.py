@@ -84,6 +84,16 @@ def sent(live: Live, request: bytes) -> bytes:
                 return said
 
 
+@pytest.mark.parametrize("size", [70_000, 200_000])
+def test_a_body_in_the_same_read_is_no_head(live: Live, size: int) -> None:
+    """Sent at once, so that head and body may come together; answered for what the body says."""
+    body = b'{"model": "toy", "prompt": "' + b"a" * size + b'"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    for _ in range(10):
+        said = sent(live, head + body)
+        assert b"context_length_exceeded" in said, said[:300]
+
+
 def refused(said: bytes, *statuses: int) -> dict[str, object]:
     head, _, body = said.partition(b"\r\n\r\n")
     assert int(head.split()[1]) in statuses, said[:300]

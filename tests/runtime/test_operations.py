@@ -101,6 +101,12 @@ def test_the_official_client_sends_the_key(served: tuple[Live, Paced], records: 
     assert records[0].key and records[1].key is None and KEYS[1] not in str(records)
 
 
+def test_anthropics_client_is_refused_in_its_words(served: tuple[Live, Paced]) -> None:
+    response = httpx.post(f"{served[0].api}/messages", json={}, headers={"x-api-key": "wrong-key"})
+    assert response.status_code == 401
+    assert response.json()["type"] == "error" and response.json()["error"]["type"] == "authentication_error"
+
+
 def test_a_ring_compares_every_key() -> None:
     ring = KeyRing(("a" * 8, "b" * 8))
     assert ring and not KeyRing(()) and ring.match("a" * 8) != ring.match("b" * 8)

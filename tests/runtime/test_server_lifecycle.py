@@ -170,6 +170,34 @@ def test_a_signal_lets_requests_finish(number: signal.Signals) -> None:
         process.wait()
 
 
+def test_a_second_interrupt_stops_at_once_without_a_trace() -> None:
+    command = [sys.executable, "-c", textwrap.dedent(SERVE)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        port = int(process.stdout.readline())
+        wait_for(lambda: _listens(port))
+        sock = socket.create_connection(("127.0.0.1", port))
+        data = json.dumps({**LONG, "stream": True}).encode()
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+        assert b" 200 " in sock.recv(64)
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: not _listens(port))
+        process.send_signal(signal.SIGINT)
+        assert b"shutting_down" in _rest(sock)
+        out, err = process.communicate()
+        assert process.returncode == 0 and out == "done\n"
+        assert err.count("stopped at once") == 1 and "Traceback" not in err and "CancelledError" not in err
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_port_in_use_is_an_input_error(toy_server: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     port = toy_server.address[1]
     with pytest.raises(InputError, match=f"port {port} on `127.0.0.1` is in use") as caught:
