@@ -291,6 +291,8 @@ def serve(launched: Launched, sock: socket.socket, options: ServeOptions | None 
         )  # fmt: skip
     finally:
         loop.close(drain=False)
+        if grammars is not None:
+            grammars.close()
 
 
 def _codec(directory: Path, options: LaunchOptions) -> ChatCodec:

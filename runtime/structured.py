@@ -23,6 +23,7 @@ from dsv4c.runtime.protocol import refuse
 from dsv4c.runtime.tools import ToolPlan
 
 MAX_CHOICES = 1024  # of `guided_choice`
+MAX_PROPERTIES = 400  # of one object: the parser carries four items of each, and 2,000 are its limit
 MAX_STEP = 1000  # of `multipleOf`: the automaton has that many states, and building it takes the square of that
 _SPACE = (
     r"[\x20\x0A\x0D\x09]{0,20}"  # a line's end and nine levels of two; without a bound weak models fill the context
@@ -232,6 +233,10 @@ def _check_schema(schema: dict[str, Any], param: str, hint: str) -> None:
         least, required = item.get("minProperties"), item.get("required")
         if isinstance(least, int) and least > (len(required) if isinstance(required, list) else 0):
             what = f"`{param}`: `minProperties` above the number of `required` ones cannot be enforced"
+            refuse(what, param, code="invalid_grammar", hint=hint)
+        named = item.get("properties")
+        if isinstance(named, dict) and len(named) > MAX_PROPERTIES:
+            what = f"`{param}`: an object has {len(named)} properties, at most {MAX_PROPERTIES} can be enforced"
             refuse(what, param, code="invalid_grammar", hint=hint)
         step = item.get("multipleOf")
         if isinstance(step, int | float) and not 1 / MAX_STEP <= step <= MAX_STEP:

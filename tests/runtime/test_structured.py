@@ -127,6 +127,7 @@ def test_nothing_asked_for_is_nothing_enforced(codec: ChatCodec) -> None:
         ({"guided_json": {"x-guidance": {"lenient": True}, "uniqueItems": True}}, "guided_json"),
         ({"guided_json": {"$ref": "file:///etc/passwd"}}, "guided_json"),
         ({"guided_json": {"$ref": "#"}}, "guided_json"),
+        ({"guided_json": {"properties": {f"p{i}": {} for i in range(401)}}}, "guided_json"),
         ({"guided_regex": "(a"}, "guided_regex"),
         ({"guided_regex": ""}, "guided_regex"),
         ({"guided_regex": "a" * 300_000}, "guided_regex"),
