@@ -75,9 +75,9 @@ def nano_prompts(nano_dir: Path) -> list[list[int]]:
     return [ids[s : s + n] for s, n in zip(starts, lengths, strict=True)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's Chromium, driven by Playwright."""
+    """The system's Chromium, driven by Playwright. For one file: while it is open, an event loop runs in this thread."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see the extra `dev`")
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
