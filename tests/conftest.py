@@ -77,7 +77,7 @@ def nano_prompts(nano_dir: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's Chromium, driven by Playwright. For one file: while it is open, an event loop runs in this thread."""
+    """The system's Chromium, driven by Playwright. Of one file: while it is open, this thread runs an event loop."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see the extra `dev`")
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
