@@ -30,7 +30,7 @@ from dsv4c.runtime.completion import (
     TextCodec,
     score_prompt,
 )
-from dsv4c.runtime.malformed import ABORT
+from dsv4c.runtime.connections import connection_of
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.protocol import Usage, error_body, error_kind
@@ -201,20 +201,17 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         timeout_s = self._host.timeout_s(Headers(scope=scope).get("x-request-timeout"))
         async with self._host.group(timeout_s) as group:
+            connection = connection_of(scope)
+            group.abort = None if connection is None else connection.transport.abort
             watch = asyncio.create_task(_watch(receive, group))
             try:
                 await self._answer(group, send)
             except Dsv4cError as error:
                 await self._fail(error, scope, receive, send)
-            except asyncio.CancelledError:
-                if not group.given_up:
-                    raise
-                self._status, self._error = CLIENT_GONE, "stalled"
-                if ABORT in scope.get("extensions", {}):
-                    scope["extensions"][ABORT]["abort"]()  # closing would wait for the client
-                    await asyncio.sleep(0)
             finally:
                 watch.cancel()
+            if connection is not None and connection.stalled:
+                self._status, self._error = CLIENT_GONE, "stalled"
         self._count(record_of(scope))
 
     async def _answer(self, group: Group, send: Send) -> None:
@@ -326,10 +323,10 @@ class _Stream:
         await self._push({"type": "http.response.body", "body": self._writer.end(usage), "more_body": False})
 
     async def _push(self, message: Message) -> None:
-        """Sends, and lets the group know for how long the client has not taken it."""
-        self._group.sending_since_s = time.monotonic()  # the clock of event loops
+        """Sends, and lets the group know that the client has not taken it yet."""
+        self._group.sending = True
         await self._send(message)
-        self._group.sending_since_s = None
+        self._group.sending = False
 
     async def _begin(self) -> bytes:
         self._open = True

@@ -24,6 +24,8 @@ class Operations:
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the server from a browser; `*` is any."""
     max_body_bytes: int = MAX_BODY_BYTES
+    head_timeout_s: float = 30.0
+    """For a request's line and headers to arrive whole, and for a new connection to say anything."""
     body_timeout_s: float = 60.0
     """For a body to arrive whole."""
     max_inflight: int = 4096
@@ -31,7 +33,7 @@ class Operations:
     request_timeout_s: float | None = None
     """Most seconds for a request; a client may ask for fewer with `x-request-timeout`."""
     stall_timeout_s: float = 300.0
-    """A client that reads nothing for so long, while its connection is full, is given up."""
+    """A client that reads nothing for so long, while there is something to read, is cut off."""
     priority: bool = False
     """Whether requests may say who goes first; else all come in the order in which they arrive."""
     page: bool = True
@@ -40,7 +42,7 @@ class Operations:
     """Told of every request that has ended, in the event loop: they must not block."""
 
     def __post_init__(self) -> None:
-        for name in ("body_timeout_s", "request_timeout_s", "stall_timeout_s"):
+        for name in ("head_timeout_s", "body_timeout_s", "request_timeout_s", "stall_timeout_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"`{name}` must be a positive number of seconds, not {value}")

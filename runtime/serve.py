@@ -23,6 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from dsv4c.errors import InputError
+from dsv4c.runtime.connections import Patience, Watch, keep_alive
 from dsv4c.runtime.logs import LogFormat, log_config
 from dsv4c.runtime.malformed import http_protocol
 from dsv4c.runtime.server import Server
@@ -114,6 +115,10 @@ class GracefulServer(uvicorn.Server):
             )
         )
 
+        operations = self._app_server.operations
+        patience = Patience(operations.head_timeout_s, operations.body_timeout_s, operations.stall_timeout_s)
+        self._watch = Watch(self.server_state.connections, patience)  # type: ignore[arg-type]  # of our protocols
+
     @property
     def url(self) -> str:
         """Where clients reach it."""
@@ -124,6 +129,7 @@ class GracefulServer(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves until told to stop. Raises InputError if another process listens on the port by now."""
         host, port = self._sock.getsockname()[:2]
+        keep_alive(self._sock)
         try:
             self._sock.listen(self.config.backlog)
         except OSError as error:
@@ -138,6 +144,10 @@ class GracefulServer(uvicorn.Server):
             self.force_exit = True
             self._app_server.abort_all()
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._watch.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app_server.leave()
@@ -154,6 +164,7 @@ class GracefulServer(uvicorn.Server):
                 logging.getLogger("dsv4c").warning("stopped at once: requests in flight were ended")
         finally:
             deadline.cancel()
+            self._watch.stop()
 
 
 def _bind_error(host: str, port: int, error: OSError) -> InputError:

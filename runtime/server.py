@@ -29,7 +29,6 @@ from dsv4c.runtime.tools import ToolPlan
 
 _INLINE_CHARS = 8192  # longer texts are tokenised in a thread: about 2 ms here, which other streams would notice
 _FIELD_NAME = re.compile(r"[][A-Za-z0-9_.-]{1,64}")
-_SWEEP_S = 1.0  # how often clients that take nothing are looked for
 ArgumentT = TypeVar("ArgumentT")
 
 
@@ -66,28 +65,15 @@ class Server:
         """Whether `/ready` sends new clients elsewhere; requests are taken until `draining`."""
         self.draining = False
         self._bridge: Bridge | None = None
-        self._sweeper: asyncio.TimerHandle | None = None
         self._groups: set[Group] = set()
 
     def bind_loop(self) -> None:
         """Ties the server to the running event loop."""
         self._bridge = Bridge(asyncio.get_running_loop())
-        self._sweep()
 
     def unbind_loop(self) -> None:
         """Leaves the event loop, which is about to end: requests in flight end with it."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         self.abort_all()
-
-    def _sweep(self) -> None:
-        """Gives up clients that have taken nothing for too long, and looks again later."""
-        loop = asyncio.get_running_loop()
-        latest = loop.time() - self.operations.stall_timeout_s
-        for group in list(self._groups):
-            if group.sending_since_s is not None and group.sending_since_s < latest:
-                group.give_up()
-        self._sweeper = loop.call_later(_SWEEP_S, self._sweep)
 
     def leave(self) -> None:
         """Is not ready any more, yet takes requests: of clients that do not know so far."""
@@ -101,7 +87,7 @@ class Server:
         """Ends every request in flight: whole ones get a 503, streams an error event."""
         error = RequestError("the server is shutting down", status=503, code="shutting_down", hint="try again later")
         for group in list(self._groups):
-            group.fail(error)
+            group.expire(error)
 
     @asynccontextmanager
     async def group(self, timeout_s: float | None = None) -> AsyncIterator[Group]:

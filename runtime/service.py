@@ -138,11 +138,10 @@ class Group:
         self._bridge = bridge
         self._inbox = Inbox()
         self._running: dict[int, int] = {}
-        self._task = asyncio.current_task()
-        self.sending_since_s: float | None = None
-        """Since when, on the loop's clock, its client has not taken what is being sent; None while nothing is."""
-        self.given_up = False
-        """Whether `give_up` cancelled the task that serves this group."""
+        self.sending = False
+        """Whether its client has yet to take something before more can be sent."""
+        self.abort: Callable[[], None] | None = None
+        """Drops the client's connection."""
 
     async def __aenter__(self) -> Group:
         return self
@@ -167,18 +166,11 @@ class Group:
         """Ends the iteration with this error. From the event loop."""
         self._inbox.fail(error)
 
-    def give_up(self) -> None:
-        """Cancels the task that serves the group: its client takes nothing, so there is no telling it anything."""
-        if self._task is not None:
-            self.given_up = True
-            self._task.cancel()
-
     def expire(self, error: Dsv4cError) -> None:
-        """Ends it with this error, or gives it up if its client takes nothing."""
-        if self.sending_since_s is None:
-            self.fail(error)
-        else:
-            self.give_up()
+        """Ends the iteration with this error, though its client takes nothing: there is no telling it then."""
+        self.fail(error)
+        if self.sending and self.abort is not None:
+            self.abort()
 
     async def batches(self) -> AsyncIterator[list[tuple[int, Output]]]:
         """Lists of (index, output) until every sequence has ended or was cancelled.

@@ -152,6 +152,7 @@ def _serve_options(args: argparse.Namespace) -> ServeOptions:
         api_keys=read_keys(args.api_key, None if args.api_key_file is None else Path(args.api_key_file)),
         cors_origins=args.cors_origin,
         max_body_bytes=args.max_body_bytes,
+        head_timeout_s=args.head_timeout,
         body_timeout_s=args.body_timeout,
         max_inflight=args.max_inflight,
         request_timeout_s=args.request_timeout,

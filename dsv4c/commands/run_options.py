@@ -43,6 +43,7 @@ RUN_OPTIONS = (
     Option("max-inflight", "HTTP requests at hand at once; more get a 503", 4096, type=positive, metavar="N"),
     Option("max-queue", "sequences that may wait; more get a 503", 512, type=positive, metavar="N"),
     Option("request-timeout", "most seconds for a request", type=seconds, metavar="S", unset="none"),
+    Option("head-timeout", "seconds for a request's line and headers to arrive", 30.0, type=seconds, metavar="S"),
     Option("body-timeout", "seconds for a request's body to arrive", 60.0, type=seconds, metavar="S"),
     Option("stall-timeout", "seconds until a client that reads nothing is given up", 300.0, type=seconds, metavar="S"),
     Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -104,6 +105,29 @@ def test_requests_in_flight_end_with_an_error_at_the_deadline(slow: tuple[Live, 
     live.thread.join()
     assert b"shutting_down" in _rest(stream) and b" 503 " in (answer := _rest(whole)) and b"shutting_down" in answer
     executor.gate.set()
+    wait_for(lambda: idle(live))
+
+
+def test_a_reader_that_stalls_does_not_hold_up_the_end(
+    slow: tuple[Live, Paced], caplog: pytest.LogCaptureFixture
+) -> None:
+    live, executor = slow
+    executor.step_s = 0.0
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(live.address)
+    data = json.dumps({**LONG, "n": 16, "stream": True, "logprobs": 20}).encode()
+    sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+    app_server = live.server.config.app.state.server  # type: ignore[union-attr]
+    wait_for(lambda: any(group.sending and live.loop.stats().waiting == 0 for group in app_server._groups))
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).addHandler(caplog.handler)
+    live.server.should_exit = True
+    live.thread.join()
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).removeHandler(caplog.handler)
+    assert not caplog.text and not live.server.server_state.tasks
+    sock.close()
     wait_for(lambda: idle(live))
 
 
