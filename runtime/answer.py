@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -39,6 +39,7 @@ from dsv4c.runtime.service import Group, Output, Score
 from dsv4c.runtime.timing import Clocks
 
 DONE = b"data: [DONE]\n\n"  # how OpenAI's streams end
+_DIRECT = "dsv4c.send"
 CLIENT_GONE = 499  # nginx's number for a client that closed the connection; never sent, only counted
 
 
@@ -185,6 +186,11 @@ def error_dict(error: Dsv4cError) -> dict[str, Any]:
     return error_body(message, kind=error_kind(500), code="engine_error")
 
 
+def put_direct(scope: MutableMapping[str, Any], send: Send) -> None:
+    """Lets the body of a stream pass by the layers between here and its answer, which look at heads alone."""
+    scope[_DIRECT] = send
+
+
 class Answer(Response):
     """The ASGI response of a job. It submits the job, relays what comes, and leaves nothing running behind."""
 
@@ -205,7 +211,8 @@ class Answer(Response):
             group.abort = None if connection is None else connection.transport.abort
             watch = asyncio.create_task(_watch(receive, group))
             try:
-                await self._answer(group, send)
+                # a task of its own: every wake-up would else pass through all the layers around this
+                await asyncio.create_task(self._answer(group, send, scope.get(_DIRECT, send)))
             except Dsv4cError as error:
                 await self._fail(error, scope, receive, send)
             finally:
@@ -214,9 +221,9 @@ class Answer(Response):
                 self._status, self._error = CLIENT_GONE, "stalled"
         self._count(record_of(scope))
 
-    async def _answer(self, group: Group, send: Send) -> None:
+    async def _answer(self, group: Group, send: Send, direct: Send) -> None:
         job = self._job
-        stream = _Stream(job, self._writer, group, send) if job.stream else None
+        stream = _Stream(job, self._writer, group, send, direct) if job.stream else None
         for index, part in enumerate(job.parts):
             if job.echo and not job.scored:
                 part.echoed = score_prompt(job.codec, part.prompt)
@@ -224,7 +231,7 @@ class Answer(Response):
                 part.choice.end("length")
             else:
                 group.submit(part.prompt, part.params, index)
-        async for batch in group.batches():
+        while batch := await group.take():
             for index, output in batch:
                 self._take(index, output, group)
             if stream is not None:
@@ -297,13 +304,14 @@ class Answer(Response):
 
 
 class _Stream:
-    """Server-sent events of one job."""
+    """Server-sent events of one job. `send` takes the head of the response, `direct` its body."""
 
-    def __init__(self, job: Job, writer: Writer, group: Group, send: Send) -> None:
+    def __init__(self, job: Job, writer: Writer, group: Group, send: Send, direct: Send) -> None:
         self._job = job
         self._writer = writer
         self._group = group
         self._send = send
+        self._direct = direct
         self._open = False
         self._ended: set[int] = set()
 
@@ -325,7 +333,7 @@ class _Stream:
     async def _push(self, message: Message) -> None:
         """Sends, and lets the group know that the client has not taken it yet."""
         self._group.sending = True
-        await self._send(message)
+        await self._direct(message)
         self._group.sending = False
 
     async def _begin(self) -> bytes:

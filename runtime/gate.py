@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsv4c.runtime.answer import ErrorShape
+from dsv4c.runtime.answer import ErrorShape, put_direct
 from dsv4c.runtime.keys import KeyRing
 from dsv4c.runtime.protocol import error_body, error_kind
 from dsv4c.runtime.record import Observer, RequestRecord, put_record
@@ -56,6 +56,7 @@ class Gate:
         own = given if _ID.fullmatch(given) else None
         record = _record(scope, headers, own)
         put_record(scope, record)
+        put_direct(scope, send)
         send = _Sender(send, record, own)
         free = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
         self._inflight += not free

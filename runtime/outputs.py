@@ -55,6 +55,8 @@ class ServedEngine:
 
 def outputs_of(event: Event) -> list[Output]:
     """One Output a token, and one without a token where the request ends and its last token is no reason for it."""
+    if event.end is None and len(event.tokens) == 1 and not (event.logprobs or event.prompt_logprobs):  # nearly all
+        return [Output(event.tokens[0], None, None, event.cached_tokens, event.queued_s)]
     reason: str | None = None
     error: Dsv4cError | None = None
     if event.end is not None:

@@ -1,6 +1,6 @@
 """Between HTTP and the engine: one inbox for each HTTP request, filled by the engine's thread, read by the loop.
 
-    handler --submit--> engine thread --Output--> Bridge --one wake-up for a whole step--> Inbox --batches--> handler
+    handler --submit--> engine thread --Output--> Bridge --one wake-up for a whole step--> Inbox --take--> handler
 
 An HTTP request owns its engine requests through one `Group`: leaving it, by any way, cancels what still runs, so
 that a client that goes away gives its pages back. The engine's side is a Protocol; tests script it.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -131,7 +131,7 @@ class Inbox:
 
 
 class Group:
-    """The engine requests of one HTTP request: `async with Group(...) as group`, then iterate over batches."""
+    """The engine requests of one HTTP request: `async with Group(...) as group`, then `take` until there is no more."""
 
     def __init__(self, engine: Engine, bridge: Bridge) -> None:
         self._engine = engine
@@ -163,17 +163,17 @@ class Group:
             self._engine.cancel(request_id)
 
     def fail(self, error: Dsv4cError) -> None:
-        """Ends the iteration with this error. From the event loop."""
+        """Makes the next `take` raise. From the event loop."""
         self._inbox.fail(error)
 
     def expire(self, error: Dsv4cError) -> None:
-        """Ends the iteration with this error, though its client takes nothing: there is no telling it then."""
+        """Fails it with this error, though its client takes nothing: there is no telling it then."""
         self.fail(error)
         if self.sending and self.abort is not None:
             self.abort()
 
-    async def batches(self) -> AsyncIterator[list[tuple[int, Output]]]:
-        """Lists of (index, output) until every sequence has ended or was cancelled.
+    async def take(self) -> list[tuple[int, Output]]:
+        """(index, output) of what has come, at least one; none once every sequence has ended or was cancelled.
 
         Raises the error of a sequence that failed, and RequestError (503) if somebody else cancelled one.
         """
@@ -184,7 +184,8 @@ class Group:
                     del self._running[index]
                     _check_end(output)
             if batch:
-                yield batch
+                return batch
+        return []
 
 
 def _check_end(output: Output) -> None:
