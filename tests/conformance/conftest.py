@@ -42,9 +42,9 @@ class Host:
         return httpx.post(self.url + path, json=given, timeout=120, **options)
 
 
-def start_nano(artifact: Path, **options: Any) -> Host:
+def start_nano(artifact: Path, max_context: int | None = None, **options: Any) -> Host:
     """Another server over nano."""
-    launched = launch(artifact, LaunchOptions(kv_memory_bytes=200_000_000, model_name="nano"))
+    launched = launch(artifact, LaunchOptions(kv_memory_bytes=200_000_000, model_name="nano", max_context=max_context))
     engine = launched.engine
     scripted = Scripted(engine.runner, launched.codec.eos_token_ids[0])
     engine.runner = scripted

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv4c.runtime.grammar import Grammars
+from tests.conformance.conftest import start_nano
 from tests.conformance.dsml import ANTHROPIC_TOOLS, RESPONSES_TOOLS, TOOLS
-from tests.runtime.live import MODEL, Live, ToyCodec, start_toy, wait_for
+from tests.runtime.live import Live, wait_for
 
 schemathesis = pytest.importorskip("schemathesis", reason="it is in the extra `dev`")
 
@@ -83,8 +84,9 @@ PLAUSIBLE = st.sampled_from(
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    server, _ = start_toy(grammars=Grammars(ToyCodec()))
+def live(nano_artifact: Path) -> Iterator[Live]:
+    """Nano with a short context, so that a chat ends soon. Its tokens spell every byte, which grammars need."""
+    server = start_nano(nano_artifact, max_context=512).live
     yield server
     wait_for(lambda: server.pages_used() == 0)
     server.engine.audit()
@@ -113,14 +115,14 @@ def check(response: httpx.Response, sent: Any) -> None:
     st.sampled_from(sorted(VALID)), st.dictionaries(st.sampled_from(KNOBS), JUNK | PLAUSIBLE, min_size=1, max_size=3)
 )
 def test_valid_bodies_gone_wrong(http: httpx.Client, path: str, change: dict[str, Any]) -> None:
-    body = {"model": MODEL, **VALID[path], **change}
+    body = {"model": "nano", **VALID[path], **change}
     check(http.post(path, content=json.dumps(body).encode()), (path, change))
 
 
 @RELAXED
 @given(st.sampled_from(sorted(VALID)), st.binary(max_size=60), st.integers(0, 200), st.integers(0, 4))
 def test_damaged_bytes(http: httpx.Client, path: str, junk: bytes, at: int, cut: int) -> None:
-    raw = json.dumps({"model": MODEL, **VALID[path]}).encode()
+    raw = json.dumps({"model": "nano", **VALID[path]}).encode()
     check(http.post(path, content=raw[:at] + junk + raw[at + cut :]), (path, junk, at, cut))
 
 
