@@ -360,8 +360,7 @@ class Engine:
         if cursor is not None and cursor.over:
             if cursor.fault is None:
                 return self._end(request, "stop", given)
-            lost = EngineError(f"the grammar cannot be followed any more: {cursor.fault}")
-            return self._end(request, "failed", given, error=lost)
+            return self._end(request, "failed", given, error=cursor.fault)
         if request.num_tokens >= request.max_tokens_total:
             return self._end(request, "length", given)
         return None

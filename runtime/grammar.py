@@ -24,7 +24,7 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
-from dsv4c.errors import EngineError, RequestError
+from dsv4c.errors import Dsv4cError, EngineError, RequestError
 
 MAX_SOURCE_CHARS = 1 << 18  # of a grammar or schema: 20,000 values of an enum
 MAX_WAITING = 64  # compilations, before requests are turned away
@@ -32,6 +32,7 @@ COMPILE_S = 20.0  # what is not compiled by then is refused; ordinary schemas ta
 _CACHED = 256  # compiled grammars; some 100 kB each
 _THREADS = 2
 # A mask of an ambiguous grammar may hold up a step for some 0.2 s at that limit; ordinary ones need less than 5,000.
+_UNFIT = "doesn't satisfy the grammar"  # llguidance's words for a token that is not allowed; other errors are its limits
 _LIMITS = llguidance.LLParserLimits(verbose_errors=False, step_max_items=10_000)
 
 Masks = npt.NDArray[np.int32]
@@ -94,20 +95,22 @@ class Grammar:
 
     def start(self, stop_ids: Collection[int]) -> Cursor:
         """At the beginning; `stop_ids`: the tokens that end the request. End tokens that are none are masked."""
-        return Cursor(self._matcher.deep_copy(), tuple(sorted(self._eos.difference(stop_ids))))
+        return Cursor(self._matcher.deep_copy(), tuple(sorted(self._eos.difference(stop_ids))), self.param)
 
 
 class Cursor:
     """Where the text of one request stands in its grammar. Not thread-safe."""
 
-    __slots__ = ("_hidden", "_matcher", "_strayed", "fault")
+    __slots__ = ("_hidden", "_matcher", "_param", "_strayed", "fault")
 
-    def __init__(self, matcher: Any, hidden: tuple[int, ...]) -> None:
+    def __init__(self, matcher: Any, hidden: tuple[int, ...], param: str) -> None:
         self._matcher = matcher
         self._hidden = hidden
+        self._param = param
         self._strayed = False
-        self.fault: str | None = None
-        """Why the grammar cannot be followed any more, or None."""
+        self.fault: Dsv4cError | None = None
+        """Why the grammar cannot be followed any more: a RequestError if it grew too complex, an EngineError if it got
+        a token that it does not allow."""
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Cursor:
         return self.ahead(())
@@ -120,11 +123,11 @@ class Cursor:
     def accept(self, token: int) -> None:
         """Moves on by a token; one that cannot follow is a `fault`."""
         if not self.over and not self._matcher.consume_token(token):
-            self.fault = f"token {token} cannot follow: {_first_line(self._matcher.get_error())}"
+            self.fault = self._lost(f"token {token} cannot follow: ")
 
     def ahead(self, tokens: Sequence[int]) -> Cursor:
         """Where these tokens would lead. What is behind one that cannot follow masks nothing: it will not be kept."""
-        out = Cursor(self._matcher.deep_copy(), self._hidden)
+        out = Cursor(self._matcher.deep_copy(), self._hidden, self._param)
         out.fault = self.fault
         out._strayed = self.over or out._matcher.try_consume_tokens(list(tokens)) < len(tokens)
         return out
@@ -133,12 +136,19 @@ class Cursor:
         """The mask of what may follow: of end tokens those that end the request, others where nothing else is left."""
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)  # without the GIL
         if self._matcher.is_error() and not self._matcher.is_accepting():
-            self.fault = _first_line(self._matcher.get_error())
+            self.fault = self._lost("")
         for token in self._hidden:
             row[token // 32] &= ~np.int32(np.uint32(1 << token % 32).view(np.int32))
         if self._hidden and not row.any():
             for token in self._hidden:
                 row[token // 32] |= np.uint32(1 << token % 32).view(np.int32)
+
+    def _lost(self, what: str) -> Dsv4cError:
+        told = self._matcher.get_error()
+        if _UNFIT in told:
+            return EngineError(f"the grammar cannot be followed any more: {what}{_first_line(told)}")
+        message = f"`{self._param}` is too complex where the text has come to: {_first_line(told)}"
+        return RequestError(message, param=self._param, code="invalid_grammar")
 
 
 def fill_masks(cursors: Sequence[Cursor | None], width: int) -> Masks:

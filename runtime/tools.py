@@ -13,6 +13,7 @@ from typing import Any
 
 from dsv4c.runtime.protocol import refuse
 
+_MARKUP = frozenset('"<>｜')  # what tokens of the chat format are made of: a call of such a name could not be read
 _KINDS = "`auto`, `none`, `required`, a function or `allowed_tools`"
 
 
@@ -73,10 +74,9 @@ def _name(tool: Any, param: str) -> str:
     if not isinstance(function, dict) or tool.get("type", "function") != "function":
         refuse(f"`{param}` must be a function tool", param)
     name = function.get("name")
-    if not isinstance(name, str) or not name or not name.isprintable() or '"' in name:
-        refuse(
-            f"`{param}.function.name` must be a string without quotes or control characters", f"{param}.function.name"
-        )
+    if not isinstance(name, str) or not name or not name.isprintable() or _MARKUP.intersection(name):
+        what = f"`{param}.function.name` must be a string without quotes, `<`, `>`, `｜` or control characters"
+        refuse(what, f"{param}.function.name")
     return name
 
 

@@ -107,7 +107,7 @@ class CountBody(Body):
         chat.names |= {"tool_choice.function": "tool_choice"}
         if kind == "tool":
             chat.fields["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.get("name")}}
-        elif kind in _CHOICES:
+        elif isinstance(kind, str) and kind in _CHOICES:
             chat.fields["tool_choice"] = _CHOICES[kind]
         else:
             refuse("`tool_choice.type` must be `auto`, `any`, `tool` or `none`", "tool_choice.type")

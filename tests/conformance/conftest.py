@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,20 @@ from dsv4c.runtime.grammar import Grammars
 from tests.conformance.scripted_sampler import Scripted
 from tests.runtime.live import Live, start
 
-settings.register_profile("long", max_examples=2000)  # of test_fuzz.py
+settings.register_profile("long", max_examples=5000)  # of test_fuzz.py
+FUZZED: pytest.StashKey[Counter[tuple[str, str, int]]] = pytest.StashKey()
+"""What test_fuzz.py counted: kind of request, endpoint, status."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    counts = config.stash.get(FUZZED, None)
+    if not counts:
+        return
+    terminalreporter.section("answers to fuzzed requests")
+    for kind, endpoint in sorted({key[:2] for key in counts}):
+        told = {status: count for (*place, status), count in sorted(counts.items()) if place == [kind, endpoint]}
+        terminalreporter.line(f"{kind}: {endpoint}: " + ", ".join(f"{n} x {status}" for status, n in told.items()))
+    terminalreporter.line(f"{counts.total()} requests")
 
 
 class Host:

@@ -227,7 +227,10 @@ def test_results_go_back(serve: Any) -> None:
         ),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
-        ({"tools": [{"type": "function", "function": {"name": 'a"b'}}]}, "tools[0].function.name"),
+        *(
+            ({"tools": [{"type": "function", "function": {"name": name}}]}, "tools[0].function.name")
+            for name in ('a"b', "<think>", "</｜DSML｜invoke>", "｜DSML｜", "a\n", "")
+        ),
         ({"tool_choice": "required", "reasoning_effort": "high"}, "tool_choice"),
     ],
 )  # fmt: skip

@@ -232,6 +232,16 @@ def test_random_schemas_are_matched_by_nano(nano_server: Live) -> None:
         assert choice["finish_reason"] == "stop" and not judge(schema, choice["text"]), (schema, choice)
 
 
+@pytest.mark.parametrize("grammar", ['root ::= "a" root', 'start: "a"~1000000'])
+def test_a_grammar_that_grows_too_complex_is_the_request_s_fault(nano_server: Live, grammar: str) -> None:
+    given = {"model": nano_server.model, "prompt": "a", "guided_grammar": grammar}
+    response = httpx.post(f"{nano_server.api}/completions", json=given, timeout=600)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "guided_grammar"
+    assert response.json()["error"]["code"] == "invalid_grammar" and "Too many items" in response.text
+    streamed = httpx.post(f"{nano_server.api}/completions", json={**given, "stream": True}, timeout=600)
+    assert "invalid_grammar" in streamed.text and "engine_error" not in streamed.text
+
+
 def test_everything_at_once(nano_server: Live) -> None:
     """Several choices, a stop string, log-probabilities, penalties and a bias, streamed or not: the same answers."""
     options = {
