@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dsv4c.runtime.grammar import Grammar
 from dsv4c.runtime.params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
-from dsv4c.runtime.protocol import refuse
+from dsv4c.runtime.protocol import refuse, whole
 from dsv4c.runtime.structured import StructuredFields
 
 MAX_SEQUENCES = 256  # prompts times n in one HTTP request: a batch of an evaluation harness fits, a typo does not
@@ -44,6 +44,11 @@ class Body(BaseModel):
     """A request's body. `None` always means the default."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: whole(value) for name, value in data.items()}
 
     @property
     def unknown(self) -> list[str]:
@@ -74,6 +79,11 @@ class GenerationBody(StructuredFields, Body):
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     priority: int | None = Field(None, gt=-MANY, lt=MANY)
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _whole_ids(cls, value: Any) -> Any:
+        return [whole(item) for item in value] if isinstance(value, list) else value
 
     def check_scores(self) -> None:
         """Raises RequestError for scores of the prompt in a stream, which has no place for them."""

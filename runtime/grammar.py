@@ -31,8 +31,8 @@ MAX_WAITING = 64  # compilations, before requests are turned away
 COMPILE_S = 20.0  # what is not compiled by then is refused; ordinary schemas take milliseconds
 _CACHED = 256  # compiled grammars; some 100 kB each
 _THREADS = 2
+_UNFIT = "doesn't satisfy the grammar"  # llguidance of a token that is not allowed; other errors are its limits
 # A mask of an ambiguous grammar may hold up a step for some 0.2 s at that limit; ordinary ones need less than 5,000.
-_UNFIT = "doesn't satisfy the grammar"  # llguidance's words for a token that is not allowed; other errors are its limits
 _LIMITS = llguidance.LLParserLimits(verbose_errors=False, step_max_items=10_000)
 
 Masks = npt.NDArray[np.int32]

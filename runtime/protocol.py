@@ -122,7 +122,13 @@ def token_ids(value: list[Any], param: str, vocab_size: int) -> list[int]:
     """The list, if it holds token ids and nothing else. Raises RequestError."""
     if not value:
         refuse(f"`{param}` is empty", param)
-    for token in value:
+    ids = [token if type(token) is int else whole(token) for token in value]
+    for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
             refuse(f"`{param}` holds {str(token)[:40]}, which is not a token id below {vocab_size}", param)
-    return value
+    return ids
+
+
+def whole(value: Any) -> Any:
+    """7.0 as 7, for JSON Schema calls it an integer; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

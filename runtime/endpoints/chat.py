@@ -12,6 +12,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from dsv4c.errors import Dsv4cError
+from dsv4c.runtime import shapes
 from dsv4c.runtime.answer import DONE, Job, Part, TextEvents, error_dict, event, head
 from dsv4c.runtime.completion import CallDelta, Choice, Delta, chat_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MANY, GenerationBody, unknown_keys
@@ -34,7 +35,7 @@ _MESSAGE_KEYS = (
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH, **route(ChatBody, server.model_name, streams=True))
+    @app.post(PATH, **route(ChatBody, server.model_name, shapes.chat(server.codec.vocab_size), streams=True))
     async def chat_completions(request: Request) -> Response:
         body = parse_body(ChatBody, await server.read_body(request))
         job = await chat_job(server, body)

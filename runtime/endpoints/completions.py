@@ -10,6 +10,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from dsv4c.errors import Dsv4cError
+from dsv4c.runtime import shapes
 from dsv4c.runtime.answer import DONE, Job, Part, TextEvents, error_dict, event, head
 from dsv4c.runtime.completion import Choice, Delta, completion_logprobs, prompt_logprobs
 from dsv4c.runtime.fields import MAX_SEQUENCES, GenerationBody
@@ -25,8 +26,9 @@ Prompt = str | list[int]
 
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
+    told = shapes.completions(server.codec.vocab_size)
 
-    @app.post(PATH, **route(CompletionBody, server.model_name, streams=True))
+    @app.post(PATH, **route(CompletionBody, server.model_name, told, streams=True))
     async def completions(request: Request) -> Response:
         body = parse_body(CompletionBody, await server.read_body(request))
         job = await completion_job(server, body)
@@ -36,7 +38,7 @@ def add(app: FastAPI, server: Server) -> None:
 class CompletionBody(GenerationBody):
     """Body of /v1/completions."""
 
-    prompt: Any = None
+    prompt: Any
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -49,7 +51,7 @@ class CompletionBody(GenerationBody):
             return [value]
         if not isinstance(value, list) or not value:
             refuse("`prompt` must be a string, a list of strings, token ids, or a list of token id lists", "prompt")
-        if all(type(item) is int for item in value):
+        if all(type(item) in (int, float) for item in value):
             return [token_ids(value, "prompt", vocab_size)]
         if all(isinstance(item, str) for item in value):
             return list(value)

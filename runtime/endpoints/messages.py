@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
+from dsv4c.runtime import shapes
 from dsv4c.runtime.dialect import Chat, text_parts, unsupported
 from dsv4c.runtime.endpoints.message_blocks import PATH, MessagesWriter, error_shape
 from dsv4c.runtime.fields import INERT, MANY, Body, unknown_keys
@@ -29,8 +30,9 @@ _BLOCK_KEYS = ("type", "text", "cache_control", "citations", "signature", "think
 def add(app: FastAPI, server: Server) -> None:
     """Adds the routes."""
     server.error_shapes |= {PATH: error_shape, _COUNT_PATH: error_shape}
+    told = shapes.anthropic(server.codec.vocab_size)
 
-    @app.post(PATH, **route(MessagesBody, server.model_name, streams=True))
+    @app.post(PATH, **route(MessagesBody, server.model_name, told, streams=True))
     async def messages(request: Request) -> Response:
         body = parse_body(MessagesBody, await server.read_body(request))
         server.check_model(body.model)
@@ -39,7 +41,7 @@ def add(app: FastAPI, server: Server) -> None:
         job = await chat.job(server, request_id, headers)
         return server.answer(job, MessagesWriter(job))
 
-    @app.post(_COUNT_PATH, **route(CountBody, server.model_name))
+    @app.post(_COUNT_PATH, **route(CountBody, server.model_name, told))
     async def count_tokens(request: Request) -> JSONResponse:
         body = parse_body(CountBody, await server.read_body(request))
         server.check_model(body.model)

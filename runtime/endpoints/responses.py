@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from dsv4c.runtime import shapes
 from dsv4c.runtime.dialect import Chat, text_parts, unsupported
 from dsv4c.runtime.endpoints.response_items import ResponsesWriter
 from dsv4c.runtime.fields import INERT, MANY, Body, unknown_keys
@@ -28,7 +29,7 @@ _INERT = INERT - {"store"}
 def add(app: FastAPI, server: Server) -> None:
     """Adds the route."""
 
-    @app.post(PATH, **route(ResponsesBody, server.model_name, streams=True))
+    @app.post(PATH, **route(ResponsesBody, server.model_name, shapes.responses(server.codec.vocab_size), streams=True))
     async def responses(request: Request) -> Response:
         body = parse_body(ResponsesBody, await server.read_body(request))
         server.check_model(body.model)

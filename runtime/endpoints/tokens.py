@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from pydantic import Field
 from starlette.responses import JSONResponse
 
+from dsv4c.runtime import shapes
 from dsv4c.runtime.endpoints.chat import ChatBody, chat_prompt
 from dsv4c.runtime.fields import INERT, Body, unknown_keys
 from dsv4c.runtime.openapi import route
@@ -39,8 +40,9 @@ class DetokenizeBody(Body):
 def add(app: FastAPI, server: Server) -> None:
     """Adds the routes."""
     codec = server.codec
+    told = shapes.tokens(codec.vocab_size)
 
-    @app.post("/tokenize", **route(TokenizeBody, server.model_name))
+    @app.post("/tokenize", **route(TokenizeBody, server.model_name, told))
     async def tokenize(request: Request) -> JSONResponse:
         body = parse_body(TokenizeBody, await server.read_body(request))
         server.check_model(server.model_name if body.model is None else body.model)
@@ -61,7 +63,7 @@ def add(app: FastAPI, server: Server) -> None:
         answer = {"count": len(ids), "max_model_len": server.engine.max_context, "tokens": ids, **shown}
         return JSONResponse(answer, headers=server.ignored_header(ignored))
 
-    @app.post("/detokenize", **route(DetokenizeBody, server.model_name))
+    @app.post("/detokenize", **route(DetokenizeBody, server.model_name, told))
     async def detokenize(request: Request) -> JSONResponse:
         body = parse_body(DetokenizeBody, await server.read_body(request))
         server.check_model(server.model_name if body.model is None else body.model)

@@ -114,6 +114,7 @@ def answered(request: pytest.FixtureRequest) -> Iterator[Counter[tuple[str, str,
 def check(status: int, text: str, sent: Any) -> None:
     assert "Traceback" not in text
     if status == 200:
+        assert '"engine_error"' not in text and '"internal_error"' not in text, (text[-500:], sent)  # in a stream
         return
     assert 400 <= status < 500, (status, text, sent)
     body = json.loads(text)
@@ -178,11 +179,15 @@ def test_requests_of_the_openapi_document(
 
 
 def test_all_was_asked_for(live: Live, answered: Counter[tuple[str, str, int]]) -> None:
-    """The last of this file: the numbers are what they should be, over every endpoint of the document."""
+    """The last of this file: as many requests as were asked for; in long runs, over every endpoint of the document."""
+    if not answered:
+        pytest.skip("nothing was asked: run the whole file")
     asked = Counter[str]()
     for (kind, _, _), count in answered.items():
         asked[kind] += count
     assert len(asked) == 3 and min(asked.values()) >= settings().max_examples, asked
+    if settings().max_examples < 1000:
+        return
     document = httpx.get(f"{live.url}/openapi.json").json()
     known = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
     assert {endpoint for kind, endpoint, _ in answered if kind == "schemathesis"} == known

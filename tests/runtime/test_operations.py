@@ -26,7 +26,7 @@ from dsv4c.runtime.operations import Operations, Pace, asked_timeout
 from dsv4c.runtime.record import Observer, RequestRecord
 from dsv4c.runtime.serve import GracefulServer, bind
 from dsv4c.runtime.tls import Tls
-from tests.runtime.live import MODEL, Live, Paced, start_toy, wait_for
+from tests.runtime.live import MODEL, Live, Paced, ToyCodec, start_toy, wait_for
 
 KEYS = ("first-key-123", "second-key-456")
 SHORT: dict[str, Any] = {"model": MODEL, "prompt": "abc", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
@@ -464,4 +464,4 @@ def test_an_engine_without_a_limit_is_never_full() -> None:
         def stats(self) -> EngineStats:
             return EngineStats(waiting=5)
 
-    create_app(Idle(), None, MODEL).state.server.check_ready()  # type: ignore[arg-type]
+    create_app(Idle(), ToyCodec(), MODEL).state.server.check_ready()  # type: ignore[arg-type]
