@@ -12,6 +12,11 @@
     │   └── ScheduleError       no schedule accepts an op, or one failed to build
     └── EngineError             the engine cannot serve: a fault of ours; the CLI exits with 1
         ├── RunnerBroken        the device is lost: nothing can be computed any more
+        ├── TransferError       the state of a request could not be moved; its prompt is computed again instead
+        │   ├── PeerGone        the other side has died, or closed
+        │   ├── LeaseLost       what was exported is no longer there: expired, let go, failed or overwritten
+        │   ├── TransferTimeout nothing moved for as long as the deadline
+        │   └── HandleError     a handle is malformed, or made for another layout, model or prompt
         └── ContractError       a step broke what its artifact promises; found by `--debug-contracts`
 
 Messages are lower case without a final period and put names in backticks; the hint says the way out.
@@ -91,6 +96,26 @@ class EngineError(Dsv4cError):
 
 class RunnerBroken(EngineError):
     """What computes the steps never will again: the engine fails every request, and takes no more."""
+
+
+class TransferError(EngineError):
+    """State of a request could not be moved between two engines; whoever wanted it computes the prompt itself."""
+
+
+class PeerGone(TransferError):
+    """The other side of a transfer has died or closed."""
+
+
+class LeaseLost(TransferError):
+    """What a handle stands for is no longer there: it expired, was let go, or its request failed."""
+
+
+class TransferTimeout(TransferError):
+    """Neither a byte nor the ledger moved for as long as the deadline."""
+
+
+class HandleError(TransferError):
+    """A handle is malformed, or was made for another layout, model or prompt. Nothing was moved."""
 
 
 class ContractError(EngineError):
