@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -12,6 +12,7 @@ from dsv4c.errors import HandleError
 from dsv4c.runtime.transfer.layout import Int64Array
 
 VERSION = 1
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 
 
 class Handle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -23,11 +24,11 @@ class Handle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: str
     peer: str
-    row: int
-    lease: int
-    target: int
+    row: Count
+    lease: Count
+    target: Count
     tokens_sha256: str
-    columns: tuple[int, ...]
+    columns: tuple[Count, ...]
     layout: str
     fields: dict[str, str]
     at: dict[str, Any]
@@ -51,8 +52,8 @@ class Handle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             made = msgspec.convert(dict(values), cls)
         except msgspec.ValidationError as error:
             raise HandleError(f"the handle is malformed: {error}") from error
-        if made.row < 0 or made.lease < 1 or made.target < 1 or min(made.columns, default=1) < 1:
-            raise HandleError("the handle is malformed: row, lease, target and columns must be positive")
+        if not (made.lease and made.target and all(made.columns)):
+            raise HandleError("the handle is malformed: lease, target and columns must be positive")
         return made
 
 

@@ -1,5 +1,7 @@
-"""Engines' pools without engines: what a prefill side computes is a function of request, pool and page, so it can be told
-apart wherever it lies; whatever page changes hands is overwritten with noise."""
+"""Engines' pools without engines: what a prefill side computes is a function of request, pool and page.
+
+So it can be told apart wherever it lies; and whatever page is free is overwritten with noise.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,7 @@ class Side:
         other.refs[new], other.refs[old] = 1, 0
         other.table[request.slot, column] = new
         other.free.insert(0, old)
-        self.leases.settled()
+        self.leases.settled()  # before anybody computes
         self.noise()
 
     def noise(self) -> None:
