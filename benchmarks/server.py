@@ -31,7 +31,7 @@ from typing import Any
 from dsv4c.chat.codec import ChatCodec
 from dsv4c.errors import Dsv4cError
 from dsv4c.runtime.app import create_app
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.request import End, Event, Request

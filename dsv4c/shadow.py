@@ -186,8 +186,10 @@ class HostShadowExecutor(ArtifactExecutor):
         """See ArtifactExecutor."""
         return HostShadowExecutor(program, self._kernels, self._weights, self.states, shadow=self.shadow)
 
-    def outputs(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What one step gives, as ArtifactExecutor's."""
+    def outputs(
+        self, inputs: Mapping[str, Tensor], on_mark: Callable[[int], None] | None = None
+    ) -> Mapping[str, Tensor]:  # fmt: skip
+        """What one step gives, as ArtifactExecutor's. It is at no mark: all that it writes is final at its end."""
         torch.get_num_threads()
         binding = self._binding(self._sizes(inputs))
         for name, to in binding.inputs.items():

@@ -214,6 +214,14 @@ class DeviceRunner:
             with self.executor.on_stream():
                 self.executor.copy_states(pairs, self._states)
 
+    def synchronize(self) -> None:
+        """See StepRunner."""
+        try:
+            if self.executor.stream is not None:
+                self.executor.stream.synchronize()
+        except torch.AcceleratorError as error:
+            raise RunnerBroken(f"the device failed: {_first_line(error)}", hint="restart the server") from error
+
     def _program(self, step: _Step) -> str:
         tokens, rows = int(step.lengths.sum()), int(step.rows.sum())
         known = (*self._decode, *self._prefill) if step.single else self._prefill

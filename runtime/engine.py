@@ -4,6 +4,7 @@
     engine.submit(request)      RequestError if it cannot be served; else it waits
     engine.step() -> [Event]    schedule -> launch step n + 1 -> collect step n -> tokens, events
     engine.cancel(id) -> Event  pages back at once
+    engine.connect(...)         hooks for requests whose state is moved in or out (moving.py, arrivals.py)
 
 A request ends exactly once: finished (`stop`, `length`), `cancelled`, or `failed` with an error. Stop strings are a
 hook of the request (`TextStop`), called when the token is collected.
@@ -25,65 +26,27 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from dsv4c.artifact import Manifest
 from dsv4c.errors import Dsv4cError, EngineError, RequestError, RunnerBroken
+from dsv4c.runtime.arrivals import Arrivals, check_first
 from dsv4c.runtime.batch import step_inputs
 from dsv4c.runtime.blocks import BlockDrafter
 from dsv4c.runtime.drafts import Drafter, MtpDrafter
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
+from dsv4c.runtime.moving import First, Progress, Transfers
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
 from dsv4c.runtime.request import Event, FinishReason, Request
 from dsv4c.runtime.runner import Chosen, Executor, HostRunner, StepRunner, Ticket
-from dsv4c.runtime.sampler import SamplerState, TokenLogprob
+from dsv4c.runtime.sampler import TokenLogprob
 from dsv4c.runtime.scheduler import Limits, Scheduler, Span
-from dsv4c.runtime.speculation import Speculation, SpeculationStats
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot: what is queued and held now, and totals since the engine was made. Seconds are wall time."""
-
-    running: int = 0
-    waiting: int = 0
-    max_waiting: int = 0
-    """How many may wait; more are refused. 0: not said."""
-    pages_used: Mapping[str, int] = field(default_factory=dict)
-    pages_total: Mapping[str, int] = field(default_factory=dict)
-    pages_cached: Mapping[str, int] = field(default_factory=dict)
-    """Pages that no request uses now, kept by the prefix cache until somebody needs the room."""
-    preemptions: int = 0
-    steps: int = 0
-    step_tokens: int = 0
-    """Tokens computed, recomputed ones included."""
-    prompt_tokens: int = 0
-    """Tokens of the prompts of requests that were accepted."""
-    prefix_queried_tokens: int = 0
-    """Tokens of prompts that were looked up in the prefix cache, once a request."""
-    prefix_hit_tokens: int = 0
-    """Of these, tokens that were found and not computed."""
-    generated_tokens: int = 0
-    failed_steps: int = 0
-    """Steps that raised, whether or not any request was left to tell."""
-    step_s: float = 0.0
-    """Seconds in `Engine.step`."""
-    launch_s: float = 0.0
-    """Of these, in the runner's `launch`: with lag 0 the computation itself."""
-    wait_s: float = 0.0
-    """Of these, in the runner's `collect`: waiting for the device."""
-    last_step_s: float = 0.0
-    speculation: SpeculationStats = field(default_factory=SpeculationStats)
-    ended: Mapping[str, int] = field(default_factory=dict)
-    """Requests ended, by reason."""
-
-    @property
-    def host_s(self) -> float:
-        """Seconds in steps outside waiting; divided by `steps`, what the host spends on one."""
-        return self.step_s - self.wait_s
+from dsv4c.runtime.speculation import Speculation
+from dsv4c.runtime.takeover import begin_sampling
 
 
 def _drafter(executor: ArtifactExecutor, manifest: Manifest) -> Drafter:
@@ -125,6 +88,9 @@ class Engine:
         limits = limits or Limits(max_requests=pool.sizes.max_requests)
         self.speculation = speculation or Speculation(limits.speculative_tokens)
         self.scheduler = Scheduler(pool, limits, self.speculation.length)
+        self._arrivals = Arrivals(self.scheduler, runner)
+        self._progress: Progress | None = None
+        self._stalled = False
         self.failure: RunnerBroken | None = None
         """Why nothing can be computed any more, or None while the runner is well."""
         self._flights: deque[_Flight] = deque()
@@ -167,13 +133,22 @@ class Engine:
 
     def renewed(self) -> Engine:
         """A new engine over the same runner and pool that has counted nothing yet. This one must have no work left."""
-        if self.has_work:
+        if self.has_work or self.scheduler.holders:
             raise EngineError("an engine with requests cannot be renewed")
         limits, stops = self.scheduler.limits, self.eos_token_ids
         return Engine(
             self.runner, pool=self.pool, vocab_size=self.vocab_size, limits=limits, eos_token_ids=stops,
             speculation=self.speculation.renewed(),
         )  # fmt: skip
+
+    def connect(self, *, transfers: Transfers | None = None, progress: Progress | None = None) -> None:
+        """Sets the hooks for moving requests and for those to be kept; before the first request."""
+        if self.has_work or self.scheduler.holders:
+            raise EngineError("hooks are set before the first request")
+        self._arrivals.transfers = transfers
+        self._progress = self.scheduler.progress = progress
+        if isinstance(self.runner, HostRunner):
+            self.runner.on_mark = None if progress is None else progress.mark
 
     @property
     def max_context(self) -> int:
@@ -184,6 +159,26 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a request has not ended, or a step is in flight, if only to be dropped."""
         return self.scheduler.has_work or bool(self._flights)
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step has nothing to do until somebody calls: requests arrive, or wait for what holders have."""
+        return not self._flights and (self._stalled or not (self.scheduler.waiting or self.scheduler.running))
+
+    @property
+    def kept(self) -> Mapping[str, Request]:
+        """Requests that have ended and still have their slots and pages, by id."""
+        return self.scheduler.holders.kept
+
+    @property
+    def arriving(self) -> Mapping[str, Request]:
+        """Requests whose state is on its way in, by id."""
+        return self.scheduler.holders.arriving
+
+    @property
+    def unsettled(self) -> Mapping[str, int]:
+        """Slots that a transfer may still write though no request wants it any more, by request id."""
+        return self.scheduler.holders.unsettled
 
     def check(self, request: Request, ahead: int = 0) -> None:
         """Raises RequestError if the request can never be served, or if the queue (and `ahead` more) is full.
@@ -208,13 +203,12 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises RequestError as `check` does, and if its id is in use."""
-        if request.id in self._requests:
+        if request.id in self._requests or request.id in self.scheduler.holders:
             raise RequestError(f"request id `{request.id}` is in use", param="request_id", code="invalid_value")
         self.check(request)
-        params = request.params
-        request.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_token_ids)
-        request.sampler = SamplerState(params, request.tokens(), sorted(request.stop_ids), request.choice)
+        begin_sampling(request, self.eos_token_ids)
         self.scheduler.submit(request)
+        self._stalled = False
         self._requests[request.id] = request
         self._prompt_tokens += request.num_prompt
 
@@ -222,6 +216,51 @@ class Engine:
         """Ends a request in whatever state it is and frees its pages; None if it has ended already."""
         request = self._requests.get(request_id)
         return None if request is None else self._end(request, "cancelled")
+
+    def let_go(self, request_id: str) -> bool:
+        """Gives back what a request that has ended keeps; False if that is nothing (any more)."""
+        self._stalled = False
+        return self.scheduler.holders.let_go(request_id)
+
+    def arrived(self, request_id: str, first: First) -> list[Event]:
+        """The state of a moving request is there: it goes on behind its `first` tokens, which its event brings.
+
+        If it has ended meanwhile, what it held goes back. Raises EngineError if it was not moving.
+        """
+        self._stalled = False
+        request = self._arrivals.take(request_id)
+        if request is None:
+            return []
+        self.scheduler.arrive(request)
+        error = check_first(request, first, self.vocab_size)
+        if error is not None:
+            return [self._end(request, "failed", error=error)]
+        request.prompt_logprobs = list(first.prompt_logprobs)
+        event = Event(
+            request.id,
+            prompt_logprobs=tuple(first.prompt_logprobs),
+            cached_tokens=first.cached_tokens,
+            queued_s=request.first_step_s - request.made_s,
+        )
+        logprobs = first.logprobs or (None,) * len(first.tokens)
+        return [self._take(request, event, first.tokens, logprobs)]
+
+    def lost(self, request_id: str, *, busy: bool = False) -> list[Event]:
+        """The state of a moving request will not come: it waits again, first of its equals, and is computed here.
+
+        `busy`: its pages may still be written, until `settle`. If the request has ended meanwhile, what it held goes
+        back, unless `busy`. Raises EngineError if it was not moving.
+        """
+        self._stalled = False
+        request = self._arrivals.take(request_id, settle=not busy)
+        if request is not None:
+            self.scheduler.lose(request, busy=busy)
+        return []
+
+    def settle(self, request_id: str) -> None:
+        """No transfer can write any more what a request left unsettled. Raises EngineError if it left nothing."""
+        self._stalled = False
+        self.scheduler.holders.settle(request_id)
 
     def fail_all(self, error: Dsv4cError) -> list[Event]:
         """Ends every request with this error."""
@@ -233,23 +272,45 @@ class Engine:
         Returns what was collected or failed, at most one event a request; nothing to do gives none.
         """
         began = time.perf_counter()
+        preempted = self.scheduler.num_preemptions
         spans = self.scheduler.schedule()
+        events = self._open(len(spans) > 0) if self.scheduler.holders.opened else []
         if not spans and not self._flights:
-            if self.has_work:
+            if not self.scheduler.has_work:
+                return events
+            if not self.scheduler.holders:
                 raise EngineError("requests wait, but the scheduler gives none of them a token")
-            return []
-        events = self._launch(spans) if spans else []
+            self._stalled = self.scheduler.num_preemptions == preempted and not events
+            return events
+        if spans:
+            events += self._launch(spans)
         if len(self._flights) > (self.runner.lag if spans else 0):
             events += self._collect()
+            if self.scheduler.holders.opened:
+                events += self._open()
         self._last_step_s = time.perf_counter() - began
         if spans and self.speculation.max_tokens and all(s.decodes for s in spans):
             self.speculation.observe(len(spans), max(s.drafts for s in spans), self._last_step_s)
         self._step_s += self._last_step_s
         return events
 
+    def _open(self, launching: bool = False) -> list[Event]:
+        """Begins the transfers of arriving requests whose pages nothing in flight can write."""
+        try:
+            ready = self._arrivals.ready(len(self._flights), launching)
+        except Exception as error:  # noqa: BLE001  the border to kernels, as in _launch
+            return self._fail(list(self.scheduler.holders.opened.values()), error)
+        for request in ready:
+            self._arrivals.begin(request)
+        return []
+
     def _launch(self, spans: Sequence[Span]) -> list[Event]:
         self._steps += 1
         self._step_tokens += sum(s.length for s in spans)
+        if self._progress is not None:
+            for span in spans:
+                if span.request.keep:
+                    self._progress.launching(span.request, span.end - span.drafts)
         began = time.perf_counter()
         try:
             for pairs in self.scheduler.copies():
@@ -264,10 +325,12 @@ class Engine:
                 span.request.first_step_s = began
         self.scheduler.commit(spans)
         self._flights.append(_Flight(spans, ticket))
+        self._arrivals.launched += 1
         return []
 
     def _collect(self) -> list[Event]:
         spans, ticket = self._flights.popleft()
+        self._arrivals.collected += 1
         chosen = self._wait(ticket)
         if not isinstance(chosen, Exception):
             return self._record(spans, chosen)
@@ -287,6 +350,10 @@ class Engine:
 
     def _record(self, spans: Sequence[Span], chosen: Chosen) -> list[Event]:
         """Hands a step's results to its requests; those of requests that have ended meanwhile are dropped."""
+        if self._progress is not None:
+            for span in spans:
+                if span.request.keep and span.request.status == "running":
+                    self._progress.computed(span.request, span.end - span.drafts)
         for span in spans if chosen.prompt else ():
             span.request.gather_prompt(span.prompt_rows, chosen.prompt.get(span.request.id, ()))
         sampling = [s for s in spans if s.samples]
@@ -298,7 +365,10 @@ class Engine:
         return [self._accept(*item) for item in found if item[0].request.status != "ended"]
 
     def _fail_steps(self, steps: Iterable[Sequence[Span]], error: Exception) -> list[Event]:
-        """Ends the requests of these steps, or all of them and the engine if the runner is broken."""
+        """Ends the requests of these steps, or all there are and the engine if the runner is broken."""
+        return self._fail([s.request for spans in steps for s in spans], error)
+
+    def _fail(self, requests: Iterable[Request], error: Exception) -> list[Event]:
         self._failed_steps += 1
         self.scheduler.distrust()
         if isinstance(error, RunnerBroken):
@@ -309,8 +379,8 @@ class Engine:
             clear: Dsv4cError = error
         else:
             clear = EngineError(f"the step failed: {type(error).__name__}: {error}")
-        requests = {s.request.id: s.request for spans in steps for s in spans if s.request.status != "ended"}
-        return [self._end(request, "failed", error=clear) for request in requests.values()]
+        alive = {r.id: r for r in requests if r.status != "ended"}
+        return [self._end(request, "failed", error=clear) for request in alive.values()]
 
     def _accept(
         self, span: Span, tokens: Sequence[int | None], logprobs: Sequence[TokenLogprob | None]
@@ -322,13 +392,19 @@ class Engine:
         if not 1 <= len(tokens) <= 1 + span.drafts:
             raise EngineError(f"{request} got {len(tokens)} tokens of a step with {span.drafts} drafts")
         request.arrive(len(tokens), span.drafts)
-        first = request.num_generated == 0
+        first = request.num_generated == request.num_given
         event = Event(
             request.id,
             prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
             cached_tokens=request.num_cached if first else 0,
             queued_s=request.first_step_s - request.made_s if first else 0.0,
         )
+        return self._take(request, event, tokens, logprobs)
+
+    def _take(
+        self, request: Request, event: Event, tokens: Sequence[int | None], logprobs: Sequence[TokenLogprob | None]
+    ) -> Event:  # fmt: skip
+        """Adds tokens to a request and to its event, up to the one that ends it."""
         for token, logprob in zip(tokens, logprobs, strict=True):
             if token is None:
                 what = " or its grammar lets nothing follow" if request.params.grammar is not None else ""
@@ -374,9 +450,19 @@ class Engine:
         stop_token: int | None = None,
         error: Dsv4cError | None = None,
     ) -> Event:
-        self.scheduler.remove(request)
+        begun = request.status == "arriving" and request.id not in self.scheduler.holders.opened
+        keeps = request.keep and reason in ("stop", "length")
+        if keeps:
+            self.scheduler.keep(request)
+        else:
+            self.scheduler.remove(request)
         del self._requests[request.id]
+        self._stalled = False
         self._ended[reason] += 1
+        if request.keep and self._progress is not None:
+            self._progress.ended(request, keeps)
+        if begun and self._arrivals.transfers is not None:
+            self._arrivals.transfers.ended(request.id)
         end = request.ended(reason, stop_token=stop_token, error=error)
         return replace(given or Event(request.id), end=end)
 
@@ -409,7 +495,7 @@ class Engine:
     def audit(self) -> None:
         """Proves that every page, slot, request and token in flight is accounted for. Raises EngineError."""
         self.scheduler.audit()
-        known = [*self.scheduler.running, *self.scheduler.waiting]
+        known = [*self.scheduler.running, *self.scheduler.waiting, *self.arriving.values()]
         if {r.id for r in known} != set(self._requests) or len(known) != len(self._requests):
             raise EngineError("the queues and the requests of the engine differ")
         if len(self._flights) > self.runner.lag:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from dsv4c.artifact import Call, Program
 from dsv4c.errors import ArtifactError, EngineError
 from dsv4c.runtime.buffers import Arena, sizes_of
 from dsv4c.runtime.kernels import Binder, Run
+from dsv4c.runtime.marks import calls_to_marks
 
 MAX_BINDINGS = 256  # about 0.2 MB each; decoding 32 requests meets some dozens (rows times completed windows)
 
@@ -31,6 +32,8 @@ class _Binding:
     values: dict[str, Tensor]
     runs: list[Run]
     outputs: dict[str, Tensor]
+    marked: list[list[Run]] = field(default_factory=list)
+    """The runs up to each mark, and those behind the last; made when first wanted."""
 
 
 class ArtifactExecutor:
@@ -54,6 +57,7 @@ class ArtifactExecutor:
         self._calls = [call for segment in program.segments for call in segment.calls]
         self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
         self._last: dict[str, Tensor] = {}
+        self._marks = calls_to_marks(program, self.states)
         self._symbols = _input_symbols(program)
         _check_buffer_sizes(program)
         if "logits" not in program.outputs and program.phase != "draft":
@@ -63,23 +67,39 @@ class ArtifactExecutor:
         """An executor of the same kind for another program over the same weights and state."""
         return ArtifactExecutor(program, self._kernels, self._weights, self.states, self._device)
 
-    def step(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def step(self, inputs: Mapping[str, Tensor], on_mark: Callable[[int], None] | None = None) -> Tensor:
         """Logits [S, vocab_size] float32 of one step, valid until the next. `inputs` as the manifest's Inputs say.
 
-        Raises EngineError if an input is missing, of a wrong dtype or shape, or larger than the program is made for.
+        `on_mark` is called behind each of the program's marks (marks.py), with its number. Raises EngineError if an input is missing, of a wrong dtype or shape, or larger than the program is made for.
         """
-        return self.outputs(inputs)["logits"]
+        return self.outputs(inputs, on_mark)["logits"]
 
-    def outputs(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def outputs(
+        self, inputs: Mapping[str, Tensor], on_mark: Callable[[int], None] | None = None
+    ) -> Mapping[str, Tensor]:  # fmt: skip
         """All that one step gives, by meaning, valid until the next. Raises EngineError as `step` does."""
         torch.get_num_threads()  # gives this thread's OpenMP, which our kernels use, the count torch was set to
         binding = self._binding(self._sizes(inputs))
         for name, to in binding.inputs.items():
             to.copy_(inputs[name])
-        for run in binding.runs:
-            run()
+        if on_mark is None:
+            for run in binding.runs:
+                run()
+        else:
+            self._run_marked(binding, on_mark)
         self._last = binding.outputs
         return binding.outputs
+
+    def _run_marked(self, binding: _Binding, on_mark: Callable[[int], None]) -> None:
+        ends = self._marks
+        if not binding.marked:
+            cuts = zip([0, *ends], [*ends, len(self._calls)], strict=True)
+            binding.marked = [self._kernels.bind_calls(self.program, self._calls[a:b], binding.values) for a, b in cuts]
+        for number, runs in enumerate(binding.marked):
+            for run in runs:
+                run()
+            if number < len(ends):
+                on_mark(number)
 
     @property
     def hidden(self) -> Tensor:

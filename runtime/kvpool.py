@@ -5,6 +5,7 @@ of every KV group: `tables[group][slot, i]` is the page of tokens [i * page_toke
 
     admit()               free slot -> owned, all tables empty
     adopt(slot, pages, n) pages that others hold become its first n tokens; it writes behind them only
+    open(slot, n, pages)  the same without a window: it will begin where token n reads first
     grow(slot, n)         owned pages cover the first n tokens, in every group or in none
     evict(slot, n)        pages that token n and later can no longer read go back; their table entries become 0
     release(slot)         every page and the slot go back, exactly once: a second release is an error
@@ -211,6 +212,34 @@ class KVPool:
                 group.share(slot, column, page)
             group.first[slot], group.end[slot] = end - len(shared), end
         self._covered[slot] = tokens
+
+    def open(self, slot: int, tokens: int, shared: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Lets a slot just admitted take in the state of `tokens` tokens: `grow` then gives it what lacks to hold it.
+
+        In groups with a horizon that is the pages that token `tokens` and later ones read. In the others it begins with
+        the pages `shared`, whole ones that somebody refers to, the same number of tokens in each.
+        """
+        self._check(slot)
+        shared = shared or {}
+        for group in self._groups:
+            pages = shared.get(group.spec.name, ())
+            if group.end[slot] or len(pages) * group.spec.page_tokens > tokens or (pages and group.spec.horizon):
+                raise EngineError(f"slot {slot} cannot begin with {len(pages)} pages of `{group.spec.name}`")
+        for group in self._groups:
+            pages = shared.get(group.spec.name, ())
+            for column, page in enumerate(pages):
+                group.share(slot, column, page)
+            group.first[slot] = first_page(group.spec, tokens)
+            group.end[slot] = max(len(pages), group.first[slot])
+        self._covered[slot] = min(g.end[slot] * g.spec.page_tokens for g in self._groups)
+
+    def columns_of(self, slot: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Group -> first column that the slot has, and its pages from there on."""
+        self._check(slot)
+        return {
+            g.spec.name: (g.first[slot], tuple(g.table[slot, g.first[slot] : g.end[slot]].tolist()))
+            for g in self._groups
+        }
 
     def exchange(self, slot: int, group: str, column: int, pages: Sequence[int]) -> None:
         """Puts these pages, which hold the same, in place of the slot's own from `column` on."""

@@ -3,7 +3,7 @@
     any thread: submit, cancel --> inbox --> engine thread: step, step, ... --> sink(Event) of each request
 
 Submitting validates in the caller's thread and raises there; everything else happens in the engine's, which sleeps
-on a condition while there is nothing to do and never polls. Sinks are called in the engine's thread, in order, and
+on a condition while there is nothing to do and never polls; `call` runs anything else there. Sinks are called in the engine's thread, in order, and
 get exactly one Event with an `end`, the last. A stop string is best given as the request's `text_stop`: it then
 ends in the step that completed it. Cancelling instead lets it run on until the cancellation is read, before the
 next step; what was computed meanwhile is for the caller to ignore.
@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from dsv4c.errors import Dsv4cError, EngineError, RequestError
-from dsv4c.runtime.engine import Engine, EngineStats
+from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.request import Event, Request
 
 Sink = Callable[[Event], None]
+Task = Callable[[Engine], Iterable[Event] | None]
 
 
 class EngineLoop:
@@ -30,6 +32,8 @@ class EngineLoop:
         self._condition = threading.Condition()
         self._submitted: deque[tuple[Request, Sink]] = deque()
         self._cancelled: deque[str] = deque()
+        self._tasks: deque[Task] = deque()
+        self._stopped = False  # the thread takes no more tasks
         self._live: dict[str, tuple[Request, Sink]] = {}  # written by the engine's thread alone
         self._closing: Dsv4cError | None = None
         self._drain = True
@@ -77,6 +81,19 @@ class EngineLoop:
             self._cancelled.append(request_id)
             self._condition.notify_all()
 
+    def call(self, task: Task, /) -> bool:
+        """Has the engine's thread run `task(engine)` before its next step, and deliver the events that it returns.
+
+        Tasks run in order, behind what was submitted before. What one raises is a fault of the engine. False if the
+        engine has stopped: the task will not run.
+        """
+        with self._condition:
+            if self._stopped:
+                return False
+            self._tasks.append(task)
+            self._condition.notify_all()
+            return True
+
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> bool:
         """Refuses new requests, lets those in hand finish (or, without `drain`, fails them), and joins the thread.
 
@@ -90,7 +107,9 @@ class EngineLoop:
             return True
         self._thread.join(timeout_s)
         finished = drain and not self._thread.is_alive() and self._failure is None
-        self._drain = False  # read before every step: the thread leaves after the one it is in
+        with self._condition:
+            self._drain = False  # read before every step: the thread leaves after the one it is in
+            self._condition.notify_all()
         self._thread.join()
         return finished
 
@@ -107,6 +126,9 @@ class EngineLoop:
                 self._deliver(event)
             while self._engine.has_work:
                 self._engine.step()  # waits for what is in flight; its requests have ended
+            with self._condition:
+                self._stopped = True
+            self._take_tasks()
         except Exception as error:  # noqa: BLE001  a fault of the engine itself: every client must hear of it
             message = error.message if isinstance(error, Dsv4cError) else f"{type(error).__name__}: {error}"
             self._end_all(EngineError(f"the engine stopped: {message}", hint="restart the server"))
@@ -115,11 +137,15 @@ class EngineLoop:
         """Sleeps until there is something to do; False when it is time to leave."""
         with self._condition:
             self._condition.wait_for(
-                lambda: self._submitted or self._cancelled or self._engine.has_work or self._closing is not None
+                lambda: self._submitted or self._cancelled or self._tasks or not self._engine.idle or self._leaves()
             )
-            if self._closing is None:
-                return True
-            return self._drain and bool(self._submitted or self._engine.has_work)
+            return not self._leaves()
+
+    def _leaves(self) -> bool:
+        """Whether it is time to leave."""
+        if self._closing is None:
+            return False
+        return not self._drain or not (self._submitted or self._tasks or self._engine.has_work)
 
     def _take_inbox(self) -> None:
         """Hands new requests and cancellations to the engine, in this order: a cancelled request is known."""
@@ -137,6 +163,12 @@ class EngineLoop:
         for request_id in cancelled:
             event = self._engine.cancel(request_id)
             if event is not None:
+                self._deliver(event)
+        self._take_tasks()
+
+    def _take_tasks(self) -> None:
+        while self._tasks:
+            for event in self._tasks.popleft()(self._engine) or ():
                 self._deliver(event)
 
     def _deliver(self, event: Event) -> None:
@@ -157,6 +189,8 @@ class EngineLoop:
         """Tells every reader, without the engine's help: it is broken."""
         with self._condition:
             self._failure = failure
+            self._stopped = True
+            self._tasks.clear()
             self._live.update((request.id, (request, sink)) for request, sink in self._submitted)
             self._submitted.clear()
         for request, _ in list(self._live.values()):

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 
 from dsv4c.errors import Dsv4cError
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import Event, Request

@@ -7,6 +7,7 @@ snapshot: its window pages, held, and a row of its own in the state pools behind
 
     find(keys)            the nodes that begin a prompt, as far as the tree knows it
     resume(node, slot)    the slot goes on behind a node with a snapshot: pages adopted, states copied, node in use
+    use(node)             the node in use, for a slot that takes its pages and gets window and states from elsewhere
     extend(node, ...)     the next block of a request at `node`: a new node, or the one that is there, whose pages then
                           replace the request's own
     snapshot(node, slot)  keeps the slot's state, which must be that at the node's end
@@ -107,17 +108,27 @@ class PrefixTree:
         snapshot = node.snapshot
         if snapshot is None:
             raise EngineError(f"{node} has no snapshot to resume from")
-        path = list(_upwards(node))[-2::-1]  # without the root
-        pages = {name: [page for n in path for page in n.pages[name]] for name in self._growing}
-        self._pool.adopt(slot, {**pages, **snapshot.tail}, node.tokens)
-        for used in _upwards(node):
-            if used.users == 0 and used.parent is not None:
-                del self._idle[used]
-            used.users += 1
+        self._pool.adopt(slot, {**self._pages_to(node), **snapshot.tail}, node.tokens)
+        self._enter(node)
         if snapshot.owner is not owner:
             snapshot.owner = None
         self._snapshots.move_to_end(node)
         self._queue_copy(snapshot.row, slot)
+
+    def use(self, node: Node) -> dict[str, list[int]]:
+        """Puts the node in use. Group without a horizon -> the pages up to there, which the user must refer to."""
+        self._enter(node)
+        return self._pages_to(node)
+
+    def _pages_to(self, node: Node) -> dict[str, list[int]]:
+        path = list(_upwards(node))[-2::-1]  # without the root
+        return {name: [page for n in path for page in n.pages[name]] for name in self._growing}
+
+    def _enter(self, node: Node) -> None:
+        for used in _upwards(node):
+            if used.users == 0 and used.parent is not None:
+                del self._idle[used]
+            used.users += 1
 
     def extend(self, node: Node, key: bytes, slot: int) -> Node:
         """The node of the next block of a request at `node`; the request, which has computed it in `slot`, is at it."""
@@ -199,6 +210,10 @@ class PrefixTree:
         self._idle.clear()
         self.num_nodes = 0
         self._copies = [[p for p in pairs if p[1] not in self._rows] for pairs in self._copies]
+
+    @property
+    def has_copies(self) -> bool:
+        return any(self._copies)
 
     def copies(self) -> Iterator[list[Pair]]:
         """The queued copies (source row, target row), in calls for `copy_states`; each is done once the next is asked.

@@ -1,11 +1,15 @@
 """One request: its tokens, where it stands, and the events it gives.
 
     new --submit--> waiting --admit--> running --stop | length--> finished
-                       ^                  |
-                       +---- preempt -----+        from any of them: cancelled, or failed with a reason
+                     ^  |  ^              |  ^
+                     |  |  +--- preempt --+  |     from any of them: cancelled, or failed with a reason
+                     |  +-- open --> arriving +
+                     +---- lost ---------+         of a request whose state is moved here (moving.py)
 
-A request ends in exactly one way and then holds no page and no slot. Tokens generated so far, the sampler's state
-and the text hook live here, outside the pools, so that a preempted request goes on as if nothing had happened.
+A request ends in exactly one way and then holds no page and no slot, unless it is to be kept: until somebody lets it
+go. Tokens generated so far, the sampler's state and the text hook live here, outside the pools, so that a preempted
+request goes on as if nothing had happened. What another engine has generated counts in everything as if this one had,
+but gives no event.
 
 A token in flight is being chosen by a step that was launched and not yet collected: its position is taken, its id not
 known (-1). Schedules and sampling count it as there, events and ends do not. A step that verifies drafts brings one
@@ -28,7 +32,7 @@ from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.sampler import SamplerState, TokenLogprob
 
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
-Status = Literal["new", "waiting", "running", "ended"]
+Status = Literal["new", "waiting", "arriving", "running", "ended"]
 
 NEVER = 2**62
 """A number of tokens that no request reaches."""
@@ -79,7 +83,9 @@ class Event:
 class Request:
     """A prompt with its parameters, and everything the engine knows of it. `choice` is its number among `n`.
 
-    `salt`: only requests with the same salt share what they have computed.
+    `salt`: only requests with the same salt share what they have computed. `generated`: tokens that another engine has
+    generated and delivered. `keep`: its state stays in the pools when it ends. `moving`: its state comes from
+    elsewhere (moving.py).
     """
 
     def __init__(
@@ -91,15 +97,26 @@ class Request:
         text_stop: TextStop | None = None,
         choice: int = 0,
         salt: Hashable = None,
+        generated: Sequence[int] = (),
+        keep: bool = False,
+        moving: bool = False,
     ) -> None:
         self.id = request_id
         self.params = params or SamplingParams()
         self.text_stop = text_stop
         self.choice = choice
         self.salt = salt
+        self.keep = keep
+        self.moving = moving
+        """Until its state has arrived, or is lost: then it is a request like any other."""
         self._tokens: npt.NDArray[np.int64] = np.array(prompt, dtype=np.int64).reshape(-1)
-        self.num_tokens = self.num_prompt = self.num_total = self._tokens.size
-        """Known tokens, those of the prompt, and known ones with those in flight."""
+        self.num_given = len(generated)
+        """Of the generated tokens, the first ones, which another engine has delivered."""
+        self.num_prompt = self._tokens.size
+        if generated:
+            self._tokens = np.concatenate([self._tokens, np.array(generated, dtype=np.int64)])
+        self.num_tokens = self.num_total = self._tokens.size
+        """Known tokens, and known ones with those in flight."""
         self.num_inflight = 0
         """Tokens in flight; they follow the known ones. Preemption keeps them: they were chosen rightly."""
         self.num_computed = 0
@@ -128,11 +145,16 @@ class Request:
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprob | None] = []
         """Gathered chunk by chunk; preemption keeps them, so no row is asked for twice."""
-        if self.params.prompt_logprobs is not None:
+        if self.scores_prompt:
             self.prompt_logprobs.append(None)
 
     def __repr__(self) -> str:
         return f"Request({self.id!r}, {self.status}, {self.num_computed}/{self.num_tokens} tokens)"
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted; whoever generated its first token has given them."""
+        return self.params.prompt_logprobs is not None and not self.num_given
 
     @property
     def num_generated(self) -> int:
@@ -195,7 +217,7 @@ class Request:
 
     def prompt_logprob_rows(self, start: int, end: int) -> range:
         """Positions in [start, end) whose logits give prompt log-probabilities not gathered yet."""
-        if self.params.prompt_logprobs is None:
+        if not self.scores_prompt:
             return range(0)
         # the row of position p predicts the prompt's token p + 1, which is entry p + 1
         return range(max(start, len(self.prompt_logprobs) - 1), min(end, self.num_prompt - 1))

@@ -2,6 +2,7 @@
 
     match    before admission: the blocks of the request that the tree knows, and the deepest snapshot among them
     admit    it resumes there. At least one token is always left to compute: its logits are wanted
+    open     the same for a request whose state is moved here, snapshot or not: window and states come with it
     stop     where its prefill must end a chunk, so that a snapshot can be taken there:
              at the last block's end before the end of its tokens, where an equal prompt will resume; and where it
              leaves what the tree knows: two prompts have that much in common, a third will too. Other chunks of a
@@ -13,7 +14,8 @@
     leave    the request has ended, or was preempted and will come back through `match`
 
 Requests that want log-probabilities of their prompt match nothing, as all its rows must be computed; what they
-compute is kept all the same. `clear` is for when results are in doubt: requests that run go on without the tree.
+compute is kept all the same. The pages of a request that is to be kept may be read by others, so they are never
+exchanged for equal ones: where another has put its block into the tree first, such a request leaves it. `clear` is for when results are in doubt: requests that run go on without the tree.
 
 A request that verifies drafts may step over a block's end. Where rings have rows to spare (`slack` of them), what they
 and the window held there is still whole, and the snapshot is taken a little late.
@@ -64,7 +66,7 @@ class PrefixCache:
 
     def match(self, request: Request) -> Match:
         """What of a waiting request is known. Changes nothing."""
-        if request.params.prompt_logprobs is not None:
+        if request.scores_prompt:
             return Match()
         keys = self._keys(request, (request.num_tokens - 1) // self.tree.block)
         path = self.tree.find(keys, request.salt)
@@ -93,10 +95,31 @@ class PrefixCache:
         stops = frozenset({(request.num_tokens - 1) // block * block, len(match.path) * block})
         own = node if node.snapshot is not None and node.snapshot.owner is request else None
         self._trails[request] = _Trail(node, stops, own)
-        if request.num_preemptions == 0 and request.params.prompt_logprobs is None:
-            request.num_cached = node.tokens
-            self.num_hit += node.tokens
+        if request.num_preemptions == 0 and not request.scores_prompt:
+            request.num_cached = min(node.tokens, request.num_prompt)
+            self.num_hit += request.num_cached
             self.num_queried += request.num_prompt
+
+    def known(self, request: Request) -> Match:
+        """What of a moving request is known: it needs no snapshot. Changes nothing."""
+        path = self.tree.find(self._keys(request, request.num_tokens // self.tree.block), request.salt)
+        return Match(path, len(path))
+
+    def open(self, request: Request, match: Match) -> dict[str, list[int]]:
+        """Lets a moving request that was just given its slot begin where the match says; sets its `num_computed`.
+
+        Group without a horizon -> the pages that its slot must share.
+        """
+        node = match.path[-1] if match.path else None
+        pages: dict[str, list[int]] = {}
+        if node is None:
+            node = self.tree.begin(request.salt)
+        else:
+            pages = self.tree.use(node)
+        request.num_computed = node.tokens
+        request.block_end = node.tokens + self.tree.block
+        self._trails[request] = _Trail(node, frozenset({request.num_tokens // self.tree.block * self.tree.block}))
+        return pages
 
     def chunk_end(self, request: Request, start: int, end: int) -> int:
         """Where a chunk of tokens [start, end) should end instead: at a stop, or with a block."""
@@ -120,6 +143,10 @@ class PrefixCache:
             return
         keys = self._keys(request, known // block)
         for key in keys[trail.node.tokens // block :]:
+            if request.keep and key in trail.node.children:
+                self.tree.leave(trail.node)
+                trail.node, request.block_end = None, NEVER
+                return
             trail.node = self.tree.extend(trail.node, key, request.slot)
         request.block_end = trail.node.tokens + block
         over = request.num_computed + request.num_uncertain - trail.node.tokens

@@ -12,7 +12,7 @@ pages and slots may change hands while it is in flight, because whoever gets the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from dsv4c.artifact import Input
 from dsv4c.errors import EngineError
 from dsv4c.runtime.batch import BatchBuilder
 from dsv4c.runtime.drafts import Drafter
+from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.grammar import Masking
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.request import Request
@@ -73,6 +74,9 @@ class StepRunner(Protocol):
         All sources are read before any target is written.
         """
 
+    def synchronize(self) -> None:
+        """Waits until all that was launched and copied has run. Raises RunnerBroken as `collect` does."""
+
 
 class Executor(Protocol):
     """Runs one step of the model and updates the pools it owns, of the sizes it was made with."""
@@ -109,6 +113,8 @@ class HostRunner:
         self.drafter = drafter
         self.vocab_size = vocab_size
         self.states = tuple(states)
+        self.on_mark: Callable[[int], None] | None = None
+        """Told how far a step is (marks.py), if it computes a request that is to be kept. For ArtifactExecutors."""
         self._batch = BatchBuilder(inputs, pool, symbols)
         self._masking = Masking()
 
@@ -131,6 +137,9 @@ class HostRunner:
             rows = self.executor.states[name]
             rows[targets] = rows[sources]  # indexing copies the sources first
 
+    def synchronize(self) -> None:
+        """Everything runs where it is launched."""
+
     def compute(
         self, spans: Sequence[Span], inputs: Mapping[str, torch.Tensor], states: Sequence[SamplerState]
     ) -> Chosen:
@@ -139,7 +148,7 @@ class HostRunner:
         each = [s.ahead(g[:i]) if i else s for s, g in zip(states, guesses, strict=True) for i in range(1 + len(g))]
         filling = self._masking.begin([s.grammar for s in each], width_of(each))
         try:
-            logits_SV = self.executor.step(inputs)
+            logits_SV = self._step(spans, inputs)
         finally:
             masks = filling.result() if filling is not None else None  # nobody may touch a cursor before
         rows = sum(s.num_rows for s in spans)
@@ -153,6 +162,12 @@ class HostRunner:
         chosen = [tokens[rows] for rows in kept]
         drafts = self.drafter.draft(spans, inputs, chosen, states) if self.drafter is not None else ()
         return Chosen(chosen, [logprobs[rows] for rows in kept], prompt, drafts)
+
+    def _step(self, spans: Sequence[Span], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        on_mark, executor = self.on_mark, self.executor
+        if on_mark is not None and isinstance(executor, ArtifactExecutor) and any(s.request.keep for s in spans):
+            return executor.step(inputs, on_mark)
+        return executor.step(inputs)
 
 
 def _guesses(spans: Sequence[Span], token_ids: Sequence[int]) -> list[list[int]]:

@@ -10,6 +10,10 @@
        front of its equals in the queue, and recomputes prompt and generated tokens later. Nobody is admitted in such a
        step.
 
+A waiting request whose state is moved here is admitted by the same rule, but gets no span: it holds its slot and pages
+among the holders (holders.py), as do requests that have ended and are kept. Pages of these are nobody's to take: where
+they lack to the last running request, it waits, and the plan is empty.
+
 The oldest running request can always preempt the others, and a request that would not fit alone is refused on
 submission, so every step makes progress. Age is the order of admission, and preemption keeps it among equals.
 Pages move here and only here: `schedule` grows, `commit` evicts, `remove` and preemption release. What one plan has
@@ -27,63 +31,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dsv4c.errors import ConfigError, EngineError, RequestError
+from dsv4c.runtime.holders import Holders
 from dsv4c.runtime.kvpool import KVPool
+from dsv4c.runtime.moving import Progress
 from dsv4c.runtime.prefix import Pair
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.reuse import Match, PrefixCache
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a step and the queue may hold: counts of requests, tokens and logit rows."""
-
-    max_requests: int = 64
-    """Running at once."""
-    max_step_tokens: int = 512
-    """Token budget of a step, decode and prefill together; the largest chunk."""
-    max_waiting: int = 1024
-    """A longer queue refuses new requests with 503."""
-    max_logit_rows: int | None = None
-    """Rows of logits in a step; None: as many as tokens. Bounds the chunks of prompts whose logprobs are wanted."""
-    speculative_tokens: int = 0
-    """Most drafts of a request that a step verifies."""
-    mixed_drafts: bool = True
-    """Whether a step that computes prompts verifies drafts too."""
-    prefix_cache: bool = True
-    """Whether requests share the prefixes they have computed; needs `PoolSizes.snapshots`."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_requests", "max_step_tokens", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` must be at least 1, not {getattr(self, name)}")
-        least = f"`max_requests` {self.max_requests}"
-        if self.decode_tokens > self.max_requests:
-            least += f" with {self.speculative_tokens} drafts each"
-        if self.max_step_tokens < self.decode_tokens:
-            raise ConfigError(
-                f"`max_step_tokens` is {self.max_step_tokens}, fewer than {least}",
-                hint="every running request decodes one token a step, and its drafts",
-            )
-        if self.logit_rows < self.decode_tokens:
-            raise ConfigError(
-                f"`max_logit_rows` is {self.logit_rows}, fewer than {least}",
-                hint="every running request needs a row to choose its next token from, and one for each draft",
-            )
-
-    @property
-    def decode_tokens(self) -> int:
-        """Tokens of a step that may compute prompts beside, in which all running requests decode."""
-        return self.max_requests * (1 + (self.speculative_tokens if self.mixed_drafts else 0))
-
-    @property
-    def prompt_rows(self) -> int:
-        """Rows of logits that are left for prompts in any step."""
-        return self.logit_rows - self.decode_tokens
-
-    @property
-    def logit_rows(self) -> int:
-        return self.max_step_tokens if self.max_logit_rows is None else self.max_logit_rows
-
+from dsv4c.runtime.steplimits import Limits as Limits
 
 _NO_ROWS = range(0)
 OVERSHOOT = 8
@@ -162,13 +116,15 @@ class Scheduler:
         self.prefix = PrefixCache(pool, slack) if limits.prefix_cache and pool.sizes.snapshots else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.holders = Holders(pool)
+        self.progress: Progress | None = None
         self.num_preemptions = 0
         self._wanted = 0
         self._longest = pool.longest()
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.holders.arriving)
 
     def check(self, request: Request, ahead: int = 0) -> None:
         """Raises RequestError if the request can never be served (400, 503) or the queue is full (503).
@@ -200,7 +156,13 @@ class Scheduler:
                 code="out_of_pages",
                 hint="serve with more KV memory, or ask for fewer tokens",
             )
-        if request.params.prompt_logprobs is not None and not self.limits.prompt_rows:
+        if request.num_given and request.num_tokens >= (self._longest if asked is None else prompt + asked):
+            raise RequestError(
+                f"the {request.num_given} tokens generated so far leave none to generate",
+                param="generated",
+                code="invalid_value",
+            )
+        if request.scores_prompt and not self.limits.prompt_rows:
             raise RequestError(
                 "this artifact computes too few logit rows for log-probabilities of the prompt",
                 param="prompt_logprobs",
@@ -226,15 +188,46 @@ class Scheduler:
         self.waiting.insert(self._place(request.params.priority), request)
 
     def remove(self, request: Request) -> None:
-        """Takes a waiting or running request out; its pages and slot go back. Its status becomes `ended`."""
+        """Takes a request out that has not ended; its pages and slot go back. Its status becomes `ended`.
+
+        Those of an arriving request whose transfer has begun stay unsettled.
+        """
         if request.status == "waiting":
             self.waiting.remove(request)
         elif request.status == "running":
             self.running.remove(request)
             self._release(request)
+        elif request.status == "arriving":
+            self._leave(request, busy=request.id not in self.holders.opened)
         else:
             raise EngineError(f"request `{request.id}` is {request.status}, neither waiting nor running")
         request.status = "ended"
+
+    def keep(self, request: Request) -> None:
+        """Takes a running request out, which keeps its pages and slot. Its status becomes `ended`."""
+        self.running.remove(request)
+        if self.prefix is not None:
+            self.prefix.leave(request)
+        self.holders.keep(request)
+        request.status = "ended"
+
+    def arrive(self, request: Request) -> None:
+        """The state of an arriving request is there: it runs, as the newest. `Request.append` is due."""
+        self.holders.leave(request)
+        request.num_computed = request.num_tokens
+        request.moving = False
+        request.status = "running"
+        self.running.append(request)
+
+    def lose(self, request: Request, *, busy: bool) -> None:
+        """The state of an arriving request will not come: it goes to the front of its equals, to be computed.
+
+        `busy`: its slot and pages may still be written, and stay unsettled.
+        """
+        self._leave(request, busy=busy)
+        request.status = "waiting"
+        request.moving = False
+        self.waiting.insert(self._place(request.params.priority, first=True), request)
 
     def schedule(self) -> list[Span]:
         """The spans of the next step, with their pages in place; at most one a request; empty: nothing to do yet."""
@@ -250,14 +243,20 @@ class Scheduler:
         for request in self._decode(spans) + [r for r in self.running if r.pending > 1]:
             if request.status == "running" and self._tokens_left and not _awaits(request):
                 self._extend(request, spans)
-        while self.waiting and self._tokens_left and self.num_preemptions == preempted:
+        while self.waiting and self.num_preemptions == preempted:
             first = self.waiting[0]
-            if len(self.running) == self.limits.max_requests or first.num_inflight or not self.pool.free_slots:
+            count = len(self.running) + len(self.holders.arriving)
+            if count == self.limits.max_requests or first.num_inflight or not self.pool.free_slots:
                 break
-            match = Match() if self.prefix is None else self.prefix.match(first)
+            if not self._tokens_left and not first.moving:
+                break
+            match = self._match(first)
             if not self._has_room(first, match):
                 break
-            self._extend(self._admit(match), spans)
+            if first.moving:
+                self._open(match)
+            else:
+                self._extend(self._admit(match), spans)
         if not self.limits.mixed_drafts and not all(s.decodes for s in spans.values()):
             for span in spans.values():
                 span.end -= span.drafts
@@ -270,6 +269,11 @@ class Scheduler:
         A call that fails is due again.
         """
         return iter(()) if self.prefix is None else self.prefix.copies()
+
+    @property
+    def copies_due(self) -> bool:
+        """Whether `copies` would give any."""
+        return self.prefix is not None and self.prefix.tree.has_copies
 
     def distrust(self) -> None:
         """Forgets what requests have left for others: it may be wrong."""
@@ -333,6 +337,8 @@ class Scheduler:
             end = self.prefix.chunk_end(request, start, end)
         while (fit := self.pool.fit(request.slot, end)) <= start:
             if self.running == [request]:
+                if self.holders:
+                    return  # they will let go
                 raise EngineError(f"{request} does not fit the empty pools: it should have been refused")
             victim = self.preempt_newest()
             dropped = spans.pop(victim.id, None)
@@ -361,7 +367,8 @@ class Scheduler:
     def _has_room(self, request: Request, match: Match) -> bool:
         """Whether all its tokens and the next fit beside what the running ones still need for theirs."""
         left = self.pool.available_pages()
-        for slot, tokens in [(r.slot, r.num_total) for r in self.running] + [(None, request.num_total)]:
+        held = [(r.slot, self._reach(r)) for r in (*self.running, *self.holders.arriving.values())]
+        for slot, tokens in [*held, (None, self._reach(request))]:
             for group, pages in self.pool.claim(slot, tokens).items():
                 left[group] -= pages
         if self.prefix is not None:
@@ -369,20 +376,60 @@ class Scheduler:
                 left[group] += pages
         return min(left.values(), default=0) >= 0
 
-    def _admit(self, match: Match) -> Request:
+    def _reach(self, request: Request) -> int:
+        """The tokens that a request must be able to have in the pools."""
+        budget = self.limits.budget_tokens
+        return request.num_total if budget is None else min(request.num_total + budget, request.max_tokens_total)
+
+    def _match(self, request: Request) -> Match:
+        if self.prefix is None:
+            return Match()
+        return self.prefix.known(request) if request.moving else self.prefix.match(request)
+
+    def _next(self) -> Request:
+        """The first of the queue, with a slot."""
         request = self.waiting.popleft()
         slot = self.pool.admit()
         if slot is None:
             raise EngineError("no free slot for an admitted request")
-        request.slot, request.status = slot, "running"
+        request.slot = slot
+        return request
+
+    def _admit(self, match: Match) -> Request:
+        request = self._next()
+        request.status = "running"
         self.running.append(request)
         if self.prefix is not None:
             self.prefix.admit(request, match)
+        if request.keep and self.progress is not None:
+            self.progress.admitted(request)
         return request
+
+    def _open(self, match: Match) -> None:
+        """Gives the first of the queue, a moving request, the pages of its state."""
+        request = self._next()
+        pages = {} if self.prefix is None else self.prefix.open(request, match)
+        self.pool.open(request.slot, request.num_tokens, pages)
+        if self.prefix is not None:
+            self.prefix.make_room(request, request.num_tokens)
+        if not self.pool.grow(request.slot, request.num_tokens):
+            raise EngineError(f"{request} was admitted without room for it")
+        self.holders.open(request)
+
+    def _leave(self, request: Request, *, busy: bool) -> None:
+        """Ends an arriving request's stay."""
+        if self.prefix is not None:
+            self.prefix.leave(request)
+        self.holders.leave(request, busy=busy)
+        if not busy:
+            self.pool.release(request.slot)
+        request.slot = request.num_computed = 0
 
     def preempt_newest(self) -> Request:
         """Takes the pages of the newest running request, and puts it back to the front of the queue."""
         request = self.running.pop()
+        if request.keep and self.progress is not None:
+            self.progress.preempted(request)
         self._release(request)
         request.status = "waiting"
         request.num_preemptions += 1
@@ -410,11 +457,12 @@ class Scheduler:
         if self.prefix is None:
             self.pool.audit()
         else:
-            self.prefix.audit(self.running)
-        slots = [r.slot for r in self.running]
+            self.prefix.audit([*self.running, *self.holders.arriving.values()])
+        self.holders.audit()
+        slots = [*(r.slot for r in self.running), *self.holders.slots]
         taken = self.pool.sizes.max_requests - self.pool.free_slots
         if len(set(slots)) != len(slots) or 0 in slots or len(slots) != taken:
-            raise EngineError(f"slots {slots} of the running requests do not match the pool")
+            raise EngineError(f"slots {slots} of the requests do not match the pool")
         for request in self.running:
             if request.status != "running" or any(self.pool.pages_needed(request.slot, request.num_computed).values()):
                 raise EngineError(f"{request} runs without the pages of its tokens")

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Protocol
 
 from dsv4c.errors import Dsv4cError, EngineError, RequestError
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.params import SamplingParams
 
 Score = tuple[float, Sequence[tuple[int, float]]]

@@ -26,7 +26,7 @@ from dsv4c.dashboard import dashboard
 from dsv4c.describe_numerics import markdown_tables
 from dsv4c.passes import FUSE, RAISE, STORE, WIDEN, CheckLowered, Quantise
 from dsv4c.pipeline import Pass, order
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.metrics_vllm import ALIASES
 from dsv4c.runtime.speculation import SpeculationStats

@@ -36,6 +36,9 @@ class Scripted:
     def copy_states(self, pairs: Sequence[tuple[int, int]], /) -> None:
         self.inner.copy_states(pairs)
 
+    def synchronize(self) -> None:
+        self.inner.synchronize()
+
     def launch(self, spans: Sequence[Span], /) -> tuple[Any, list[Request]]:
         return self.inner.launch(spans), [span.request for span in spans if span.samples]
 

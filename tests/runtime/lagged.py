@@ -113,6 +113,10 @@ class LaggedRunner(HostRunner):
         taken = list(pairs)
         self._stream.append(lambda: HostRunner.copy_states(self, taken))
 
+    def synchronize(self) -> None:
+        while self._stream:
+            self._stream.popleft()()
+
     def _frozen_batch(self) -> BatchBuilder:
         """A builder that reads the page tables as they are now."""
         out = copy.copy(self._batch)

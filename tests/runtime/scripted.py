@@ -12,7 +12,7 @@ from dsv4c.chat.codec import ChatCodec
 from dsv4c.chat.prompts import Release
 from dsv4c.chat.tokenizer import Tokenizer
 from dsv4c.errors import Dsv4cError
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.service import Output, Sink
 

@@ -8,7 +8,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from dsv4c.dashboard import dashboard
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.metrics import Metrics, TokenHistogram
 from dsv4c.runtime.metrics_vllm import ALIASES
 from dsv4c.runtime.speculation import SpeculationStats

@@ -19,7 +19,7 @@ import pytest
 
 from dsv4c.errors import ConfigError
 from dsv4c.runtime.app import create_app
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.keys import KeyRing, read_keys
 from dsv4c.runtime.logs import JsonFormatter, TextFormatter
 from dsv4c.runtime.operations import Operations, Pace, asked_timeout
