@@ -50,8 +50,9 @@ from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import bounds_of
-from dsv4c.runtime.loader import allocate, device_rows, load, load_device
+from dsv4c.runtime.loader import device_rows, load, load_device
 from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.pools import allocate
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Event, Request
 from dsv4c.runtime.scheduler import Limits

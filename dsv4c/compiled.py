@@ -24,7 +24,8 @@ from dsv4c.model.state import columns, group_ratios
 from dsv4c.numerics import somebodys_state
 from dsv4c.reference import Reference, plain_weights
 from dsv4c.runtime.kernels import Binder, Kernels
-from dsv4c.runtime.loader import allocate, check_host
+from dsv4c.runtime.loader import check_host
+from dsv4c.runtime.pools import allocate
 from dsv4c.runtime.weights import load_weights
 from dsv4c.shadow import HostShadowExecutor, Shadow
 

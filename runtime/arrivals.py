@@ -12,7 +12,7 @@ import time
 
 from dsv4c.errors import EngineError
 from dsv4c.runtime.moving import Arrival, First, Transfers
-from dsv4c.runtime.request import Request
+from dsv4c.runtime.request import Event, Request
 from dsv4c.runtime.runner import StepRunner
 from dsv4c.runtime.scheduler import Scheduler
 
@@ -68,6 +68,17 @@ class Arrivals:
         if settle:
             holders.settle(request_id)
         return None
+
+
+def first_event(request: Request, first: First) -> Event:
+    """The event of a moved request's first tokens, without them."""
+    request.prompt_logprobs = list(first.prompt_logprobs)
+    return Event(
+        request.id,
+        prompt_logprobs=tuple(first.prompt_logprobs),
+        cached_tokens=first.cached_tokens,
+        queued_s=request.first_step_s - request.made_s,
+    )
 
 
 def check_first(request: Request, first: First, vocab_size: int) -> EngineError | None:

@@ -31,10 +31,10 @@ from typing import NamedTuple
 
 from dsv4c.artifact import Manifest
 from dsv4c.errors import Dsv4cError, EngineError, RequestError, RunnerBroken
-from dsv4c.runtime.arrivals import Arrivals, check_first
+from dsv4c.runtime.arrivals import Arrivals, check_first, first_event
 from dsv4c.runtime.batch import step_inputs
-from dsv4c.runtime.blocks import BlockDrafter
-from dsv4c.runtime.drafts import Drafter, MtpDrafter
+from dsv4c.runtime.blockkeys import KVEvent
+from dsv4c.runtime.drafters import drafter_of
 from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.kvpool import KVPool
@@ -47,18 +47,6 @@ from dsv4c.runtime.sampler import TokenLogprob
 from dsv4c.runtime.scheduler import Limits, Scheduler, Span
 from dsv4c.runtime.speculation import Speculation
 from dsv4c.runtime.takeover import begin_sampling
-
-
-def _drafter(executor: ArtifactExecutor, manifest: Manifest) -> Drafter:
-    """The drafter of an artifact that is run on the host."""
-    assert manifest.drafter is not None
-    programs = manifest.programs
-    if manifest.drafter.kind == "mtp":
-        return MtpDrafter(executor, executor.beside(programs["mtp"]), programs["mtp"].inputs)
-    absorb, draft = (programs[f"dspark.{name}"] for name in ("absorb", "draft"))
-    inputs = {item.name: item for item in (*absorb.inputs, *draft.inputs)}.values()
-    absorbing, drafting = executor.beside(absorb).outputs, executor.beside(draft).outputs
-    return BlockDrafter(executor, absorbing, drafting, inputs, manifest.drafter)
 
 
 class _Flight(NamedTuple):
@@ -122,7 +110,7 @@ class Engine:
         drafter = None
         if limits.speculative_tokens:
             assert isinstance(executor, ArtifactExecutor)
-            drafter = _drafter(executor, manifest)
+            drafter = drafter_of(executor, manifest)
         runner = HostRunner(
             executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states, drafter=drafter
         )
@@ -198,6 +186,8 @@ class Engine:
                 param="prompt",
                 code="invalid_value",
             )
+        if request.moving and (request.keep or self._arrivals.transfers is None):
+            raise EngineError(f"{request} moves: to an engine that has transfers, and not to be kept")
         self.runner.check(request)
         self.scheduler.check(request, ahead)
 
@@ -235,15 +225,8 @@ class Engine:
         error = check_first(request, first, self.vocab_size)
         if error is not None:
             return [self._end(request, "failed", error=error)]
-        request.prompt_logprobs = list(first.prompt_logprobs)
-        event = Event(
-            request.id,
-            prompt_logprobs=tuple(first.prompt_logprobs),
-            cached_tokens=first.cached_tokens,
-            queued_s=request.first_step_s - request.made_s,
-        )
         logprobs = first.logprobs or (None,) * len(first.tokens)
-        return [self._take(request, event, first.tokens, logprobs)]
+        return [self._take(request, first_event(request, first), first.tokens, logprobs)]
 
     def lost(self, request_id: str, *, busy: bool = False) -> list[Event]:
         """The state of a moving request will not come: it waits again, first of its equals, and is computed here.
@@ -465,6 +448,15 @@ class Engine:
             self._arrivals.transfers.ended(request.id)
         end = request.ended(reason, stop_token=stop_token, error=error)
         return replace(given or Event(request.id), end=end)
+
+    def track_blocks(self) -> None:
+        """Has the prefix tree log what it stores and removes; what it has stored so far comes first."""
+        if self.scheduler.prefix is not None:
+            self.scheduler.prefix.tree.track()
+
+    def block_events(self) -> list[KVEvent]:
+        """What the prefix tree has stored and removed since the last call, in order. Empty if it is not tracked."""
+        return [] if self.scheduler.prefix is None else self.scheduler.prefix.tree.events()
 
     def stats(self, ahead: int = 0) -> EngineStats:
         """A snapshot for metrics; safe from any thread. `ahead` more requests wait outside."""

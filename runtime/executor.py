@@ -70,7 +70,8 @@ class ArtifactExecutor:
     def step(self, inputs: Mapping[str, Tensor], on_mark: Callable[[int], None] | None = None) -> Tensor:
         """Logits [S, vocab_size] float32 of one step, valid until the next. `inputs` as the manifest's Inputs say.
 
-        `on_mark` is called behind each of the program's marks (marks.py), with its number. Raises EngineError if an input is missing, of a wrong dtype or shape, or larger than the program is made for.
+        `on_mark` is called behind each of the program's marks (marks.py), with its number. Raises EngineError if an
+        input is missing, of a wrong dtype or shape, or larger than the program is made for.
         """
         return self.outputs(inputs, on_mark)["logits"]
 

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dsv4c.artifact import Manifest, load_manifest
-from dsv4c.errors import ArtifactError, ConfigError
+from dsv4c.errors import ArtifactError
 from dsv4c.runtime.dummy import DeviceDummies, make_weights
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.gpu import check_card
 from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.kernels import Kernels
-from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
+from dsv4c.runtime.pools import Buffer, PoolRows, allocate
+from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.weights import LoadReport, Progress, WeightSource, load_weights
 
 _ISAS = ("default", "avx2", "avx512")  # each can run what the ones before it need
-
-
-class PoolRows(Protocol):
-    """How many pages of each KV group and how many request slots to allocate, null page and slot included."""
-
-    @property
-    def pages(self) -> Mapping[str, int]: ...
-
-    @property
-    def slots(self) -> int: ...
-
-    @property
-    def snapshots(self) -> int:
-        """Rows more of the state groups that snapshots copy."""
 
 
 def load(
@@ -45,12 +31,13 @@ def load(
     manifest: Manifest | None = None,
     report: Callable[[LoadReport], None] | None = None,
     make: Callable[..., ArtifactExecutor] = ArtifactExecutor,
+    memory: Buffer | None = None,
 ) -> ArtifactExecutor:
     """The executor of a CPU artifact in `directory`, with weights from `source` and zeroed pools of `rows`.
 
     `manifest` saves reading it again; `report` is told what was loaded and how fast; `make`: a kind of executor that
-    takes what ArtifactExecutor does. Raises ArtifactError if the artifact is corrupt or made for another target or
-    instruction set, CheckpointError if the weights do not fit.
+    takes what ArtifactExecutor does; `memory`: where the pools are to lie, see `allocate`. Raises ArtifactError if
+    the artifact is corrupt or made for another target or instruction set, CheckpointError if the weights do not fit.
     """
     directory = Path(directory)
     if manifest is None:
@@ -63,7 +50,7 @@ def load(
             hint="compile it again with this version",
         )
     kernels = Kernels(manifest.kernels, directory, manifest.target)
-    states = allocate(manifest, rows)
+    states = allocate(manifest, rows, memory=memory)
     weights, loaded = weights_on(torch.device("cpu"), manifest, source, progress)
     if report:
         report(loaded)
@@ -124,23 +111,3 @@ def check_host(manifest: Manifest) -> None:
             f"the artifact needs the instruction set `{manifest.isa}`, this machine has `{host}`",
             hint="compile it on this machine",
         )
-
-
-def allocate(manifest: Manifest, rows: PoolRows, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Zeroed pools and states by value name, on `device`."""
-    out = {}
-    for group in manifest.kv_groups:
-        pages = rows.pages.get(group.name, 0)
-        if pages < 2:
-            raise ConfigError(f"KV group `{group.name}` has {pages} pages, it needs the null page and one more")
-        for pool in group.pools:
-            shape = (pages * group.entries_per_page, *pool.entry_shape)
-            out[pool.name] = torch.zeros(shape, dtype=getattr(torch, pool.dtype), device=device)
-    if manifest.state_groups and rows.slots < 2:
-        raise ConfigError(f"there are {rows.slots} state slots, it takes the null slot and one more")
-    copied = snapshot_states(manifest.state_groups, manifest.kv_groups)
-    for states in manifest.state_groups:
-        count = rows.slots + (rows.snapshots if states in copied else 0)
-        for pool in states.pools:
-            out[pool.name] = torch.zeros((count, *pool.entry_shape), dtype=getattr(torch, pool.dtype), device=device)
-    return out

@@ -3,10 +3,10 @@
     any thread: submit, cancel --> inbox --> engine thread: step, step, ... --> sink(Event) of each request
 
 Submitting validates in the caller's thread and raises there; everything else happens in the engine's, which sleeps
-on a condition while there is nothing to do and never polls; `call` runs anything else there. Sinks are called in the engine's thread, in order, and
-get exactly one Event with an `end`, the last. A stop string is best given as the request's `text_stop`: it then
-ends in the step that completed it. Cancelling instead lets it run on until the cancellation is read, before the
-next step; what was computed meanwhile is for the caller to ignore.
+on a condition while there is nothing to do and never polls; `call` runs anything else there. Sinks are called in the
+engine's thread, in order, and get exactly one Event with an `end`, the last. A stop string is best given as the
+request's `text_stop`: it then ends in the step that completed it. Cancelling instead lets it run on until the
+cancellation is read, before the next step; what was computed meanwhile is for the caller to ignore.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dsv4c.errors import EngineError
+from dsv4c.runtime.blockkeys import KVEvent, block_hash, root_hash, tokens_of
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.poolsizes import block_tokens, first_page
 
@@ -49,7 +50,7 @@ class Snapshot:
 class Node:
     """One block of tokens. `tokens`: how many there are up to its end. `users`: requests at it or below."""
 
-    __slots__ = ("children", "key", "pages", "parent", "snapshot", "tokens", "users")
+    __slots__ = ("children", "hash", "key", "pages", "parent", "snapshot", "tokens", "users")
 
     def __init__(self, parent: Node | None, key: Hashable, tokens: int, pages: Pages) -> None:
         self.parent = parent
@@ -59,6 +60,8 @@ class Node:
         self.children: dict[bytes, Node] = {}
         self.snapshot: Snapshot | None = None
         self.users = 0
+        self.hash = 0
+        """Its name elsewhere (blockkeys.py), if the tree is tracked."""
 
     def __repr__(self) -> str:
         return f"Node({self.tokens} tokens, {self.users} users{', snapshot' if self.snapshot else ''})"
@@ -80,10 +83,27 @@ class PrefixTree:
         self._free_rows = list(reversed(self._rows))
         self._copies: list[list[Pair]] = []
         self.num_nodes = 0
+        self._events: list[KVEvent] | None = None
 
     @property
     def num_snapshots(self) -> int:
         return len(self._snapshots)
+
+    def track(self) -> None:
+        """Begins the log of `events`, with the blocks that are there."""
+        if self._events is None:
+            self._events = []
+            for root in self._roots.values():
+                root.hash = root_hash(root.key)
+            for node in self._nodes():
+                self._log_stored(node)
+
+    def events(self) -> list[KVEvent]:
+        """The log since the last call. Somebody must read it once it is kept."""
+        out = self._events or []
+        if out:
+            self._events = []
+        return out
 
     def find(self, keys: Iterable[bytes], salt: Hashable = None) -> list[Node]:
         """The nodes of these blocks, from the first on, until one is not known."""
@@ -99,6 +119,8 @@ class PrefixTree:
         """The root that requests with this salt use when they resume from nothing; in use."""
         if salt not in self._roots:
             self._roots[salt] = Node(None, salt, 0, {})
+            if self._events is not None:
+                self._roots[salt].hash = root_hash(salt)
         root = self._roots[salt]
         root.users += 1
         return root
@@ -138,6 +160,7 @@ class PrefixTree:
             pages = {name: self._pool.pages_of(slot, name, node.tokens, end) for name in self._growing}
             child = node.children[key] = Node(node, key, end, pages)
             self.num_nodes += 1
+            self._log_stored(child)
             for name, held in pages.items():
                 self._pool.hold(name, held)
         else:
@@ -206,6 +229,8 @@ class PrefixTree:
         """Forgets everything. Whoever is at a node must not use it again. Rows on their way to requests still go."""
         for node in list(self._nodes()):
             self._drop_pages(node)
+        if self._events is not None:
+            self._events.append(KVEvent("cleared"))
         self._roots.clear()
         self._idle.clear()
         self.num_nodes = 0
@@ -238,10 +263,20 @@ class PrefixTree:
         self._drop_pages(node)
         del self._idle[node]
         self.num_nodes -= 1
+        if self._events is not None:
+            self._events.append(KVEvent("removed", node.hash))
         parent = node.parent
         del parent.children[node.key]  # type: ignore[arg-type]
         if parent.parent is None and not parent.children and not parent.users:
             del self._roots[parent.key]
+
+    def _log_stored(self, node: Node) -> None:
+        if self._events is None or node.parent is None:
+            return
+        assert isinstance(node.key, bytes)
+        node.hash = block_hash(node.parent.hash, node.key)
+        above = None if node.parent.parent is None else node.parent.hash
+        self._events.append(KVEvent("stored", node.hash, above, tokens_of(node.key)))
 
     def _drop_pages(self, node: Node) -> None:
         if node.snapshot is not None:

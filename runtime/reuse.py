@@ -15,7 +15,8 @@
 
 Requests that want log-probabilities of their prompt match nothing, as all its rows must be computed; what they
 compute is kept all the same. The pages of a request that is to be kept may be read by others, so they are never
-exchanged for equal ones: where another has put its block into the tree first, such a request leaves it. `clear` is for when results are in doubt: requests that run go on without the tree.
+exchanged for equal ones: where another has put its block into the tree first, such a request leaves it. `clear` is for
+when results are in doubt: requests that run go on without the tree.
 
 A request that verifies drafts may step over a block's end. Where rings have rows to spare (`slack` of them), what they
 and the window held there is still whole, and the snapshot is taken a little late.
@@ -26,9 +27,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from dsv4c.errors import EngineError
+from dsv4c.runtime.blockkeys import block_key
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.prefix import Node, Pair, PrefixTree
 from dsv4c.runtime.request import NEVER, Request
@@ -203,5 +203,5 @@ class PrefixCache:
         """The first `count` blocks of a request, whose tokens are known, as the tree calls them."""
         keys, block = request.block_keys, self.tree.block
         for start in range(len(keys) * block, count * block, block):
-            keys.append(request.tokens(start, start + block).astype(np.int32).tobytes())
+            keys.append(block_key(request.tokens(start, start + block)))
         return keys[:count]

@@ -20,8 +20,8 @@ from dsv4c.ops.formats import kv_sizes, pack_kv, write_entries
 from dsv4c.reference import plain_weights
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.kernels import Kernels
-from dsv4c.runtime.loader import allocate
 from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.pools import allocate
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits

@@ -25,7 +25,8 @@ from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.kernels import Binder
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import bounds_of
-from dsv4c.runtime.loader import allocate, device_rows
+from dsv4c.runtime.loader import device_rows
+from dsv4c.runtime.pools import allocate
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Event, Request
 from dsv4c.runtime.scheduler import Limits

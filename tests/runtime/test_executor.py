@@ -15,7 +15,8 @@ from dsv4c.errors import ArtifactError, ConfigError, EngineError
 from dsv4c.runtime import executor as executor_module
 from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.kernels import Kernels
-from dsv4c.runtime.loader import allocate, check_host
+from dsv4c.runtime.loader import check_host
+from dsv4c.runtime.pools import allocate
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.schedules._schedule import Choice, OpNode, Value
 from dsv4c.schedules.emit import emit

@@ -19,8 +19,9 @@ from dsv4c.runtime.footprint import CONTEXT_BYTES, GRAPH_BYTES, GRAPH_NODE_BYTES
 from dsv4c.runtime.graphs import pieces_of
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import Bounds
-from dsv4c.runtime.loader import allocate, device_rows
+from dsv4c.runtime.loader import device_rows
 from dsv4c.runtime.memory import Fit, MemoryPlan, Room, requests_fit
+from dsv4c.runtime.pools import allocate
 from dsv4c.runtime.poolsizes import PoolSizes, step_pages
 from dsv4c.runtime.staging import Staging
 from dsv4c.runtime.tables import PageTables

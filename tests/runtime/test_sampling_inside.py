@@ -17,8 +17,9 @@ from dsv4c.runtime.device import DeviceRunner
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.kvpool import KVPool
-from dsv4c.runtime.loader import allocate, device_rows
+from dsv4c.runtime.loader import device_rows
 from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.pools import allocate
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.runner import HostRunner
