@@ -67,7 +67,7 @@ class Talk:
         finally:
             printer.close()
         took = time.perf_counter() - first
-        rate = f", {(tokens - 1) / took:.1f} tokens/s" if tokens > 1 and took > 0 else ""
+        rate = f", {(tokens - 1) / took:.1f} tokens/s" if tokens > 1 and took > 0.05 else ""
         end = "" if finish in ("stop", None) else f", ended by {finish}"
         printer.note(f"{tokens} tokens, first after {first - began:.2f} s{rate}{end}")
         return content
@@ -134,6 +134,9 @@ def converse(talk: Talk, read: Callable[[str], str]) -> None:
             line = read("> ").strip()
         except EOFError:
             return
+        except KeyboardInterrupt:  # meant for an answer that has just ended, or for the line
+            talk.out.write("\n[/quit or the end of input leaves]\n")
+            continue
         if line == "/quit":
             return
         if line.startswith("/"):

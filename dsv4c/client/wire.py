@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,7 @@ async def call(session: aiohttp.ClientSession, method: str, url: str, body: Mapp
                 raise Refused(_message(found), response.status)
             return found
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        raise InputError(
-            f"`{url}` does not answer: {error or type(error).__name__}", hint="is the server there?"
-        ) from error
+        raise InputError(f"`{url}` does not answer: {_reason(error)}", hint="is the server there?") from error
 
 
 async def events(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -68,7 +67,7 @@ async def events(session: aiohttp.ClientSession, url: str, body: Mapping[str, An
                     raise Refused(_message(event), int(response.status))
                 yield event
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        raise InputError(f"the answer of `{url}` broke off: {error or type(error).__name__}") from error
+        raise InputError(f"the answer of `{url}` broke off: {_reason(error)}") from error
     raise InputError(f"the answer of `{url}` broke off", hint="see the server's log")
 
 
@@ -79,6 +78,12 @@ async def served_model(session: aiohttp.ClientSession, server: Server) -> str:
         return str(listed["data"][0]["id"])
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(f"`{server.url}/v1/models` lists no model", hint="give one with `--model`") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
+        return os.strerror(error.os_error.errno).lower()
+    return str(error) or type(error).__name__
 
 
 def _message(found: Any) -> str:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         with args.json.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     if not figures.completed:
-        raise EngineError("no request was answered", hint=next(iter(figures.errors), ""))
+        raise EngineError("no request was answered")
     return 1 if figures.failed else 0
 
 
@@ -130,8 +130,9 @@ def _print(figures: Figures, load: Load, model: str) -> None:
     from dsv4c.client.figures import LATENCIES
 
     out, said = console(), figures.to_dict()
-    how = f"Poisson, {load.rate:g} a second" if load.rate is not None else "all at once"
-    how = f"{how}, {load.concurrency} at once at most" if load.concurrency else how
+    how = "all at once" if load.concurrency is None else f"{load.concurrency} at once"
+    if load.rate is not None:
+        how = f"Poisson, {load.rate:g} a second" + (f", {how} at most" if load.concurrency else "")
     out.print(f"{model}: {load.endpoint}, {how}", highlight=False)
     out.print(
         f"{figures.completed} answered, {figures.failed} failed in {figures.seconds:.2f} s: "
@@ -139,11 +140,13 @@ def _print(figures: Figures, load: Load, model: str) -> None:
         f"{said['all_tokens_per_s']:,.1f} tokens/s with prompts", highlight=False,
     )  # fmt: skip
     if figures.good is not None:
-        out.print(f"goodput: {said['goodput_per_s']:.2f} requests/s, {figures.good} of them all", highlight=False)
+        kept = f"{figures.good} of {figures.completed + figures.failed} requests kept every limit"
+        out.print(f"goodput: {said['goodput_per_s']:.2f} requests/s, {kept}", highlight=False)
     columns = list(next(iter(figures.latencies_ms.values()), {}))
     table = Table("ms", *columns, "", box=None, pad_edge=False)
     for name, summary in figures.latencies_ms.items():
         table.add_row(name, *(f"{summary[column]:,.2f}" for column in columns), LATENCIES[name])
-    out.print(table)
+    if columns:
+        out.print(table)
     for message, count in figures.errors.items():
         out.print(f"failed {count} times: {message}", markup=False, highlight=False)

@@ -16,10 +16,16 @@ function headers() {
   return key ? { authorization: `Bearer ${key}` } : {};
 }
 
+function askKey() {
+  if (!$("access").hidden) return;  // who has put it away does not see it again at every poll
+  $("access").hidden = false;
+  showSettings(true);
+}
+
 async function askModel() {
   const answer = await fetch("/v1/models", { headers: headers() });
   if (answer.status === 401) {
-    $("access").hidden = false;
+    askKey();
     return;
   }
   if (answer.ok) {
@@ -38,8 +44,9 @@ function numbers(text) {  // Prometheus text -> the first sample of every name w
   return found;
 }
 
-async function poll() {
+async function refresh() {
   try {
+    if (!model) await askModel();
     const [ready, metrics] = await Promise.all([fetch("/ready"), fetch("/metrics")]);
     const reason = ready.ok ? "ready" : (await ready.json()).error.code.replaceAll("_", " ");
     say("state", reason, ready.ok ? "ready" : "bad");
@@ -52,11 +59,14 @@ async function poll() {
       say("rate", `${((1000 * (tokens - counted.tokens)) / (at - counted.at)).toFixed(1)} tokens/s`);
     }
     counted = { tokens, at };
-    if (!model) await askModel();
   } catch {
     say("state", "no answer", "bad");  // the server has gone; the next poll may find it again
     counted = null;
   }
+}
+
+async function poll() {
+  await refresh();
   setTimeout(poll, POLL_MS);
 }
 
@@ -167,7 +177,7 @@ async function send(text) {
   let first = 0, pieces = 0, finish = "", usage = null, content = "";
   const facts = () => {
     const seconds = (performance.now() - first) / 1000, tokens = usage?.completion_tokens ?? pieces;
-    const rate = first && tokens > 1 && seconds > 0 ? `${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
+    const rate = first && tokens > 1 && seconds > 0.05 ? `${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
     const wait = first ? `first after ${((first - began) / 1000).toFixed(2)} s` : "waiting";
     const end = finish && finish !== "stop" ? `ended: ${finish}` : "";
     shown.facts.textContent = [wait, tokens ? `${tokens} tokens` : "", rate, end].filter(Boolean).join(" \u00b7 ");
@@ -179,7 +189,7 @@ async function send(text) {
       method: "POST", headers: { "content-type": "application/json", ...headers() }, body: JSON.stringify(body(text)),
       signal: running.signal,
     });
-    if (answer.status === 401) $("access").hidden = false;
+    if (answer.status === 401) askKey();
     if (!answer.ok) throw new Error(errorText(await answer.json()));
     for await (const event of events(answer)) {
       if (event.error) throw new Error(errorText(event));
@@ -210,6 +220,7 @@ async function send(text) {
   shown.turn.classList.remove("running");
   running = null;
   busy(false);
+  refresh();
 }
 
 function busy(is) {
@@ -255,6 +266,11 @@ $("access").addEventListener("submit", (event) => {
   event.preventDefault();
   askModel();
 });
+function showSettings(is) {  // the settings, where the screen has no room beside the talk
+  $("aside").classList.toggle("open", is);
+  $("settings").setAttribute("aria-expanded", is);
+}
+$("settings").addEventListener("click", () => showSettings(!$("aside").classList.contains("open")));
 settle();
 $("text").focus();
 poll();

@@ -87,7 +87,7 @@ def test_options_that_are_wrong(more: list[str]) -> None:
 
 def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "--base-url", "http://127.0.0.1:9", "--prompt", "x"]) == 2
-    assert "does not answer" in capsys.readouterr().err
+    assert "does not answer: connection refused" in capsys.readouterr().err
 
 
 def test_chat_keeps_the_conversation(toy_server: Live) -> None:
@@ -114,6 +114,20 @@ def test_an_error_leaves_the_conversation_as_it_was(toy_server: Live) -> None:
 
     converse(talk, read)
     assert not talk.turns and "error: " in out.getvalue() and "exceed the context" in out.getvalue()
+
+
+def test_an_interrupt_at_the_prompt_keeps_the_conversation() -> None:
+    out, said = io.StringIO(), iter([KeyboardInterrupt, "/think", EOFError])
+
+    def read(prompt: str) -> str:
+        line = next(said)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    talk = Talk(Server("http://127.0.0.1:9"), MODEL, out)
+    converse(talk, read)
+    assert talk.thinking and "/quit" in out.getvalue()
 
 
 def test_chat_once_with_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

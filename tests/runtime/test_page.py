@@ -154,6 +154,22 @@ def test_nothing_overflows(
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_on_a_phone_the_end_and_the_message_stay_in_view(toy_server: Live, open_page: Open) -> None:
+    page = open_page(toy_server, 390)
+    for _ in range(3):
+        ask(page, "a long line of words " * 30)
+        ended(page)
+    assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
+    box = page.locator("#send").bounding_box()
+    assert box is not None and box["y"] + box["height"] <= 844
+    assert page.evaluate("(t => t.scrollHeight - t.scrollTop - t.clientHeight)(document.getElementById('turns'))") < 40
+    assert not page.locator("#temperature").is_visible()
+    page.locator("#settings").click()
+    page.locator("#temperature").wait_for()
+    page.locator("#settings").click()
+    assert not page.locator("#temperature").is_visible()
+
+
 def test_the_page_can_be_left_out() -> None:
     live, _ = start_toy(operations=Operations(page=False))
     try:
