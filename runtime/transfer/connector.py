@@ -98,7 +98,8 @@ class Connector:
         self.backend, self.layout = backend, layout
         self.on_released: Callable[[int, int], None] = lambda row, lease: None
         """Called in the connector's thread with ledger row and lease; perhaps more than once for one."""
-        self._columns, self._deadline_s = tuple(columns), deadline_s
+        self.deadline_s = deadline_s
+        self._columns = tuple(columns)
         self._at = backend.describe()
         self._condition = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
@@ -150,13 +151,17 @@ class Connector:
         deadline_s: float | None = None,
     ) -> Pull:
         """Begins to copy what a checked handle stands for into `place`."""
-        pull = Pull(handle.peer, deadline_s or self._deadline_s, done, quiet)
+        pull = Pull(handle.peer, deadline_s or self.deadline_s, done, quiet)
         self._call(lambda: self._begin(pull, handle, place))
         return pull
 
     def cancel(self, pull: Pull, error: TransferError) -> None:
         """Ends a pull with this error, if it has not ended."""
         self._call(lambda: self._end(pull, error))
+
+    def forgo(self, handle: Handle) -> None:
+        """Tells the owner of a checked handle that nobody will pull it. If that fails, its lease expires."""
+        self._call(lambda: self._forgo(handle))
 
     def peer_gone(self, peer_id: str) -> None:
         """Ends every pull from this peer, which is known to be dead."""
@@ -244,9 +249,7 @@ class Connector:
         pull._began_s = pull._moved_s = pull._checked_s = time.monotonic()
         self._pulls.append(pull)
         try:
-            peer = self._peers.get(handle.peer)
-            if peer is None:
-                peer = self._peers[handle.peer] = self.backend.open(handle.at)
+            peer = self._peer(handle)
         except TransferError as error:
             self._end(pull, error)
             return
@@ -255,6 +258,18 @@ class Connector:
         pull._run = pull._steps.run()
         pull._release = lambda: peer.release(handle.row, handle.lease)
         self._advance(pull)
+
+    def _forgo(self, handle: Handle) -> None:
+        try:
+            self._peer(handle).release(handle.row, handle.lease)
+        except TransferError as error:
+            _LOG.info("lease %d of `%s` is left to expire: %s", handle.lease, handle.peer, error.message)
+
+    def _peer(self, handle: Handle) -> Peer:
+        peer = self._peers.get(handle.peer)
+        if peer is None:
+            peer = self._peers[handle.peer] = self.backend.open(handle.at)
+        return peer
 
     def _advance(self, pull: Pull) -> None:
         """Goes on with a pull until it has to wait."""
@@ -332,10 +347,10 @@ class Connector:
             self._pull_s += time.monotonic() - pull._began_s
         else:
             self._failed[type(error).__name__] += 1
-        if pull._release is not None and not isinstance(error, PeerGone):
+        if pull._release is not None:
             try:
-                pull._release()
-            except PeerGone as gone:
+                pull._release()  # also to a peer that is said to be gone: it may not be
+            except TransferError as gone:
                 _LOG.info("%s", gone.message)
         self._guard(lambda: pull._done(pull))
         self._quarantine.append(pull)

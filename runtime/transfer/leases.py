@@ -4,8 +4,8 @@
                   ^   |  \\-----> failed                 it ended otherwise: nothing is kept
                   +---+ preempted: a new epoch, the reader starts over
 
-It is the engine's Progress hook: everything here happens in the engine's thread. What pages hold is said before any
-step is launched that could make it untrue. The time to live counts from completion, on this process's clock.
+It is the engine's Progress hook: everything here happens in the engine's thread. Pages of kept requests are never
+exchanged for others (reuse.py), so what the ledger says of them holds until the epoch changes.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Lease:
 class Leases:
     """All leases of one engine, over its ledger. Implements `moving.Progress`."""
 
-    def __init__(self, ledger: Ledger, pool: KVPool) -> None:
-        """`pool`: the engine's. The ledger needs as many rows as the pool has slots."""
-        self._ledger, self._pool = ledger, pool
+    def __init__(self, ledger: Ledger, pool: KVPool, lag: int = 0) -> None:
+        """`pool` and `lag`: the engine's. The ledger needs as many rows as the pool has slots."""
+        self._ledger, self._pool, self._lag = ledger, pool, lag
         self.granted: Callable[[Lease], None] = lambda lease: None
         """Called when a request is admitted for the first time."""
         self.completed: Callable[[Lease], None] = lambda lease: None
@@ -83,6 +83,10 @@ class Leases:
         """The lease of a request, if it has one."""
         return self._by_id.get(request_id)
 
+    def ids(self) -> list[str]:
+        """Requests that have one."""
+        return list(self._by_id)
+
     # moving.Progress
 
     def admitted(self, request: Request) -> None:
@@ -90,22 +94,15 @@ class Leases:
         if lease is None:
             lease, new = self._grant(request), True
         self._epochs += 1
+        # what the prefix cache knew may, with a lag, still be computed by a step in flight
+        known = 0 if self._lag else request.num_computed
         head = {
             LEASE: lease.number, EPOCH: self._epochs, STATUS: COMPUTING, SLOT: request.slot, TARGET: lease.target,
-            TOKENS: 0, NEXT_TOKENS: 0, MARK: 0,
+            TOKENS: known, NEXT_TOKENS: known, MARK: 0,
         }  # fmt: skip
         self._write(lease, head)
         if new:
             self.granted(lease)
-
-    def settled(self) -> None:
-        """Before any launch: pages of kept requests may have been exchanged for others, and be written by this step."""
-        for lease in self._by_id.values():
-            if not lease.request.slot:
-                continue
-            now = self._tables(lease)
-            if not all(np.array_equal(a, b) for a, b in zip(lease.tables, now, strict=True)):
-                self._write(lease, {})
 
     def launching(self, request: Request, end: int) -> None:
         lease = self._by_id.get(request.id)

@@ -104,7 +104,6 @@ class Side:
         """Computes the request's tokens up to `end`; `during` is called behind each mark."""
         request, start = self.requests[request_id], self.computed[request_id]
         assert self.pool.grow(request.slot, end)
-        self.leases.settled()
         self.leases.launching(request, end)
         self.pool.evict(request.slot, end)  # as the scheduler does at once when a step was launched
         for number, names in enumerate((*MARKS, LAYOUT.pools)):
@@ -133,7 +132,7 @@ class Side:
         self.bytes[number][request.slot] = content(seed, number, -1) ^ (0 if end == request.num_tokens else 255)
 
     def exchange(self, request_id: str, group: str, column: int) -> None:
-        """The prefix tree's doing: another page with the same content takes the place of the request's own."""
+        """Another page with the same content takes the place of the request's. Engines do not; readers would see it."""
         request = self.requests[request_id]
         (other,) = [g for g in self.pool._groups if g.spec.name == group]
         old, new = int(other.table[request.slot, column]), other.free.pop()
@@ -142,7 +141,9 @@ class Side:
         other.refs[new], other.refs[old] = 1, 0
         other.table[request.slot, column] = new
         other.free.insert(0, old)
-        self.leases.settled()  # before anybody computes
+        lease = self.leases.of(request_id)
+        assert lease is not None
+        self.leases._write(lease, {})  # before anybody computes
         self.noise()
 
     def noise(self) -> None:
