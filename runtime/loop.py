@@ -55,6 +55,11 @@ class EngineLoop:
         """Why the engine stopped serving, or None while it is well."""
         return self._failure
 
+    @property
+    def inside(self) -> bool:
+        """Whether the caller is the engine's thread."""
+        return threading.current_thread() is self._thread
+
     def stats(self) -> EngineStats:
         """A snapshot; requests that the engine's thread has not seen yet count as waiting."""
         return self._engine.stats(ahead=len(self._submitted))

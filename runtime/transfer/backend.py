@@ -50,6 +50,10 @@ class Backend(Protocol):
     def peer_id(self) -> str:
         """This engine's name among its peers, new in every life of its process."""
 
+    @property
+    def released_poll_s(self) -> float:
+        """Seconds between two calls of `poll_released` while a lease is out: so much longer pages stay."""
+
     def describe(self) -> dict[str, Any]:
         """What a peer needs to open this engine's memory; JSON values only."""
 

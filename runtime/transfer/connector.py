@@ -32,8 +32,6 @@ from dsv4c.runtime.transfer.pull import Moved, Place, PullSteps
 _LOG = logging.getLogger("dsv4c.transfer")
 READ_POLL_S = 0.0001
 """Between two looks at a Read under way."""
-RELEASED_POLL_S = 0.005
-"""Between two looks for leases that readers let go of, while any is out: how much longer their pages stay."""
 PEER_CHECK_S = 0.05
 """Between two checks of a peer that does not move; ten times as long for peers that nobody waits for."""
 
@@ -236,7 +234,7 @@ class Connector:
         if self._quarantine:
             due.append(now + PEER_CHECK_S)
         if self._exported:
-            due.append(self._released_s + RELEASED_POLL_S)
+            due.append(self._released_s + self.backend.released_poll_s)
         if self._peers:
             due.append(self._swept_s + 10 * PEER_CHECK_S)
         with self._condition:
@@ -379,7 +377,7 @@ class Connector:
 
     def _watch(self, now: float) -> None:
         """Looks for leases that were let go, and for peers that have died while nobody waited for them."""
-        if self._exported and now - self._released_s >= RELEASED_POLL_S:
+        if self._exported and now - self._released_s >= self.backend.released_poll_s:
             self._released_s = now
             for row, lease in self.backend.poll_released():
                 self.on_released(row, lease)

@@ -40,6 +40,7 @@ class LocalBackend:
     """Backend over tensors of this process."""
 
     kind = "local"
+    released_poll_s = 0.005
 
     def __init__(self, hub: Hub, layout: Layout, pools: Mapping[str, Tensor], ledger: Ledger) -> None:
         """`pools`: by name, contiguous, all on one device."""

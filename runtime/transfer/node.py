@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4c.errors import EngineError, HandleError, RequestError, TransferError
+from dsv4c.errors import Dsv4cError, EngineError, HandleError, RequestError, TransferError
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.loop import EngineLoop
@@ -99,6 +99,16 @@ class Node:
         if connector is not None and leases is not None:
             connector.on_released = lambda row, lease: self.release(lease)
             leases.granted, leases.completed, leases.changed = self._grant, self._complete, self._count
+
+    @property
+    def peer_id(self) -> str:
+        """Its name in its handles; "" without a connector."""
+        return "" if self._connector is None else self._connector.backend.peer_id
+
+    @property
+    def failure(self) -> Dsv4cError | None:
+        """Why it cannot serve any more, or None while it is well."""
+        return self.loop.failure
 
     def start(self) -> Node:
         """Starts the engine's thread; call it once."""
@@ -259,7 +269,7 @@ class Node:
         return self._leases is None or not len(self._leases)
 
     def audit(self) -> None:
-        """Proves, between two steps, that pages, slots, leases and moves agree. Raises EngineError."""
+        """Proves, between two steps, that pages, slots, leases and moves agree. Raises EngineError. From any thread."""
         found: list[EngineError] = []
         over = threading.Event()
 
@@ -270,7 +280,7 @@ class Node:
                 found.append(error)
             over.set()
 
-        if self.loop.call(task):
+        if not self.loop.inside and self.loop.call(task):
             over.wait()
         else:
             task(self._engine)

@@ -128,6 +128,7 @@ class ShmBackend:
     """Backend over a segment whose memory holds the pools; also for an engine that only reads, without exporting."""
 
     kind = "shm"
+    released_poll_s = 0.005
 
     def __init__(
         self, segment: Segment, layout: Layout, pools: Mapping[str, Tensor], ledger: Ledger, folder: Path = FOLDER

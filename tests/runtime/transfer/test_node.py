@@ -40,7 +40,7 @@ class Slow:
 
     def __init__(self, backend: Backend) -> None:
         self.of = backend
-        self.kind, self.peer_id = backend.kind, backend.peer_id
+        self.kind, self.peer_id, self.released_poll_s = backend.kind, backend.peer_id, backend.released_poll_s
         self.go = threading.Event()
         self.fails = False
         self.begun = 0
