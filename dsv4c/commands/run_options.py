@@ -53,7 +53,7 @@ RUN_OPTIONS = (
         choices=("fcfs", "priority"),
     ),
     Option("strict", "unknown fields of requests are errors, not named in a header", flag=True),
-    Option("default-thinking", "chat requests that do not say think", flag=True),
+    Option("default-thinking", "chat requests that do not say think", flag=True, opposite="no-thinking"),
     Option("no-page", "no playground at `/`", flag=True),
     # the engine
     Option("max-requests", "requests served at once", type=positive, metavar="N", unset="as compiled"),

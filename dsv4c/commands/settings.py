@@ -32,6 +32,8 @@ class Option:
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
     flag: bool = False
+    opposite: str = ""
+    """Of a flag: what takes it back on the command line, if not `--no-name` (or, of a `--no-name`, `--name`)."""
     repeated: bool = False
     positional: bool = False
     secret: bool = False
@@ -49,6 +51,12 @@ class Option:
     def initial(self) -> Any:
         return False if self.flag else () if self.repeated else self.default
 
+    @property
+    def off(self) -> str:
+        """The name of a flag's opposite."""
+        other = self.name.removeprefix("no-")
+        return self.opposite or (f"no-{self.name}" if other == self.name else other)
+
     def add(self, parser: argparse.ArgumentParser) -> None:
         """Adds it to a parser, which will only say what was given."""
         default = self.unset or ("" if self.default is None else str(self.default))
@@ -58,6 +66,8 @@ class Option:
             parser.add_argument(self.dest, nargs="?", metavar=self.metavar, **given)
         elif self.flag:
             parser.add_argument(f"--{self.name}", action="store_true", **given)
+            back = {**given, "help": f"takes --{self.name} back, where a file says so"}
+            parser.add_argument(f"--{self.off}", dest=self.dest, action="store_false", **back)
         else:
             given |= {"type": self.type, "choices": self.choices, "metavar": self.metavar}
             given |= {"action": "append"} if self.repeated else {}
@@ -193,4 +203,5 @@ def option_table(options: Sequence[Option]) -> Iterator[str]:
         more = f"; one of {', '.join(f'`{choice}`' for choice in option.choices)}" if option.choices else ""
         more += "; may be given several times" if option.repeated else ""
         name += f" {option.metavar}" if option.metavar and not option.positional else ""
-        yield f"| `{name}` | {default} | {option.help}{more} |"
+        shown = f"`{name}`, `--{option.off}`" if option.flag else f"`{name}`"
+        yield f"| {shown} | {default} | {option.help}{more} |"

@@ -129,6 +129,20 @@ def test_no_text_is_lost(parts: list[str], thinking: bool, truncated: bool) -> N
 
 
 @cases(1000)
+@given(
+    parts=st.lists(st.sampled_from(["</think>", "<think>", "</thi", "\n\n", "<", "</", "é", "DSML", ">"]) | st.text()),
+    thinking=st.booleans(),
+    truncated=st.booleans(),
+)
+def test_text_without_markup_is_as_it_is(parts: list[str], thinking: bool, truncated: bool) -> None:
+    text = "".join(parts).replace("｜", "")
+    reasoning, _, content = text.partition("</think>") if thinking else ("", "", text)
+    whole = [("reasoning", reasoning)] * bool(reasoning) + [("content", content)] * bool(content)
+    assert parse([text], thinking, truncated) == whole
+    assert parse(list(text), thinking, truncated) == whole
+
+
+@cases(1000)
 @given(text=st.text("a\n<｜DSML/ 2", max_size=12))
 @example(text="a\n\n<｜DSML｜")
 def test_the_shortest_text_is_held_back(text: str) -> None:

@@ -41,6 +41,20 @@ def test_the_command_line_wins_over_the_file_over_the_default(folder: Path) -> N
     assert settled("x", "--break", "L01")["break"].value == ("L01",)
 
 
+def test_a_flag_of_the_file_is_taken_back_by_its_opposite(folder: Path) -> None:
+    flags = [option for option in RUN_OPTIONS if option.flag]
+    text = "".join(f"{option.name} = true\n" for option in flags)
+    (folder / "dsv4c.toml").write_text(f"[run]\n{text}", encoding="utf-8")
+    assert all(settled()[option.name].value for option in flags)
+    taken = settled("--no-thinking", "--no-strict", "--page", "--prefix-cache", "--no-shadow", "--no-debug-contracts")
+    assert {option.name for option in flags} == {
+        name for name, setting in taken.items() if setting.value is False and setting.origin == "command line"
+    }
+    assert settled("--no-thinking", "--default-thinking")["default-thinking"].value is True, "the last one holds"
+    assert settled("--default-thinking", "--no-thinking")["default-thinking"].value is False
+    assert len({name for option in flags for name in (option.name, option.off)}) == 2 * len(flags)
+
+
 def test_what_is_printed_sets_the_same(folder: Path) -> None:
     found = settled(
         "dir", "--temperature", "0.25", "--no-page", "--cors-origin", "https://a.b", "--api-key", "very secret"
