@@ -23,11 +23,11 @@ from dsv4c.capturing import capture, step_inputs
 from dsv4c.chat.release import release_of, write_release
 from dsv4c.config import ModelConfig, StateLayout, Target
 from dsv4c.drafting import block_drafter, block_plans
-from dsv4c.errors import ArtifactError, ConfigError
+from dsv4c.errors import ArtifactError, ConfigError, ScheduleError
 from dsv4c.facts import COUNTS, LAST_TOKENS, LENGTH, PENDING
 from dsv4c.irfiles import StageWriter
 from dsv4c.model.state import group_ratios, min_columns, page_tokens, state_tensors
-from dsv4c.ops import TensorType
+from dsv4c.ops import VIEWS, Op, TensorType
 from dsv4c.passes import default_pipeline
 from dsv4c.passes.append_drafts import CHAIN_INPUTS, DRAFT_INPUTS, graph_name
 from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
@@ -79,8 +79,8 @@ def lower(
 ) -> Program:
     """The lowered program of a model: capture, then every pass of `pipeline` (by default that of `arch`).
 
-    `config`: the model; of `options` what shapes the program; `arch`: `cpu` or `sm_90a`; `watch` is called after every
-    pass. Raises PassError where a pass breaks its contract.
+    `config`: the model; of `options` what shapes the program; `arch`: of a target; `watch` is called after every pass.
+    Raises PassError where a pass breaks its contract.
     """
     drafts = options.speculative_tokens
     program = capture(
@@ -188,6 +188,7 @@ def plan_artifact(program: Program, target: Target, options: Options, schedules:
     `schedules` are to choose from besides dsv4c's own. Raises ScheduleError if none accepts an op.
     """
     choose_from = (*SCHEDULES, *schedules)
+    _check_ops(program, target.arch, choose_from)
     config, layout = program.config, program.layout
     inputs, drafts = artifact_inputs(config, layout), options.speculative_tokens
     if target.arch == "cpu":
@@ -209,6 +210,18 @@ def plan_artifact(program: Program, target: Target, options: Options, schedules:
         )
         for bucket in gpu_buckets(options.max_tokens, options.max_requests, drafts)
     )  # fmt: skip
+
+
+def _check_ops(program: Program, arch: str, schedules: Sequence[Schedule]) -> None:
+    """Raises ScheduleError naming every op of the program for which this target has no schedule at all."""
+    known = {schedule.op for schedule in schedules if arch in schedule.targets}
+    ops = {node.target.name for node in program.nodes() if isinstance(node.target, Op)} - VIEWS
+    missing = sorted(ops - known) if "*" not in known else []
+    if missing:
+        raise ScheduleError(
+            f"target `{arch}` has no schedule for {len(missing)} ops of this model: `{'`, `'.join(missing)}`",
+            hint="nothing is computed by a reference instead; give schedules of your own, or take another target",
+        )
 
 
 def numerics(program: Program, options: Options) -> tuple[str, ...]:

@@ -331,13 +331,13 @@ def preset(name: str) -> ModelConfig:
     raise ConfigError(f"unknown preset `{name}`", hint=hint)
 
 
-ARCHS = ("cpu", "sm_90a")
+ARCHS = ("cpu", "sm_90a", "sm_100a", "sm_103a")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an artifact is compiled for: an architecture `arch` (`cpu`, `sm_90a`), and how many ranks share tensors
-    (`tp`) and experts (`ep`). Raises ConfigError with the nearest name, and for more than one rank."""
+    """What an artifact is compiled for: an architecture `arch` (`cpu`, `sm_90a`, `sm_100a`, `sm_103a`), and how many
+    ranks share tensors (`tp`) and experts (`ep`). Raises ConfigError with the nearest name, and for more than one."""
 
     arch: str
     tp: int = 1

@@ -92,7 +92,9 @@ def _figures(stage: Stage) -> tuple[str, ...]:
 
 def sizes_text(tokens: int, requests: int, context: int, machine: str) -> str:
     """What figures are for, in words."""
-    on = {"cpu": "one core of a server CPU", "sm_90a": "one H200"}.get(machine, machine)
+    on = {"cpu": "one core of a server CPU", "sm_90a": "one H200", "sm_100a": "one B200", "sm_103a": "one GB300"}.get(
+        machine, machine
+    )
     return (
         f"kernels, bytes and operations are the least for one step of {tokens:,} tokens of {requests:,} requests with "
         f"{context:,} tokens each; microseconds by the roofline of {on}"

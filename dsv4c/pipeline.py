@@ -121,7 +121,7 @@ class Pipeline:
     waived: tuple[tuple[str, frozenset[str]], ...] = ()
     """(fact that only a removed pass gave, what that pass needed): who needs the one now needs the others."""
     machine: str = "cpu"
-    """Whose roofline `Step.work` predicts by: `cpu` (one core) or `sm_90a` (one H200)."""
+    """Whose roofline `Step.work` predicts by: `cpu` (one core), `sm_90a` (one H200) or another target."""
 
     @classmethod
     def default(cls, target: str | Target) -> Pipeline:

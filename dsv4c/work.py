@@ -103,8 +103,8 @@ class Work:
 def work_of(program: Program, sizes: Sizes | None = None, machine: str = "cpu", entry: str = "step") -> Work:
     """The work of one run of `program` from `entry` (`step`, `mtp`) on.
 
-    `machine`: `cpu` (one core) or `sm_90a` (one H200). `sizes`: by default `Sizes.usual`. Raises ConfigError for an
-    unknown machine or entry point, or impossible sizes.
+    `machine`: `cpu` (one core), `sm_90a` (one H200) or another target. `sizes`: by default `Sizes.usual`. Raises
+    ConfigError for an unknown machine or entry point, or impossible sizes.
     """
     if entry not in program.recipes:
         raise ConfigError(f"no entry point `{entry}`", hint=f"there are {', '.join(program.recipes)}")

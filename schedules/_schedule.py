@@ -85,7 +85,7 @@ class Work:
     launch: Literal["cpp", "aten", "gpu"] = "cpp"
     efficiency: float = 1.0
     """Of the flops; bytes always count at the copy bandwidth."""
-    unit: Literal["fp32", "bf16", "fp8"] = "fp32"
+    unit: Literal["fp32", "bf16", "fp8", "fp4"] = "fp32"
     """Which arithmetic does the flops: the vector units, or the matrix units at that operand width."""
     launches: int = 1
 

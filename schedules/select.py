@@ -8,7 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dsv4c.errors import ScheduleError
-from dsv4c.schedules import attention, compress, dspark, gate, hopper, hyper, inductor, linear, moe, norm, paging
+from dsv4c.schedules import (
+    attention,
+    blackwell,
+    compress,
+    dspark,
+    gate,
+    hopper,
+    hyper,
+    inductor,
+    linear,
+    moe,
+    norm,
+    paging,
+)
 from dsv4c.schedules._roofline import busy_seconds, seconds
 from dsv4c.schedules._schedule import Choice, Config, OpNode, Schedule, apply_layout
 from dsv4c.schedules._tuned import Tuned
@@ -25,6 +38,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     *moe.SCHEDULES,
     *inductor.SCHEDULES,
     *hopper.SCHEDULES,
+    *blackwell.SCHEDULES,
 )
 
 

@@ -69,8 +69,11 @@ def schedules() -> str:
         "| op | schedule | targets | tolerance |",
         "| --- | --- | --- | --- |",
     ]
-    for s in sorted(SCHEDULES, key=lambda s: (s.op, s.name)):
-        lines.append(f"| `{s.op}` | `{s.name}` | {', '.join(sorted(s.targets))} | {s.tolerance:g} |")
+    named: dict[tuple[str, str, float], set[str]] = {}
+    for s in SCHEDULES:  # one of several targets has an entry for each, with configs of its own
+        named.setdefault((s.op, s.name, s.tolerance), set()).update(s.targets)
+    for (op, name, tolerance), targets in sorted(named.items()):
+        lines.append(f"| `{op}` | `{name}` | {', '.join(sorted(targets))} | {tolerance:g} |")
     for file in sorted(FOLDER.glob("*.jsonl")):
         lines += ["", *_measured(file)]
     return "\n".join(lines) + "\n"

@@ -16,7 +16,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command's parser."""
     parser = commands.add_parser("compile", help="compile a checkpoint folder or a preset to an artifact")
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, or flash, pro, nano")
-    parser.add_argument("--target", required=True, help="what to compile for: cpu, or sm_90a (Hopper)")
+    parser.add_argument(
+        "--target", required=True, help="what to compile for: cpu, sm_90a (Hopper), sm_100a (B200) or sm_103a (B300)"
+    )
     parser.add_argument("-o", "--output", type=Path, help="the artifact's folder")
     parser.add_argument("--dry-run", action="store_true", help="everything but emitting; print the passes")
     parser.add_argument("--max-context", type=positive, help="longest request in tokens")

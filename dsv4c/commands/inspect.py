@@ -34,7 +34,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--dump-ir", type=Path, metavar="DIR", help="write the program after every pass that changed it"
     )
-    parser.add_argument("--target", help="of a model: cpu (default), or sm_90a (Hopper)")
+    parser.add_argument("--target", help="of a model: cpu (default), sm_90a (Hopper), sm_100a (B200) or sm_103a (B300)")
     parser.add_argument("--num-layers", type=positive, help="of a preset: only the first layers")
     add_options(parser)
     parser.set_defaults(run=run)

@@ -35,7 +35,7 @@ class Subject:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says how a MODEL|DIR is run."""
     parser.add_argument("--inputs", type=Path, metavar="FILE", help="prompts, one a line (default: dsv4c's own)")
-    parser.add_argument("--target", help="of a model: cpu (default), or sm_90a (Hopper)")
+    parser.add_argument("--target", help="of a model: cpu (default), sm_90a (Hopper), sm_100a (B200) or sm_103a (B300)")
     parser.add_argument("--passes-only", action="store_true", help="of a model: build no kernels")
     parser.add_argument("--weights", type=Path, help="checkpoint folder, if an artifact holds no weights")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")

@@ -28,8 +28,10 @@ from dsv4c.report.pools import MemoryPicture, memory_picture
 from dsv4c.report.stages import Stages
 from dsv4c.room import given_room, measured_room, plan_of
 from dsv4c.runtime.memory import MemoryPlan, Room
+from dsv4c.schedules._roofline import MACHINES
 
-CARD_BYTES = {"sm_90a": 141 * 10**9}  # of an H200, the card that schedules for the target were measured on
+CARD_BYTES = {arch: machine.memory_bytes for arch, machine in MACHINES.items() if machine.memory_bytes}
+"""Of the card that schedules for the target are made for."""
 
 Watch = Callable[[Step], None]
 

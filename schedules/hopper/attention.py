@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 from dsv4c.schedules._launch import LaunchArg, TritonLaunch, i32, ptr
+from dsv4c.schedules._roofline import MACHINES
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work
 
 HOPPER = frozenset({"sm_90a"})
 OPS = ("attend_window_packed", "attend_csa_packed", "attend_hca_packed")
-SMS = 132  # of an H200
 _TILE = 64  # keys of a tile
 _PIECE = 8192  # elements that one program of the combine holds, at most: 64 a thread
 
@@ -130,39 +131,39 @@ def _accepts_groups(node: OpNode) -> str | None:
     return _accepts(node)
 
 
-def _shares(node: OpNode, symbols: Mapping[str, int], per_token: int) -> tuple[int, ...]:
+def _shares(node: OpNode, symbols: Mapping[str, int], per_token: int, sms: int) -> tuple[int, ...]:
     """Shares that fill the card about once, best guess first; one if the tokens alone do."""
     tiles = _cdiv(_Call(node).keys(symbols), _TILE)
     items = max(1, symbols["T"]) * per_token
-    if items >= 2 * SMS:
+    if items >= 2 * sms:
         return (1,)
-    full = max(1, min(SMS // items, tiles))
+    full = max(1, min(sms // items, tiles))
     return tuple(dict.fromkeys((full, max(1, full // 2), 1)))
 
 
-def _groups_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    return tuple({"shares": shares} for shares in _shares(node, symbols, _Call(node).shape[0] // 64))
+def _groups_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
+    return tuple({"shares": shares} for shares in _shares(node, symbols, _Call(node).shape[0] // 64, sms))
 
 
-def _build_groups(node: OpNode, config: Config) -> Build:
+def _build_groups(node: OpNode, config: Config, sms: int) -> Build:
     call, shares = _Call(node), int(config["shares"])
     blocks = call.shape[0] // 64
     launch = TritonLaunch(
         "dsv4c.schedules.triton.attend_gluon:attend",
         args={**call.args(shares), "tokens": i32("a0_0")},
         constants={**call.constants(shares), "BLOCKS": blocks},
-        grid=(f"min({SMS}, a0_0 * {blocks * shares})", 1, 1),
+        grid=(f"min({sms}, a0_0 * {blocks * shares})", 1, 1),
         num_warps=4,
         pdl=True,  # and 12 of its specialised groups
     )
     return Build("gpu", launches=(launch, call.combine(shares)) if shares > 1 else (launch,))
 
 
-def _plain_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+def _plain_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
     heads, dim = _Call(node).shape
     block_h = max(16, min(64, _round(heads)))  # 16 rows are the least a matrix instruction takes
     block_k = 32 if dim > 256 else 64  # [64, 512] sums and [32, 512] keys are as much as the registers hold
-    shares = _shares(node, symbols, _cdiv(heads, block_h))
+    shares = _shares(node, symbols, _cdiv(heads, block_h), sms)
     if dim > 256:
         shares = shares[:1]  # the groups are faster wherever they accept
     return tuple(
@@ -192,7 +193,7 @@ def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     return _Call(node).workspace(int(config["shares"]))
 
 
-def _work(efficiency: float) -> Any:
+def _work(efficiency: float, sms: int) -> Any:
     """Keys that tokens share are counted for each: they come from L2."""
 
     def cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
@@ -202,7 +203,7 @@ def _work(efficiency: float) -> Any:
         assert pool is not None
         keys = call.keys(symbols)
         parts = sum(prod(v.sizes(symbols)) * (2 if v.dtype == "bfloat16" else 4) for v in call.workspace(shares))
-        filled = min(1.0, max(1, tokens) * _cdiv(heads, 64) * shares / SMS)
+        filled = min(1.0, max(1, tokens) * _cdiv(heads, 64) * shares / sms)
         return Work(
             bytes_moved=tokens * (4 * heads * dim + keys * int(pool.shape[1])) + 2 * parts,
             flops=4.0 * tokens * heads * dim * keys,
@@ -219,19 +220,41 @@ def _work(efficiency: float) -> Any:
 # 2**-7 of it: this allows two.
 _TOLERANCE = 1.6e-2
 
-SCHEDULES = (
-    *(
-        Schedule(
-            f"{op}.gluon_groups", op, HOPPER, _build_groups, _work(0.6), _accepts_groups, workspace=_workspace,
-            space=_groups_space, tolerance=_TOLERANCE,
-        )
-        for op in OPS
-    ),
-    *(
-        Schedule(
-            f"{op}.triton_gather", op, HOPPER, _build_plain, _work(0.2), _accepts, workspace=_workspace,
-            space=_plain_space, tolerance=_TOLERANCE,
-        )
-        for op in OPS
-    ),
-)  # fmt: skip
+
+def schedules(arch: str) -> tuple[Schedule, ...]:
+    """The family for a GPU architecture: the groups are written for Hopper."""
+    targets, sms = frozenset({arch}), MACHINES[arch].multiprocessors
+    every: tuple[Schedule, ...] = (
+        *(
+            Schedule(
+                f"{op}.gluon_groups",
+                op,
+                HOPPER,
+                partial(_build_groups, sms=sms),
+                _work(0.6, sms),
+                _accepts_groups,
+                workspace=_workspace,
+                space=partial(_groups_space, sms=sms),
+                tolerance=_TOLERANCE,
+            )
+            for op in OPS
+        ),
+        *(
+            Schedule(
+                f"{op}.triton_gather",
+                op,
+                targets,
+                _build_plain,
+                _work(0.2, sms),
+                _accepts,
+                workspace=_workspace,
+                space=partial(_plain_space, sms=sms),
+                tolerance=_TOLERANCE,
+            )
+            for op in OPS
+        ),
+    )
+    return tuple(schedule for schedule in every if arch in schedule.targets)
+
+
+SCHEDULES = schedules("sm_90a")

@@ -15,7 +15,6 @@ from dsv4c.ops.formats import kv_group
 from dsv4c.schedules._launch import LaunchArg, TritonLaunch, i32, ptr
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work, dense_rows
 
-_HOPPER = frozenset({"sm_90a"})
 _MODULE = "dsv4c.schedules.triton.compress"
 _DECODE = 1024  # tokens up to which most are kept by a ring: programs of few tokens
 _PACK = ("k_gate", "ape", "ring_k", "ring_z", "norm_weight", "table", "pool", "slots", "positions", "request_rows",
@@ -228,21 +227,53 @@ def _slices_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Wo
 # one such channel over all of an index key.
 _BYTES = 5e-3
 
-SCHEDULES: tuple[Schedule, ...] = (
-    Schedule(
-        "compress_pack.triton_overlap", "compress_pack", _HOPPER, _overlap_build, _cost, _overlap_accepts,
-        space=_overlap_space, tolerance=_BYTES,
-    ),
-    Schedule(
-        "compress_pack.triton_window", "compress_pack", _HOPPER, _window_build, _cost, _window_accepts,
-        space=_window_space, tolerance=_BYTES,
-    ),
-    Schedule(
-        "compress_pack.triton_slices", "compress_pack", _HOPPER, _slices_build, _slices_cost, _slices_accepts,
-        workspace=_slices_workspace, space=_slices_space, tolerance=_BYTES,
-    ),
-    Schedule(
-        "compress_online_pack.triton_window", "compress_online_pack", _HOPPER, _online_build, _cost, _online_accepts,
-        space=_online_space, tolerance=_BYTES,
-    ),
-)  # fmt: skip
+
+def schedules(arch: str) -> tuple[Schedule, ...]:
+    """The family for a GPU architecture: plain Triton."""
+    targets = frozenset({arch})
+    return (
+        Schedule(
+            "compress_pack.triton_overlap",
+            "compress_pack",
+            targets,
+            _overlap_build,
+            _cost,
+            _overlap_accepts,
+            space=_overlap_space,
+            tolerance=_BYTES,
+        ),
+        Schedule(
+            "compress_pack.triton_window",
+            "compress_pack",
+            targets,
+            _window_build,
+            _cost,
+            _window_accepts,
+            space=_window_space,
+            tolerance=_BYTES,
+        ),
+        Schedule(
+            "compress_pack.triton_slices",
+            "compress_pack",
+            targets,
+            _slices_build,
+            _slices_cost,
+            _slices_accepts,
+            workspace=_slices_workspace,
+            space=_slices_space,
+            tolerance=_BYTES,
+        ),
+        Schedule(
+            "compress_online_pack.triton_window",
+            "compress_online_pack",
+            targets,
+            _online_build,
+            _cost,
+            _online_accepts,
+            space=_online_space,
+            tolerance=_BYTES,
+        ),
+    )
+
+
+SCHEDULES = schedules("sm_90a")

@@ -102,16 +102,31 @@ def _few_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
 _TOLERANCE = 1e-5  # weights: float32 exp, log1p and square root, each to a few ulps
 _LINEAR_TOLERANCE = 1e-4  # and float32 sums of the logits in another order
 
-SCHEDULES = (
-    *(
-        Schedule(f"{op}.triton_rows", op, HOPPER, _build, _cost, _accepts, space=_space, tolerance=_TOLERANCE)
-        for op in ("gate_bias", "gate_hash")
-    ),
-    *(
-        Schedule(
-            f"{op}.gluon_few", op, HOPPER, _few_build, _few_cost, _accepts,
-            workspace=_few_workspace, space=_few_space, tolerance=_LINEAR_TOLERANCE,
-        )
-        for op in ("gate_linear_bias", "gate_linear_hash")
-    ),
-)  # fmt: skip
+
+def schedules(arch: str) -> tuple[Schedule, ...]:
+    """The family for a GPU architecture; a router's product is written for Hopper."""
+    targets = frozenset({arch})
+    every: tuple[Schedule, ...] = (
+        *(
+            Schedule(f"{op}.triton_rows", op, targets, _build, _cost, _accepts, space=_space, tolerance=_TOLERANCE)
+            for op in ("gate_bias", "gate_hash")
+        ),
+        *(
+            Schedule(
+                f"{op}.gluon_few",
+                op,
+                HOPPER,
+                _few_build,
+                _few_cost,
+                _accepts,
+                workspace=_few_workspace,
+                space=_few_space,
+                tolerance=_LINEAR_TOLERANCE,
+            )
+            for op in ("gate_linear_bias", "gate_linear_hash")
+        ),
+    )
+    return tuple(schedule for schedule in every if arch in schedule.targets)
+
+
+SCHEDULES = schedules("sm_90a")

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dsv4c.schedules._launch import TileLaunch, TritonLaunch, i32, ptr
+from dsv4c.schedules._roofline import MACHINES
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work, dense_rows
 
 _HOPPER = frozenset({"sm_90a"})
 _MODULE = "dsv4c.schedules.triton.hyper"
-_SMS = 132  # of an H100 or H200 SXM
 _PART = 32  # floats of partial sums a token and split
 _GROUP = 128  # channels that share a scale
 _POST = frozenset({"hc_post", "hc_post_pre_norm", "hc_post_pre_norm_quantise"})
@@ -72,21 +73,24 @@ def _splits(dim: int) -> list[int]:
     return [s for s in range(1, dim // 64 + 1) if (dim // 64) % s == 0]
 
 
-def _split_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    """Tiles of 16 tokens while that leaves multiprocessors idle; splits that give each of them 1 to 4 programs."""
+def _split_space(node: OpNode, symbols: Mapping[str, int], sms: int, least: int) -> tuple[Config, ...]:
+    """Tiles of 16 tokens while that leaves multiprocessors idle; splits that give each of them 1 to 4 programs.
+
+    `least`: the fewest rows that the matrix units of this architecture take."""
     tokens, dim = max(1, symbols["T"]), _dim(node)
     shapes = [(16, 4, 32)] if tokens <= 128 else [(64, 4, 32)]  # wins with half the fn to read a token
     if 128 < tokens <= 512:
         shapes.append((32, 4, 32))
+    shapes = list(dict.fromkeys((max(tile, least), warps, width) for tile, warps, width in shapes))
     out: list[Config] = []
     for tile, warps, width in shapes:
         tiles = math.ceil(tokens / tile)
         for programs in (2, 4):
-            fits = [s for s in _splits(dim) if s * tiles <= programs * _SMS * 1.1] or [1]
+            fits = [s for s in _splits(dim) if s * tiles <= programs * sms * 1.1] or [1]
             config = {
                 "tile": tile, "width": width, "splits": fits[-1], "warps": warps,
                 "stages": 3,  # of copies under way; 2: 10 % slower at 1024 tokens (H200)
-                "finish_warps": 8 if tokens <= _SMS else 4,
+                "finish_warps": 8 if tokens <= sms else 4,
             }  # fmt: skip
             if config not in out:
                 out.append(config)
@@ -149,14 +153,14 @@ def _sinkhorn_batch(splits: int) -> int:
     return max(1, 32 // max(1, _pow2(splits) // 4))
 
 
-def _split_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
+def _split_cost(node: OpNode, symbols: Mapping[str, int], config: Config, sms: int) -> Work:
     dim, tokens = _dim(node), symbols["T"]
     tiles, splits = math.ceil(tokens / int(config["tile"])), int(config["splits"])
     moved = _bytes(node, tokens) + 2 * splits * tokens * _PART * 4
     moved += 0.3 * tokens * 8 * dim  # the streams again, mostly from L2
     moved += 0.5 * tiles * 24 * 4 * dim * 4  # fn for every tile, from L2
     flops = 2.0 * 2 * _PART * 4 * dim * tiles * int(config["tile"])
-    busy = min(1.0, tiles * splits / _SMS)
+    busy = min(1.0, tiles * splits / sms)
     return Work(moved / busy if busy else moved, flops, "gpu", 0.3 * busy if busy else 1.0, "bf16", launches=2)
 
 
@@ -221,9 +225,9 @@ def _cluster_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> W
 _TILE = 64  # tokens of a TileLang tile: the rows of one warpgroup's product
 
 
-def _tile_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+def _tile_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
     tiles = max(1, math.ceil(symbols["T"] / _TILE))
-    most = [max(s for s in _splits(_dim(node)) if s == 1 or s * tiles <= programs * _SMS) for programs in (2, 4)]
+    most = [max(s for s in _splits(_dim(node)) if s == 1 or s * tiles <= programs * sms) for programs in (2, 4)]
     return tuple({"splits": splits} for splits in dict.fromkeys(most))
 
 
@@ -252,14 +256,14 @@ def _tile_build(node: OpNode, config: Config) -> Build:
     return Build("gpu", launches=(project, finish))
 
 
-def _tile_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
-    return _split_cost(node, symbols, {"tile": _TILE, "splits": config["splits"]})
+def _tile_cost(node: OpNode, symbols: Mapping[str, int], config: Config, sms: int) -> Work:
+    return _split_cost(node, symbols, {"tile": _TILE, "splits": config["splits"]}, sms)
 
 
-def _post_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+def _post_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
     tokens, dim = max(1, symbols["T"]), _dim(node)
     wide = [{"tile": t, "width": w, "warps": 4} for t, w in ((1, 2048), (1, 1024), (2, 1024), (4, 512), (1, 512))]
-    fits = [c for c in wide if dim % c["width"] == 0 and tokens * dim >= c["tile"] * c["width"] * _SMS]
+    fits = [c for c in wide if dim % c["width"] == 0 and tokens * dim >= c["tile"] * c["width"] * sms]
     return tuple(fits) or (
         {"tile": 1, "width": min(512, _pow2(dim)), "warps": 4},
         {"tile": 1, "width": 256, "warps": 1},
@@ -287,27 +291,62 @@ def _post_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
 # decomposable: 2e-4 at most over 8192 tokens. The workloads' error allows bfloat16 results one rounding more.
 _TOLERANCE = 5e-4
 
-SCHEDULES: tuple[Schedule, ...] = (
-    *(
+
+def schedules(arch: str) -> tuple[Schedule, ...]:
+    """The family for a GPU architecture: the cluster and TileLang's kernel are written for Hopper."""
+    targets, sms = frozenset({arch}), MACHINES[arch].multiprocessors
+    least = 16 if arch == "sm_90a" else 64  # tcgen05 takes 64 rows; of fewer Triton makes the old `mma.sync`
+    every: tuple[Schedule, ...] = (
+        *(
+            Schedule(
+                f"{op}.triton_split",
+                op,
+                targets,
+                _split_build,
+                partial(_split_cost, sms=sms),
+                _accepts,
+                workspace=_split_workspace,
+                space=partial(_split_space, sms=sms, least=least),
+                tolerance=_TOLERANCE,
+            )
+            for op in sorted(_PRE | _HEAD | (_POST - {"hc_post"}))
+        ),
+        *(
+            Schedule(
+                f"{op}.gluon_cluster",
+                op,
+                _HOPPER,
+                _cluster_build,
+                _cluster_cost,
+                _accepts_cluster,
+                space=_cluster_space,
+                tolerance=_TOLERANCE,
+            )
+            for op in sorted(_PRE | (_POST - {"hc_post"}))
+        ),
         Schedule(
-            f"{op}.triton_split", op, _HOPPER, _split_build, _split_cost, _accepts,
-            workspace=_split_workspace, space=_split_space, tolerance=_TOLERANCE,
-        )
-        for op in sorted(_PRE | _HEAD | (_POST - {"hc_post"}))
-    ),
-    *(
-        Schedule(
-            f"{op}.gluon_cluster", op, _HOPPER, _cluster_build, _cluster_cost, _accepts_cluster, space=_cluster_space,
+            "hc_post_pre_norm.tile_split",
+            "hc_post_pre_norm",
+            _HOPPER,
+            _tile_build,
+            partial(_tile_cost, sms=sms),
+            _accepts,
+            workspace=_split_workspace,
+            space=partial(_tile_space, sms=sms),
             tolerance=_TOLERANCE,
-        )
-        for op in sorted(_PRE | (_POST - {"hc_post"}))
-    ),
-    Schedule(
-        "hc_post_pre_norm.tile_split", "hc_post_pre_norm", _HOPPER, _tile_build, _tile_cost, _accepts,
-        workspace=_split_workspace, space=_tile_space, tolerance=_TOLERANCE,
-    ),
-    Schedule(
-        "hc_post.triton_tiles", "hc_post", _HOPPER, _post_build, _post_cost, _accepts, space=_post_space,
-        tolerance=_TOLERANCE,
-    ),
-)  # fmt: skip
+        ),
+        Schedule(
+            "hc_post.triton_tiles",
+            "hc_post",
+            targets,
+            _post_build,
+            _post_cost,
+            _accepts,
+            space=partial(_post_space, sms=sms),
+            tolerance=_TOLERANCE,
+        ),
+    )
+    return tuple(schedule for schedule in every if arch in schedule.targets)
+
+
+SCHEDULES = schedules("sm_90a")

@@ -11,14 +11,15 @@ more for the rows that are left over, so any batch runs with any config and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from dsv4c.ops.formats import index_sizes
 from dsv4c.schedules._launch import Desc, Expr, LaunchArg, TritonLaunch, i32, i64, ptr
+from dsv4c.schedules._roofline import MACHINES
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work
 
 HOPPER = frozenset({"sm_90a"})
-SMS = 132  # of an H200; persistent kernels launch a few blocks for each
 PAGE = 64  # keys of an index page, as StateLayout has it and the kernels assume
 GROUP = 16  # entries whose maximum the scores leave for top-k
 ROW = PAGE + PAGE // GROUP  # floats of scores and maxima for a page of a row
@@ -54,7 +55,7 @@ def _accepts_query(node: OpNode) -> str | None:
     return None
 
 
-def _build_query(node: OpNode, config: Config) -> Build:
+def _build_query(node: OpNode, config: Config, *, sms: int) -> Build:
     q, table, weight = (_value(node, i) for i in range(3))
     heads = node.attrs["num_heads"]
     launch = TritonLaunch(
@@ -67,7 +68,7 @@ def _build_query(node: OpNode, config: Config) -> Build:
             "Q_STRIDE": _row_stride(q), "W_STRIDE": _row_stride(weight), "H": heads, "C": int(q.shape[1]) // heads,
             "R": int(table.shape[1]), "FP4": node.attrs["format"] == "fp4", "BM": 64,
         },
-        grid=(f"min(cdiv(a0_0 * {heads}, 64), {SMS * config['blocks']})", 1, 1),
+        grid=(f"min(cdiv(a0_0 * {heads}, 64), {sms * config['blocks']})", 1, 1),
         num_warps=config["warps"], pdl=True,
     )  # fmt: skip
     return Build("gpu", launches=(launch,))
@@ -111,7 +112,7 @@ def _accepts_gluon(node: OpNode) -> str | None:
 
 
 def _tokens_launch(
-    node: OpNode, config: Config, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
+    node: OpNode, config: Config, sms: int, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
 ) -> TritonLaunch:
     data = _value(node, 0)
     args: dict[str, LaunchArg] = {
@@ -126,13 +127,13 @@ def _tokens_launch(
     }  # fmt: skip
     return TritonLaunch(
         "dsv4c.schedules.triton.index:score_tokens", args, constants,
-        grid=(f"min({count}, 1) * {SMS * config['blocks']}", 1, 1),
+        grid=(f"min({count}, 1) * {sms * config['blocks']}", 1, 1),
         num_warps=config["warps"], num_stages=config["stages"], pdl=True,
     )  # fmt: skip
 
 
 def _pages_launch(
-    node: OpNode, config: Config, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
+    node: OpNode, config: Config, sms: int, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
 ) -> TritonLaunch:
     args: dict[str, LaunchArg] = {
         "data": ptr(0), "weight": ptr(1), "keys": _key_tiles(node, 128),
@@ -148,13 +149,13 @@ def _pages_launch(
     }  # fmt: skip
     return TritonLaunch(
         "dsv4c.schedules.triton.index_keys:score_pages", args, constants,
-        grid=(f"min({count}, 1) * {SMS * config['blocks']}", 1, 1), num_warps=4, pdl=True,
+        grid=(f"min({count}, 1) * {sms * config['blocks']}", 1, 1), num_warps=4, pdl=True,
         maxnreg=config["registers"] or None,
     )  # fmt: skip
 
 
 def _keys_launch(
-    node: OpNode, config: Config, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
+    node: OpNode, config: Config, sms: int, scores: int, first: Expr, count: Expr, maxima_at: Expr | None, least: int
 ) -> TritonLaunch:
     step = config["step"]
     args: dict[str, LaunchArg] = {
@@ -194,12 +195,12 @@ def _block_keys(config: Config) -> int:
     return PAGE if config["way"] == "pages" else int(config["keys"])
 
 
-def _score_launch(node: OpNode, config: Config, *rest: Any) -> TritonLaunch:
+def _score_launch(node: OpNode, config: Config, sms: int, *rest: Any) -> TritonLaunch:
     make = {"tokens": _tokens_launch, "pages": _pages_launch, "keys": _keys_launch}[config["way"]]
-    return make(node, config, *rest)
+    return make(node, config, sms, *rest)
 
 
-def _build_scores(node: OpNode, config: Config) -> Build:
+def _build_scores(node: OpNode, config: Config, *, sms: int) -> Build:
     out = len(node.inputs)
     fill = TritonLaunch(
         "dsv4c.schedules.triton.index:fill_hidden",
@@ -208,7 +209,7 @@ def _build_scores(node: OpNode, config: Config) -> Build:
         grid=("a0_0", f"cdiv(a3_1 * {PAGE}, 16384)", 1),
         pdl=True,
     )
-    return Build("gpu", launches=(_score_launch(node, config, out, 0, "a0_0", None, 0), fill))
+    return Build("gpu", launches=(_score_launch(node, config, sms, out, 0, "a0_0", None, 0), fill))
 
 
 def _tokens_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
@@ -309,22 +310,25 @@ def _rows_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     return (Value((tokens, columns, int(entries) // GROUP), "int32"),)
 
 
-def _select_space(node: OpNode, symbols: Symbols) -> tuple[dict[str, Any], ...]:
-    """Few rows want few steps, many rows want two blocks an SM: half of the registers."""
-    long, many = symbols["P_index"] * PAGE > 1 << 15, symbols["T"] > 2 * SMS
+def _select_space(node: OpNode, symbols: Symbols, sms: int, capped: bool) -> tuple[dict[str, Any], ...]:
+    """Few rows want few steps, many rows want two blocks an SM: half of the registers.
+
+    `capped`: a cap on registers was measured to pay although some of them spill."""
+    long, many = symbols["P_index"] * PAGE > 1 << 15, symbols["T"] > 2 * sms
     if long:
         shapes = [(16, 0), (8, 0)]
     elif node.attrs["topk"] > 512:
         shapes = [(16, 64), (16, 0), (8, 0)] if many else [(8, 0), (16, 0)]
     else:
         shapes = [(8, 128), (16, 64)] if many else [(8, 0), (8, 128)]
+    shapes = list(dict.fromkeys((w, r if capped else 0) for w, r in shapes))
     return tuple({"long": long, "select_warps": w, "select_registers": r} for w, r in shapes)
 
 
-def _rows_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
+def _rows_space(node: OpNode, symbols: Symbols, *, sms: int, capped: bool) -> tuple[Config, ...]:
     return tuple(
         {**select, "block": block, "steps": steps}
-        for select in _select_space(node, symbols)
+        for select in _select_space(node, symbols, sms, capped)
         for block, steps in ((4096, 4), (2048, 2))
     )
 
@@ -347,7 +351,7 @@ def _accepts_topk_gluon(node: OpNode) -> str | None:
     return _accepts_topk(node) or _accepts_gluon(node)
 
 
-def _build_topk(node: OpNode, config: Config) -> Build:
+def _build_topk(node: OpNode, config: Config, *, sms: int) -> Build:
     chunks, inputs = config["chunks"], len(node.inputs)
     out = inputs + (1 if chunks == 1 else 2)
     pieces: list[tuple[int, Expr, Expr]] = [(inputs, 0, "a0_0")]  # workspace, first row, rows
@@ -358,7 +362,7 @@ def _build_topk(node: OpNode, config: Config) -> Build:
     entries = f"a3_1 * {PAGE}"
     for scores, first, count in pieces:
         at = f"({count}) * {entries}"
-        launches.append(_score_launch(node, config, scores, first, count, at, node.attrs["topk"]))
+        launches.append(_score_launch(node, config, sms, scores, first, count, at, node.attrs["topk"]))
         launches.append(_select_launch(node, config, scores, scores, 5, out, entries, first, count, at))
     return Build("gpu", launches=tuple(launches))
 
@@ -376,12 +380,12 @@ def _chunks(symbols: Symbols) -> int:
 
 
 def _with_select(
-    space: Callable[[OpNode, Symbols], tuple[Config, ...]],
+    space: Callable[[OpNode, Symbols], tuple[Config, ...]], sms: int, capped: bool
 ) -> Callable[[OpNode, Symbols], tuple[Config, ...]]:
     """The space of scores and top-k: every way to score with the best way to select, and the best with the others."""
 
     def both(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
-        select, score = _select_space(node, symbols), space(node, symbols)
+        select, score = _select_space(node, symbols, sms, capped), space(node, symbols)
         pairs = [(one, select[0]) for one in score] + [(score[0], other) for other in select[1:]]
         return tuple({**one, **other, "chunks": _chunks(symbols)} for one, other in pairs)
 
@@ -391,21 +395,97 @@ def _with_select(
 QUERY_ERROR = 2e-3  # by norm: one value in 10^4 rounds to the other neighbour
 SCORE_ERROR = 1e-3  # the matrix unit adds E4M3 products with 14 bits: measured 4e-4
 
-SCHEDULES: tuple[Schedule, ...] = (
-    Schedule("index_query.triton_rows", "index_query", HOPPER, _build_query, _query_cost, _accepts_query,
-             space=_query_space, tolerance=QUERY_ERROR),
-    Schedule("index_scores.gluon_pages", "index_scores", HOPPER, _build_scores, _pages_cost, _accepts_gluon,
-             space=_pages_space, tolerance=SCORE_ERROR),
-    Schedule("index_scores.gluon_keys", "index_scores", HOPPER, _build_scores, _keys_cost, _accepts_gluon,
-             space=_keys_space, tolerance=SCORE_ERROR),
-    Schedule("index_scores.triton_tokens", "index_scores", HOPPER, _build_scores, _tokens_cost, _accepts_scores,
-             space=_tokens_space, tolerance=SCORE_ERROR),
-    Schedule("topk_rows.gluon_groups", "topk_rows", HOPPER, _build_rows, _rows_cost, _accepts_rows,
-             workspace=_rows_workspace, space=_rows_space, tolerance=0.0),
-    Schedule("index_topk_packed.gluon_pages", "index_topk_packed", HOPPER, _build_topk, _pages_cost,
-             _accepts_topk_gluon, workspace=_topk_workspace, space=_with_select(_pages_space), tolerance=SCORE_ERROR),
-    Schedule("index_topk_packed.gluon_keys", "index_topk_packed", HOPPER, _build_topk, _keys_cost,
-             _accepts_topk_gluon, workspace=_topk_workspace, space=_with_select(_keys_space), tolerance=SCORE_ERROR),
-    Schedule("index_topk_packed.triton_tokens", "index_topk_packed", HOPPER, _build_topk, _tokens_cost, _accepts_topk,
-             workspace=_topk_workspace, space=_with_select(_tokens_space), tolerance=SCORE_ERROR),
-)  # fmt: skip
+
+def schedules(arch: str) -> tuple[Schedule, ...]:
+    """The family for a GPU architecture; `pages` and `keys` are written for Hopper."""
+    targets, sms, capped = frozenset({arch}), MACHINES[arch].multiprocessors, MACHINES[arch].measured
+    every: tuple[Schedule, ...] = (
+        Schedule(
+            "index_query.triton_rows",
+            "index_query",
+            targets,
+            partial(_build_query, sms=sms),
+            _query_cost,
+            _accepts_query,
+            space=_query_space,
+            tolerance=QUERY_ERROR,
+        ),
+        Schedule(
+            "index_scores.gluon_pages",
+            "index_scores",
+            HOPPER,
+            partial(_build_scores, sms=sms),
+            _pages_cost,
+            _accepts_gluon,
+            space=_pages_space,
+            tolerance=SCORE_ERROR,
+        ),
+        Schedule(
+            "index_scores.gluon_keys",
+            "index_scores",
+            HOPPER,
+            partial(_build_scores, sms=sms),
+            _keys_cost,
+            _accepts_gluon,
+            space=_keys_space,
+            tolerance=SCORE_ERROR,
+        ),
+        Schedule(
+            "index_scores.triton_tokens",
+            "index_scores",
+            targets,
+            partial(_build_scores, sms=sms),
+            _tokens_cost,
+            _accepts_scores,
+            space=_tokens_space,
+            tolerance=SCORE_ERROR,
+        ),
+        Schedule(
+            "topk_rows.gluon_groups",
+            "topk_rows",
+            targets,
+            _build_rows,
+            _rows_cost,
+            _accepts_rows,
+            workspace=_rows_workspace,
+            space=partial(_rows_space, sms=sms, capped=capped),
+            tolerance=0.0,
+        ),
+        Schedule(
+            "index_topk_packed.gluon_pages",
+            "index_topk_packed",
+            HOPPER,
+            partial(_build_topk, sms=sms),
+            _pages_cost,
+            _accepts_topk_gluon,
+            workspace=_topk_workspace,
+            space=_with_select(_pages_space, sms, capped),
+            tolerance=SCORE_ERROR,
+        ),
+        Schedule(
+            "index_topk_packed.gluon_keys",
+            "index_topk_packed",
+            HOPPER,
+            partial(_build_topk, sms=sms),
+            _keys_cost,
+            _accepts_topk_gluon,
+            workspace=_topk_workspace,
+            space=_with_select(_keys_space, sms, capped),
+            tolerance=SCORE_ERROR,
+        ),
+        Schedule(
+            "index_topk_packed.triton_tokens",
+            "index_topk_packed",
+            targets,
+            partial(_build_topk, sms=sms),
+            _tokens_cost,
+            _accepts_topk,
+            workspace=_topk_workspace,
+            space=_with_select(_tokens_space, sms, capped),
+            tolerance=SCORE_ERROR,
+        ),
+    )
+    return tuple(schedule for schedule in every if arch in schedule.targets)
+
+
+SCHEDULES = schedules("sm_90a")

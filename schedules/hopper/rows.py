@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 from dsv4c.ops.formats import kv_group
 from dsv4c.schedules._launch import LaunchArg, TritonLaunch, i32, ptr
+from dsv4c.schedules._roofline import MACHINES
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Transforms, Value, Work, dense_rows
 
-_HOPPER = frozenset({"sm_90a"})
 _MODULE = "dsv4c.schedules.triton.rows"
-_SMS = 132  # of an H100 or H200 SXM
 _GROUP = 128  # channels that share a scale of a quantised activation
 
 
@@ -90,11 +90,11 @@ def _groups_accepts(node: OpNode) -> str | None:
     return _typed(node, {0: "bfloat16"})
 
 
-def _groups_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+def _groups_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
     """2 KB to 8 KB a program, less where that would leave multiprocessors without one."""
     groups = symbols["T"] * int(_input(node, 0).shape[-1]) // _GROUP
     wide = [(8, 2), (16, 4), (8, 1), (4, 1)]
-    fits = [c for c in wide if groups >= 4 * _SMS * c[0]] or [(4, 1), (8, 2), (2, 1), (16, 4)]
+    fits = [c for c in wide if groups >= 4 * sms * c[0]] or [(4, 1), (8, 2), (2, 1), (16, 4)]
     return tuple({"groups": n, "warps": w} for n, w in fits)
 
 
@@ -153,11 +153,11 @@ def _norm_layouts(node: OpNode) -> dict[int, Transforms]:
     return _narrow(node, 1)
 
 
-def _norm_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+def _norm_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
     width = _pow2(int(_input(node, 0).shape[1]))
     if width > 2048:
         shapes = [(1, 8), (1, 4), (1, 16), (2, 8)]
-    elif symbols["T"] <= 4 * _SMS:
+    elif symbols["T"] <= 4 * sms:
         shapes = [(1, 4), (1, 2), (1, 1), (2, 4)]
     else:
         shapes = [(1, 1), (2, 2), (1, 4), (4, 4)]
@@ -212,10 +212,10 @@ def _heads_accepts(node: OpNode) -> str | None:
     return _typed(node, {0: "bfloat16", 1: "float32"})
 
 
-def _heads_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+def _heads_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
     heads, channels = _heads(node)
     runs = heads * channels // _run(node)
-    few = symbols["T"] * runs < 16 * _SMS
+    few = symbols["T"] * runs < 16 * sms
     shapes = [(1, 1), (2, 1), (4, 4), (4, 1)] if few else [(2, 1), (4, 1), (8, 4), (8, 2)]
     fits = [(n, w) for n, w in shapes if runs % n == 0] or [(1, 1)]
     return tuple({"heads": n, "warps": w} for n, w in fits)
@@ -263,8 +263,8 @@ def _pack_layouts(node: OpNode) -> dict[int, Transforms]:
     return _narrow(node, 3, 4) if node.op.startswith("qkv") else _narrow(node, 3)
 
 
-def _pack_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    few = symbols["T"] <= 4 * _SMS
+def _pack_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
+    few = symbols["T"] <= 4 * sms
     if not node.op.startswith("qkv"):
         shapes = [(1, 2), (1, 1), (1, 4)] if few else [(2, 1), (2, 2), (1, 1), (4, 4)]
         return tuple({"entries": n, "warps": w} for n, w in shapes)
@@ -397,55 +397,65 @@ def _table_accepts(node: OpNode) -> str | None:
 _BYTES = 2e-3
 _BF16 = 8e-3
 
-SCHEDULES: tuple[Schedule, ...] = (
-    Schedule(
-        "quantise_rows.triton_groups", "quantise_rows", _HOPPER, _quantise_build, cost, _groups_accepts,
-        space=_groups_space, tolerance=0.0,
-    ),
-    Schedule(
-        "swiglu_quantise.triton_groups", "swiglu_quantise", _HOPPER, _swiglu_build, cost, _groups_accepts,
-        space=_groups_space, tolerance=_BYTES,
-    ),
-    Schedule(
-        "swiglu_pair.triton_groups", "swiglu_pair", _HOPPER, _swiglu_build, cost, _groups_accepts,
-        space=_groups_space, tolerance=_BF16,
-    ),
-    Schedule(
-        "rms_norm.triton_rows", "rms_norm", _HOPPER, _norm_build, cost, _norm_accepts, _norm_layouts,
-        space=_norm_space, tolerance=_BF16,
-    ),
-    Schedule(
-        "rms_norm_quantise.triton_rows", "rms_norm_quantise", _HOPPER, _norm_build, cost, _norm_accepts,
-        _norm_layouts, space=_norm_space, tolerance=_BYTES,
-    ),
-    Schedule(
-        "head_norm_rope.triton_heads", "head_norm_rope", _HOPPER, _heads_build, cost, _heads_accepts,
-        space=_heads_space, tolerance=_BF16,
-    ),
-    Schedule(
-        "rope_quantise.triton_heads", "rope_quantise", _HOPPER, _heads_build, cost, _heads_accepts,
-        space=_heads_space, tolerance=_BYTES,
-    ),
-    *(
+
+def schedules(arch: str) -> tuple[Schedule, ...]:
+    """The family for a GPU architecture: plain Triton, with configs for its number of multiprocessors."""
+    targets, sms = frozenset({arch}), MACHINES[arch].multiprocessors
+    groups, norm, heads, pack = (
+        partial(space, sms=sms) for space in (_groups_space, _norm_space, _heads_space, _pack_space)
+    )
+    return (
         Schedule(
-            f"{op}.triton_rows", op, _HOPPER, _pack_build, cost, _pack_accepts, _pack_layouts, space=_pack_space,
-            tolerance=_BYTES,
-        )
-        for op in ("norm_rope_pack", "qkv_norm_rope_pack")
-    ),
-    *(
+            "quantise_rows.triton_groups", "quantise_rows", targets, _quantise_build, cost, _groups_accepts,
+            space=groups, tolerance=0.0,
+        ),
         Schedule(
-            f"{op}.triton_rows", op, _HOPPER, _gather_build, _gather_cost, _gather_accepts, _gather_layouts,
-            space=_gather_space, tolerance=0.0,
-        )
-        for op in ("embed", "embed_streams", "take_rows")
-    ),
-    *(
-        Schedule(f"{op}.triton_rows", op, _HOPPER, _slots_build, cost, tolerance=0.0)
-        for op in ("token_slots", "entry_slots")
-    ),
-    *(  # cosines of float32 angles up to a million: the range reduction is exact, the rest an ulp or two
-        Schedule(f"{op}.triton_rows", op, _HOPPER, _table_build, cost, _table_accepts, tolerance=5e-7)
-        for op in ("rope_table", "entry_rope_table")
-    ),
-)  # fmt: skip
+            "swiglu_quantise.triton_groups", "swiglu_quantise", targets, _swiglu_build, cost, _groups_accepts,
+            space=groups, tolerance=_BYTES,
+        ),
+        Schedule(
+            "swiglu_pair.triton_groups", "swiglu_pair", targets, _swiglu_build, cost, _groups_accepts,
+            space=groups, tolerance=_BF16,
+        ),
+        Schedule(
+            "rms_norm.triton_rows", "rms_norm", targets, _norm_build, cost, _norm_accepts, _norm_layouts,
+            space=norm, tolerance=_BF16,
+        ),
+        Schedule(
+            "rms_norm_quantise.triton_rows", "rms_norm_quantise", targets, _norm_build, cost, _norm_accepts,
+            _norm_layouts, space=norm, tolerance=_BYTES,
+        ),
+        Schedule(
+            "head_norm_rope.triton_heads", "head_norm_rope", targets, _heads_build, cost, _heads_accepts,
+            space=heads, tolerance=_BF16,
+        ),
+        Schedule(
+            "rope_quantise.triton_heads", "rope_quantise", targets, _heads_build, cost, _heads_accepts,
+            space=heads, tolerance=_BYTES,
+        ),
+        *(
+            Schedule(
+                f"{op}.triton_rows", op, targets, _pack_build, cost, _pack_accepts, _pack_layouts, space=pack,
+                tolerance=_BYTES,
+            )
+            for op in ("norm_rope_pack", "qkv_norm_rope_pack")
+        ),
+        *(
+            Schedule(
+                f"{op}.triton_rows", op, targets, _gather_build, _gather_cost, _gather_accepts, _gather_layouts,
+                space=_gather_space, tolerance=0.0,
+            )
+            for op in ("embed", "embed_streams", "take_rows")
+        ),
+        *(
+            Schedule(f"{op}.triton_rows", op, targets, _slots_build, cost, tolerance=0.0)
+            for op in ("token_slots", "entry_slots")
+        ),
+        *(  # cosines of float32 angles up to a million: the range reduction is exact, the rest an ulp or two
+            Schedule(f"{op}.triton_rows", op, targets, _table_build, cost, _table_accepts, tolerance=5e-7)
+            for op in ("rope_table", "entry_rope_table")
+        ),
+    )  # fmt: skip
+
+
+SCHEDULES = schedules("sm_90a")

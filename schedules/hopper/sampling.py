@@ -12,7 +12,6 @@ from typing import Any
 from dsv4c.schedules._launch import LaunchArg, TritonLaunch, i32, ptr
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work
 
-HOPPER = frozenset({"sm_90a"})
 CHUNK = 4096  # tokens of one program: 32 a thread, and 32 programs a row of 129280
 BINS = 128  # of a quarter nat each
 LISTED = 1024  # of a chunk's tokens: 32 chunks make 64 candidates a thread of the drawing block
@@ -165,17 +164,31 @@ def _feed_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work
 # nats by which a drawn token may arrive later than the first: float32 weights and noise
 _TOLERANCE = 1e-5
 
-SCHEDULES = (
-    *(
-        Schedule(
-            f"{op}.triton_lists", op, HOPPER, _build, _cost, _accepts,
-            workspace=_workspace, space=_space, tolerance=_TOLERANCE,
-        )
-        for op in _PENALISED
-    ),
-    Schedule("edit_logits.triton_rows", "edit_logits", HOPPER, _edit_build, _edit_cost, tolerance=0.0),
-    *(
-        Schedule(f"{op}.triton_rows", op, HOPPER, _feed_build, _feed_cost, tolerance=0.0)
-        for op in ("feed_tokens", "keep_tokens")
-    ),
-)  # fmt: skip
+
+def schedules(arch: str) -> tuple[Schedule, ...]:
+    """The family for a GPU architecture: plain Triton."""
+    targets = frozenset({arch})
+    return (
+        *(
+            Schedule(
+                f"{op}.triton_lists",
+                op,
+                targets,
+                _build,
+                _cost,
+                _accepts,
+                workspace=_workspace,
+                space=_space,
+                tolerance=_TOLERANCE,
+            )
+            for op in _PENALISED
+        ),
+        Schedule("edit_logits.triton_rows", "edit_logits", targets, _edit_build, _edit_cost, tolerance=0.0),
+        *(
+            Schedule(f"{op}.triton_rows", op, targets, _feed_build, _feed_cost, tolerance=0.0)
+            for op in ("feed_tokens", "keep_tokens")
+        ),
+    )
+
+
+SCHEDULES = schedules("sm_90a")

@@ -11,7 +11,6 @@ from typing import Any
 from dsv4c.schedules._launch import LaunchArg, TritonLaunch, i32, ptr
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Work
 
-HOPPER = frozenset({"sm_90a"})
 _KERNELS = "dsv4c.schedules.triton.speculation"
 _THREADS = 128
 _CHANNELS = 1024  # 8 a thread: 16 bytes
@@ -107,7 +106,15 @@ def _add_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     return Work(2.0 * symbols["T"] * channels * (1 + 2 * int(streams.shape[1])), 0.0, "gpu")
 
 
-SCHEDULES = (
-    *(Schedule(f"{op}.triton_rows", op, HOPPER, _build, _cost, tolerance=0.0) for op in _PARAMETERS),
-    Schedule("add_embedding.triton_rows", "add_embedding", HOPPER, _add_build, _add_cost, _add_accepts, tolerance=0.0),
-)
+def schedules(arch: str) -> tuple[Schedule, ...]:
+    """The family for a GPU architecture: plain Triton."""
+    targets = frozenset({arch})
+    return (
+        *(Schedule(f"{op}.triton_rows", op, targets, _build, _cost, tolerance=0.0) for op in _PARAMETERS),
+        Schedule(
+            "add_embedding.triton_rows", "add_embedding", targets, _add_build, _add_cost, _add_accepts, tolerance=0.0
+        ),
+    )
+
+
+SCHEDULES = schedules("sm_90a")
