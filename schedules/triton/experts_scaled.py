@@ -146,7 +146,6 @@ def grouped_up(
     """out [rows, I] = quantised row_weight * swiglu(w1 x, w3 x) of the rows in meta[0] tiles."""
     gdc_wait()
     gdc_launch_dependents()
-    P: tl.constexpr = packed(FORMAT)
     E: tl.constexpr = element_of(FORMAT)
     G: tl.constexpr = group_of(FORMAT)
     count = tl.load(meta) * (I // M)
@@ -215,6 +214,8 @@ def combine_pairs(y, place, shared, out, K: tl.constexpr, D: tl.constexpr, BD: t
     total = tl.load(shared + token * D + channel, mask=inside, other=0.0).to(tl.float32)
     gdc_wait()
     for k in tl.static_range(K):
-        row = (tl.load(place + token * K + k) // 8).to(tl.int64)  # behind it is the row's rank, which Hopper swizzles by
+        row = (tl.load(place + token * K + k) // 8).to(
+            tl.int64
+        )  # behind it is the row's rank, which Hopper swizzles by
         total += tl.load(y + row * D + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * D + channel, total.to(tl.bfloat16), mask=inside)
