@@ -81,6 +81,8 @@ class LaunchOptions:
     speculative_tokens: int | None = None
     """Most drafts of a request in a step; None: what the artifact was compiled for."""
     threads: int | None = None
+    device: int = 0
+    """Which card serves a GPU artifact."""
     executor: ExecutorKind = "graph"
     """How a GPU artifact's segments run: captured; call by call; with every segment's contract checked; or with the
     reference of every call beside it."""
@@ -124,7 +126,7 @@ def launch(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     manifest = load_manifest(directory)
-    check_host(manifest)
+    check_host(manifest, options.device)
     codec = _codec(directory, options)
     if codec.vocab_size > manifest.vocab_size:
         raise ArtifactError(
@@ -145,7 +147,10 @@ def launch_engine(
     loaded: LoadWatch | None = None,
 ) -> Engine:
     """The engine alone: weights loaded, pools allocated, graphs captured. Raises InputErrors as `launch` does."""
-    plan, room = plan_of(directory, manifest), measured_room(manifest.target, options.gpu_memory_utilization)
+    if manifest.target == "cpu" and options.device:
+        raise ConfigError("`--device` is for GPU artifacts, this is for `cpu`", hint="leave it out")
+    plan = plan_of(directory, manifest)
+    room = measured_room(manifest.target, options.gpu_memory_utilization, options.device)
     requests, context = options.max_requests or plan.bounds.requests, options.max_context or plan.max_context
     snapshots = SNAPSHOTS if options.prefix_cache else 0
     sizes = plan.reserve(room, requests, context, options.kv_memory_bytes, snapshots)
@@ -189,7 +194,7 @@ def _device_runner(
     loaded: LoadWatch | None,
 ) -> tuple[DeviceRunner, KVPool]:
     """Loads, warms up and captures; everything that serving needs is there when it returns."""
-    device = torch.device("cuda:0")
+    device = torch.device("cuda", options.device)
     weights, report = weights_on(device, manifest, source, _bytes_of(progress))
     if loaded:
         loaded(report)

@@ -26,8 +26,11 @@ def given_room(target: str, total_bytes: int, share: float | None = None) -> Roo
     return Room.of_card(total_bytes, share=CARD_SHARE if share is None else share)
 
 
-def measured_room(target: str, share: float | None = None) -> Room:
-    """This machine's memory, without what others hold of it. Raises ConfigError for a GPU target without a GPU."""
+def measured_room(target: str, share: float | None = None, device: int = 0) -> Room:
+    """This machine's memory, or that of its card `device`, without what others hold of it.
+
+    Raises ConfigError for a GPU target without a GPU.
+    """
     if target == "cpu":
         _check_host_share(share)
         return Room.of_host(_available_bytes())
@@ -36,7 +39,7 @@ def measured_room(target: str, share: float | None = None) -> Room:
             f"the artifact is for `{target}`, and this machine has no CUDA device to take the memory of",
             hint="give the card's with `--gpu-memory`, such as `--gpu-memory 141GB`",
         )
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(device)
     return Room.of_card(int(total), int(free), CARD_SHARE if share is None else share)
 
 

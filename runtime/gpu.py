@@ -150,6 +150,11 @@ def check_card(arch: str, device: int) -> None:
             f"the kernels are made for `{arch}`, this machine has no usable CUDA device",
             hint="serve it where the card is, or compile it with `--target cpu`",
         )
+    count = torch.cuda.device_count()
+    if not 0 <= device < count:
+        raise ArtifactError(
+            f"there is no card {device}: this machine has {count}", hint=f"`--device` is 0 to {count - 1}"
+        )
     major, minor = torch.cuda.get_device_capability(device)
     if arch.rstrip("abcf") != f"sm_{major}{minor}":
         raise ArtifactError(

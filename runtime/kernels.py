@@ -93,8 +93,11 @@ class Binder(Protocol):
 class Kernels:
     """The loaded kernels of one artifact."""
 
-    def __init__(self, kernels: Mapping[str, Kernel], directory: Path, target: str = "cpu") -> None:
-        self._gpu = GpuKernels(kernels, directory, target) if target != "cpu" else None
+    def __init__(
+        self, kernels: Mapping[str, Kernel], directory: Path, target: str = "cpu", device: int = 0
+    ) -> None:  # fmt: skip
+        """`device`: the number of the card, for a GPU target."""
+        self._gpu = GpuKernels(kernels, directory, target, device) if target != "cpu" else None
         self._modules: dict[str, Any] = {}
         self._native: dict[str, Any] = {}
         self._vendor: dict[str, Vendor] = {}

@@ -71,8 +71,8 @@ def load_device(
     `breaks`: scopes to keep out of the graphs; `make`: a kind of executor that takes what GraphExecutor does. Raises
     ArtifactError as `load` does, ConfigError for a pattern that matches nothing.
     """
-    check_host(manifest)
-    kernels = Kernels(manifest.kernels, directory, manifest.target)
+    check_host(manifest, device.index or 0)
+    kernels = Kernels(manifest.kernels, directory, manifest.target, device.index or 0)
     states = allocate(manifest, sizes, device)
     rows = device_rows(manifest, sizes)
     return make(manifest.programs, kernels, weights, states, device, rows=rows, breaks=breaks)
@@ -99,10 +99,10 @@ def weights_on(
     return load_weights(manifest.weights, source, progress, device)
 
 
-def check_host(manifest: Manifest) -> None:
-    """Raises ArtifactError if this machine cannot run the artifact's kernels."""
+def check_host(manifest: Manifest, device: int = 0) -> None:
+    """Raises ArtifactError if this machine, or its card of this number, cannot run the artifact's kernels."""
     if manifest.target != "cpu":
-        check_card(manifest.target, 0)
+        check_card(manifest.target, device)
         return
     host = torch.backends.cpu.get_cpu_capability().lower()
     runs = _ISAS[: _ISAS.index(host) + 1] if host in _ISAS else (host,)

@@ -122,6 +122,7 @@ def _launch_options(args: argparse.Namespace) -> LaunchOptions:
         prefix_cache=not args.no_prefix_cache,
         speculative_tokens=args.speculative_tokens,
         threads=args.threads,
+        device=args.device,
         executor=executor,
         breaks=args.__dict__["break"],
     )

@@ -69,6 +69,7 @@ RUN_OPTIONS = (
         unset="as compiled",
     ),
     Option("threads", "CPU threads", type=positive, metavar="N", unset="all cores"),
+    Option("device", "GPU: number of the card", 0, type=not_negative, metavar="N"),
     Option("executor", "GPU: capture CUDA graphs, or not", "graph", choices=("graph", "eager")),
     Option("debug-contracts", "GPU: check every segment's contract at every step, uncaptured", flag=True),
     Option("shadow", "run every call's reference beside it and report what differs", flag=True),

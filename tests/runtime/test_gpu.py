@@ -42,12 +42,20 @@ def test_a_machine_without_a_card_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_another_card_is_refused_with_its_name_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(ArtifactError) as error:
         check_card("sm_90a", 0)
     assert "A100" in error.value.message and "sm_80" in error.value.message
     assert error.value.hint == "compile it with `--target sm_80a`"
+
+
+def test_a_card_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ArtifactError, match="no card 2: this machine has 2"):
+        check_card("sm_90a", 2)
 
 
 def test_kernels_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
