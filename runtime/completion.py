@@ -113,6 +113,8 @@ class StopMatcher:
         """The text that is safe to show now."""
         if not self._stops or self.stopped:
             return "" if self.stopped else text
+        if not self._held and self._firsts.isdisjoint(text):  # nearly always
+            return text
         text = self._held + text
         ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
@@ -250,8 +252,9 @@ class Choice:
         delta = self._delta
         if not (delta or self.finish_reason):
             return delta
-        visible = self._num_visible()
-        delta.tokens, self._pending = self._pending[:visible], self._pending[visible:]
+        if self._pending:
+            visible = self._num_visible()
+            delta.tokens, self._pending = self._pending[:visible], self._pending[visible:]
         self._delta = Delta()
         return delta
 
