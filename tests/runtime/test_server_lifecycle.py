@@ -70,6 +70,31 @@ def test_a_client_that_leaves_is_cancelled(slow: tuple[Live, Paced], options: di
     assert f'dsv4c_sequences_finished_total{{reason="cancelled"}} {options.get("n", 1)}.0' in text
 
 
+CLIENT = """
+import json, socket, sys
+sock = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+data = sys.argv[2].encode()
+sock.sendall(b"POST /v1/completions HTTP/1.1\\r\\nhost: x\\r\\ncontent-length: %d\\r\\n\\r\\n" % len(data) + data)
+while True:
+    print(len(sock.recv(100)), flush=True)
+"""
+
+
+def test_clients_that_are_killed(slow: tuple[Live, Paced]) -> None:
+    live, _ = slow
+    clients = []
+    for options in ({"stream": True}, {"n": 2}, {"stream": True}):
+        command = [sys.executable, "-c", CLIENT, str(live.address[1]), json.dumps({**LONG, **options})]
+        clients.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+    wait_for(lambda: len(live.server.server_state.tasks) == 3)
+    assert clients[0].stdout is not None and clients[0].stdout.readline()
+    for client in clients:
+        client.kill()
+        client.communicate()
+    wait_for(lambda: idle(live) and not live.server.server_state.connections)
+    live.engine.audit()
+
+
 def test_a_client_that_leaves_the_queue_never_runs(slow: tuple[Live, Paced]) -> None:
     live, executor = slow
     running = [connect(live, LONG) for _ in range(2)]
