@@ -4,10 +4,10 @@ usage: python benchmarks/soak_server.py [--minutes 10] [--clients 64] [--rows FI
 
 The server is started as a user does. Each client does one thing after another, at random. At the end every client
 leaves, the server must become idle with every page free, and it must end by SIGTERM with status 0. Memory is the
-server's resident set, sampled every second. The first fifth of the time (2 minutes of 10) is warm-up: the allocator's
-arenas and the caches grow to what this load needs. The medians of the tenths after it must lie within 2 % of each
-other, the largest over the smallest. Exits with 1 if they do not, for a hang, a 5xx that is no 503, or a page that is
-not free.
+server's resident set, sampled every second. The cache of grammars is filled before the time begins; the first fifth of
+the time (2 minutes of 10) is warm-up: the allocator's arenas and the other caches grow to what this load needs. The
+medians of the tenths after it must lie within 2 % of each other, the largest over the smallest. Exits with 1 if they do
+not, for a hang, a 5xx that is no 503, or a page that is not free.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ PORT = 8124
 NAME = "soaked"
 URL = f"http://127.0.0.1:{PORT}"
 TENTHS, WARM_UP = 10, 2
+NUM_GRAMMARS = 300
 HANG_S = 120.0  # no answer takes so long, at this load, on two cores
+ENDS = (b"data: [DONE]\n\n", b"event: message_stop\n", b'"type":"response.completed"', b'"response.incomplete"')
 WORDS = [
     "the",
     "package",
@@ -84,19 +86,52 @@ def generation(draw: random.Random) -> tuple[str, dict[str, Any]]:
     """A valid request of any kind."""
     body: dict[str, Any] = {"model": NAME, "max_tokens": draw.randint(1, 96), "stream": draw.random() < 0.6}
     body |= draw.choice([{}, {"temperature": 0}, {"seed": 7, "top_p": 0.9}, {"n": 2}, {"stop": ["the", "\n"]}])
-    if draw.random() < 0.5:
-        thinking = {"thinking": draw.random() < 0.5}
-        messages = [{"role": "user", "content": prompt(draw)}]
-        return "/v1/chat/completions", {**body, "messages": messages, "chat_template_kwargs": thinking}
-    return "/v1/completions", {**body, "prompt": prompt(draw), "ignore_eos": draw.random() < 0.5}
+    messages, text = [{"role": "user", "content": prompt(draw)}], prompt(draw)
+    thinking = {"thinking": draw.random() < 0.5}
+    kind = draw.choices(("chat", "structured", "tools", "messages", "responses", "text"), (5, 1, 1, 1, 1, 7))[0]
+    if kind == "text":
+        return "/v1/completions", {**body, "prompt": text, "ignore_eos": draw.random() < 0.5}
+    if kind == "messages":
+        return "/v1/messages", {**plain(body), "messages": messages}
+    if kind == "responses":
+        del body["max_tokens"]
+        return "/v1/responses", {**plain(body), "input": text, "max_output_tokens": draw.randint(16, 96)}
+    chat = {**body, "messages": messages, "chat_template_kwargs": thinking}
+    if kind == "structured":  # more schemas than the cache of grammars holds
+        chat["response_format"] = response_format(draw.randint(0, 999))
+    if kind == "tools":
+        function = {"name": f"look_up_{draw.randint(0, 9)}", "parameters": {"type": "object", "properties": {}}}
+        chat |= {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    return "/v1/chat/completions", chat
+
+
+def response_format(number: int) -> dict[str, Any]:
+    properties = {f"key{number}": {"type": ("integer", "string", "boolean")[number % 3]}}
+    schema = {"type": "object", "properties": properties, "required": [*properties]}
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+async def fill_grammars() -> None:
+    """Has the server compile more grammars than it keeps: some 35 MB, else reached within the time that counts."""
+    async with aiohttp.ClientSession() as session:
+        for number in range(NUM_GRAMMARS):
+            body = {"model": NAME, "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}
+            body["response_format"] = response_format(number)
+            async with session.post(f"{URL}/v1/chat/completions", json=body) as response:
+                response.raise_for_status()
+
+
+def plain(body: dict[str, Any]) -> dict[str, Any]:
+    """Of a body what the other APIs know, too."""
+    return {name: body[name] for name in ("model", "max_tokens", "stream", "temperature") if name in body}
 
 
 async def valid(session: aiohttp.ClientSession, draw: random.Random, counts: Counts) -> None:
     path, body = generation(draw)
     async with session.post(URL + path, json=body) as response:
         data = await response.read()
-        counts[f"valid {response.status}"] += 1
-        whole = not body["stream"] or data.endswith(b"data: [DONE]\n\n")
+        counts[f"{path} {response.status}"] += 1
+        whole = not body["stream"] or any(end in data[-4000:] for end in ENDS)
         if response.status not in (200, 503) or (response.status == 200 and not whole):
             counts.faults.append(f"valid: {response.status} {data[-200:]!r}")
 
@@ -226,6 +261,7 @@ def main() -> int:
     server = subprocess.Popen([*command, "--log-level", "error"], stderr=subprocess.PIPE, text=True)
     try:
         asyncio.run(listening())
+        asyncio.run(fill_grammars())
         row = asyncio.run(soak(args.minutes, args.clients, server.pid))
         server.send_signal(signal.SIGTERM)
         said = server.communicate()[1]
