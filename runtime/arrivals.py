@@ -26,8 +26,8 @@ class Arrivals:
         self.collected = 0
         self._scheduler = scheduler
         self._runner = runner
-        self._behind: dict[str, int] = {}
-        """Request id -> the number of the step behind which its transfer begins."""
+        self._behind: dict[Request, int] = {}
+        """The number of the step behind which a request's transfer begins."""
 
     def ready(self, flights: int, launching: bool) -> list[Request]:
         """Takes out those that can begin. `flights`: steps in flight; `launching`: one more is about to be launched.
@@ -41,10 +41,10 @@ class Arrivals:
             self._runner.synchronize()
         out = []
         for request in list(opened.values()):
-            behind = self._behind.setdefault(request.id, self.launched + launching)
+            behind = self._behind.setdefault(request, self.launched + launching)
             if not flights or (behind <= self.collected and not self._scheduler.copies_due):
                 out.append(opened.pop(request.id))
-        self._behind = {name: step for name, step in self._behind.items() if name in opened}
+        self._behind = {request: self._behind[request] for request in opened.values()}
         return out
 
     def begin(self, request: Request) -> None:

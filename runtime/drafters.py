@@ -6,11 +6,12 @@ from dsv4c.artifact import Manifest
 from dsv4c.runtime.blocks import BlockDrafter
 from dsv4c.runtime.drafts import Drafter, MtpDrafter
 from dsv4c.runtime.executor import ArtifactExecutor
+from dsv4c.runtime.runner import Executor
 
 
-def drafter_of(executor: ArtifactExecutor, manifest: Manifest) -> Drafter:
+def drafter_of(executor: Executor, manifest: Manifest) -> Drafter:
     """Runs its programs beside `executor`, over the same pools."""
-    assert manifest.drafter is not None
+    assert isinstance(executor, ArtifactExecutor) and manifest.drafter is not None
     programs = manifest.programs
     if manifest.drafter.kind == "mtp":
         return MtpDrafter(executor, executor.beside(programs["mtp"]), programs["mtp"].inputs)

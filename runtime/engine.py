@@ -36,7 +36,7 @@ from dsv4c.runtime.batch import step_inputs
 from dsv4c.runtime.blockkeys import KVEvent
 from dsv4c.runtime.drafters import drafter_of
 from dsv4c.runtime.enginestats import EngineStats
-from dsv4c.runtime.executor import ArtifactExecutor
+from dsv4c.runtime.follower import Follower, Stage
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
 from dsv4c.runtime.moving import First, Progress, Transfers
@@ -54,6 +54,8 @@ class _Flight(NamedTuple):
 
     spans: Sequence[Span]
     ticket: Ticket
+    followed: Sequence[Stage]
+    """Of the requests that are to be kept."""
 
 
 class Engine:
@@ -77,7 +79,7 @@ class Engine:
         self.speculation = speculation or Speculation(limits.speculative_tokens)
         self.scheduler = Scheduler(pool, limits, self.speculation.length)
         self._arrivals = Arrivals(self.scheduler, runner)
-        self._progress: Progress | None = None
+        self._follower: Follower | None = None
         self._stalled = False
         self.failure: RunnerBroken | None = None
         """Why nothing can be computed any more, or None while the runner is well."""
@@ -107,10 +109,7 @@ class Engine:
         inputs, symbols = step_inputs(manifest)
         pool = KVPool(manifest.kv_groups, sizes)
         states = [p.name for group in snapshot_states(manifest.state_groups, pool.groups) for p in group.pools]
-        drafter = None
-        if limits.speculative_tokens:
-            assert isinstance(executor, ArtifactExecutor)
-            drafter = drafter_of(executor, manifest)
+        drafter = drafter_of(executor, manifest) if limits.speculative_tokens else None
         runner = HostRunner(
             executor, inputs, pool, symbols, vocab_size=manifest.vocab_size, states=states, drafter=drafter
         )
@@ -134,7 +133,8 @@ class Engine:
         if self.has_work or self.scheduler.holders:
             raise EngineError("hooks are set before the first request")
         self._arrivals.transfers = transfers
-        self._progress = self.scheduler.progress = progress
+        self.scheduler.progress = progress
+        self._follower = None if progress is None else Follower(progress)
         if isinstance(self.runner, HostRunner):
             self.runner.on_mark = None if progress is None else progress.mark
 
@@ -290,10 +290,7 @@ class Engine:
     def _launch(self, spans: Sequence[Span]) -> list[Event]:
         self._steps += 1
         self._step_tokens += sum(s.length for s in spans)
-        if self._progress is not None:
-            for span in spans:
-                if span.request.keep:
-                    self._progress.launching(span.request, span.end - span.drafts)
+        followed = () if self._follower is None else self._follower.launching(spans, self.runner.lag)
         began = time.perf_counter()
         try:
             for pairs in self.scheduler.copies():
@@ -307,15 +304,17 @@ class Engine:
             if not span.request.first_step_s:
                 span.request.first_step_s = began
         self.scheduler.commit(spans)
-        self._flights.append(_Flight(spans, ticket))
+        self._flights.append(_Flight(spans, ticket, followed))
         self._arrivals.launched += 1
         return []
 
     def _collect(self) -> list[Event]:
-        spans, ticket = self._flights.popleft()
+        spans, ticket, followed = self._flights.popleft()
         self._arrivals.collected += 1
         chosen = self._wait(ticket)
         if not isinstance(chosen, Exception):
+            if self._follower is not None:
+                self._follower.computed(followed)
             return self._record(spans, chosen)
         events = self._fail_steps([spans, *(f.spans for f in self._flights)], chosen)
         while self._flights:  # to be dropped, before new requests share a step's fate with them
@@ -333,10 +332,6 @@ class Engine:
 
     def _record(self, spans: Sequence[Span], chosen: Chosen) -> list[Event]:
         """Hands a step's results to its requests; those of requests that have ended meanwhile are dropped."""
-        if self._progress is not None:
-            for span in spans:
-                if span.request.keep and span.request.status == "running":
-                    self._progress.computed(span.request, span.end - span.drafts)
         for span in spans if chosen.prompt else ():
             span.request.gather_prompt(span.prompt_rows, chosen.prompt.get(span.request.id, ()))
         sampling = [s for s in spans if s.samples]
@@ -442,8 +437,8 @@ class Engine:
         del self._requests[request.id]
         self._stalled = False
         self._ended[reason] += 1
-        if request.keep and self._progress is not None:
-            self._progress.ended(request, keeps)
+        if request.keep and self._follower is not None:
+            self._follower.progress.ended(request, keeps)
         if begun and self._arrivals.transfers is not None:
             self._arrivals.transfers.ended(request.id)
         end = request.ended(reason, stop_token=stop_token, error=error)
@@ -457,6 +452,10 @@ class Engine:
     def block_events(self) -> list[KVEvent]:
         """What the prefix tree has stored and removed since the last call, in order. Empty if it is not tracked."""
         return [] if self.scheduler.prefix is None else self.scheduler.prefix.tree.events()
+
+    def known_blocks(self) -> list[int]:
+        """The hashes of all blocks that the prefix tree has, parents first. Empty if it is not tracked."""
+        return [] if self.scheduler.prefix is None else self.scheduler.prefix.tree.hashes()
 
     def stats(self, ahead: int = 0) -> EngineStats:
         """A snapshot for metrics; safe from any thread. `ahead` more requests wait outside."""

@@ -171,6 +171,11 @@ class KVPool:
         """Group -> pages of running requests."""
         return {g.spec.name: g.pages - 1 - g.available for g in self._groups}
 
+    def num_used(self, group: str, pages: Iterable[int]) -> int:
+        """How many of these pages requests refer to."""
+        of = self._by_name[group]
+        return sum(of.refs[page] > of.held[page] for page in pages)
+
     def total_pages(self) -> dict[str, int]:
         """Group -> pages that requests can own (the null page not counted)."""
         return {g.spec.name: g.pages - 1 for g in self._groups}

@@ -15,9 +15,10 @@ snapshot: its window pages, held, and a row of its own in the state pools behind
     make_room(slot, n)    evicts until the slot can grow to n tokens
 
 A request in use of a node is in use of its parents, and refers to the pages of all of them. So a node in use is never
-evicted, and the pages of one that is not are idle. Least recently used first: leaves where pages of their groups lack,
-snapshots alone where window pages or rows do (whoever reads those window pages has its own references). Copies of
-states are queued in the order of what caused them and belong in front of the next step.
+evicted, and the pages of one that is not are idle (or of a request that has left the tree and is kept). Least recently
+used first: leaves where pages of their groups lack, snapshots alone where window pages or rows do (whoever reads those
+window pages has its own references). Copies of states are queued in the order of what caused them and belong in front
+of the next step. If asked to, the tree logs the blocks that it stores and removes, for those who route requests.
 """
 
 from __future__ import annotations
@@ -104,6 +105,10 @@ class PrefixTree:
         if out:
             self._events = []
         return out
+
+    def hashes(self) -> list[int]:
+        """The hashes of all blocks that are there, parents before children; none if there is no log."""
+        return [] if self._events is None else [node.hash for node in self._nodes()]
 
     def find(self, keys: Iterable[bytes], salt: Hashable = None) -> list[Node]:
         """The nodes of these blocks, from the first on, until one is not known."""

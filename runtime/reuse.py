@@ -73,14 +73,17 @@ class PrefixCache:
         depth = next((i for i in range(len(path), 0, -1) if path[i - 1].snapshot is not None), 0)
         return Match(path, depth)
 
-    def shared(self, match: Match) -> dict[str, int]:
-        """Group -> pages that resuming takes from running requests, which so are not to be had by it."""
+    def shared(self, match: Match, *, kept: bool = False) -> dict[str, int]:
+        """Group -> pages that resuming takes from other requests, which so are not to be had by it.
+
+        `kept`: whether some of these have left the tree and kept their pages.
+        """
         counts = dict.fromkeys(self._pool.tables, 0)
         for node in match.path[: match.depth]:
-            if not node.users:
+            if not node.users and not kept:
                 break
             for group, pages in node.pages.items():
-                counts[group] += len(pages)
+                counts[group] += len(pages) if node.users else self._pool.num_used(group, pages)
         return counts
 
     def admit(self, request: Request, match: Match) -> None:

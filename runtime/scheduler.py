@@ -372,7 +372,7 @@ class Scheduler:
             for group, pages in self.pool.claim(slot, tokens).items():
                 left[group] -= pages
         if self.prefix is not None:
-            for group, pages in self.prefix.shared(match).items():
+            for group, pages in self.prefix.shared(match, kept=bool(self.holders)).items():
                 left[group] += pages
         return min(left.values(), default=0) >= 0
 
