@@ -429,7 +429,8 @@ class Engine:
         error: Dsv4cError | None = None,
     ) -> Event:
         begun = request.status == "arriving" and request.id not in self.scheduler.holders.opened
-        keeps = request.keep and reason in ("stop", "length")
+        # one that was preempted with its last token in flight has ended well, and has nothing to keep
+        keeps = request.keep and request.status == "running" and reason in ("stop", "length")
         if keeps:
             self.scheduler.keep(request)
         else:

@@ -82,4 +82,4 @@ class Progress(Protocol):
         """Its slot and pages are about to go. It comes back by `admitted`, unless it ends."""
 
     def ended(self, request: Request, complete: bool, /) -> None:
-        """It has ended. `complete`: by `stop` or `length`, and is kept."""
+        """It has ended. `complete`: by `stop` or `length`, with its state in the pools, and is kept."""
