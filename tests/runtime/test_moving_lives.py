@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -245,8 +246,10 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.there())
     @rule(data=st.data(), late=st.booleans())
     def finish(self, data: st.DataObject, late: bool) -> None:
+        self.finish_one(data.draw(st.sampled_from(self.there())), late)
+
+    def finish_one(self, name: str, late: bool) -> None:
         """A transfer is done."""
-        name = data.draw(st.sampled_from(self.there()))
         arrival, kept, first = self.writing.pop(name), self.engines[0].kept[f"{name}'"], self.cases[name].first
         del self.transfers.begun[name]
         assert first is not None
@@ -261,9 +264,11 @@ class Lives(RuleBasedStateMachine):
     @rule(data=st.data(), chance=st.integers(0, 3), busy=st.booleans(), settle=st.booleans())
     def lose(self, data: st.DataObject, chance: int, busy: bool, settle: bool) -> None:
         """A transfer is given up; if it is busy it goes on writing."""
-        if chance:
-            return
-        name = data.draw(st.sampled_from(sorted(self.writing)))
+        if not chance:
+            self.lose_one(data.draw(st.sampled_from(sorted(self.writing))), busy, settle)
+
+    def lose_one(self, name: str, busy: bool, settle: bool) -> None:
+        """See `lose`."""
         busy = busy and name in self.engines[1].arriving
         if not busy:
             del self.transfers.begun[name], self.writing[name]
@@ -344,6 +349,35 @@ class Lives(RuleBasedStateMachine):
 
 def test_no_order_of_events_changes_a_token_or_leaks_a_page() -> None:
     machine: Callable[[], Lives] = type("Counted", (Lives,), {"steps": 0})
-    run_machine(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
-    counts = machine.moved, machine.lost, machine.preempted  # type: ignore[attr-defined]
-    assert min(counts) > 0, counts
+    run_machine(machine, settings=settings(max_examples=50, stateful_step_count=40, deadline=None))
+    assert machine.steps > 1000  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_life_over_pools_that_are_too_small(seed: int) -> None:
+    """Hundreds of steps under constant pressure, with a reference for every token."""
+    rng = random.Random(seed)
+    machine = type("Pressed", (Lives,), {"moved": 0, "lost": 0})()
+    drafts, budget = (0, 2)[seed // 2], (None, 12)[seed % 2]
+    machine.make(seed % 2, drafts, 24, 0.3, (0, 8)[seed % 2], budget, seed, False)
+    for _ in range(500):
+        if min(len(e.scheduler.waiting) for e in machine.engines) < 3:
+            machine.submit(
+                rng.randrange(2), rng.random() < 0.8, rng.randint(1, 60), rng.randrange(3), rng.randrange(len(KINDS)),
+                rng.randint(1, 24), rng.randrange(9),
+            )  # fmt: skip
+        for which in (0, 1):
+            machine.step(which, rng.randrange(3))
+            machine.preempt(which, rng.randrange(30))
+        for name in machine.there():
+            if rng.random() < 0.4:
+                machine.finish_one(name, rng.random() < 0.2)
+        for name in list(machine.engines[0].kept):
+            if rng.random() < (0.02 if name.removesuffix("'") in machine.engines[1]._requests else 0.3):
+                machine.engines[0].let_go(name)
+        for name in sorted(machine.writing):
+            if name not in machine.there() and f"{name}'" not in machine.engines[0]._requests and rng.random() < 0.3:
+                machine.lose_one(name, rng.random() < 0.3, True)
+    machine.teardown()
+    counts = machine.moved, machine.lost, sum(e.stats().preemptions for e in machine.engines)
+    assert machine.moved > 40 and min(counts) > 5, counts
