@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from dsv4c.launch import answer, launch, serve
     from dsv4c.runtime.serve import bind
 
-    options = _launch_options(args)
+    options = launch_options(args)
     serving = _serve_options(args)
     sock = bind(args.host, args.port) if args.prompt is None else None
     with progress_bars("{task.fields[amount]}") as progress:
@@ -95,7 +95,7 @@ def _split(began: float, ends: Mapping[str, float]) -> str:
     return f"ready in {time.perf_counter() - began:.1f} s: {parts}"
 
 
-def _launch_options(args: argparse.Namespace) -> LaunchOptions:
+def launch_options(args: argparse.Namespace) -> LaunchOptions:
     """What loads and computes. Raises ConfigError for values that exclude each other."""
     from dsv4c.launch import LaunchOptions
     from dsv4c.units import parse_tokens

@@ -1,0 +1,33 @@
+"""Every option of `dsv4c dynamo`: those of `dsv4c run` that concern the engine, and the worker's own."""
+
+from __future__ import annotations
+
+from dsv4c.commands.arguments import positive, seconds
+from dsv4c.commands.run_options import RUN_OPTIONS
+from dsv4c.commands.settings import Option
+
+_OF_RUN = (
+    "artifact", "weights", "load-format", "seed", "tokenizer", "chat-release", "model-name", "max-queue",
+    "default-thinking", "max-requests", "max-context", "kv-memory", "gpu-memory-utilization", "no-prefix-cache",
+    "speculative-tokens", "threads", "executor", "debug-contracts", "shadow", "break",
+)  # fmt: skip
+
+DYNAMO_OPTIONS = (
+    *(option for option in RUN_OPTIONS if option.name in _OF_RUN),
+    Option("role", "what this worker computes", "both", choices=("both", "prefill", "decode")),
+    # how it registers
+    Option("namespace", "Dynamo's namespace", "dynamo", metavar="NAME"),
+    Option("component", "Dynamo's component", metavar="NAME", unset="`prefill` for that role, else `backend`"),
+    Option(
+        "discovery-backend",
+        "where workers and frontends find each other",
+        "file",
+        choices=("file", "mem", "etcd", "kubernetes"),
+    ),
+    Option("request-plane", "how requests come", "tcp", choices=("tcp", "nats")),
+    Option("event-plane", "how KV events go", "zmq", choices=("zmq", "nats")),
+    Option("no-kv-events", "tell the router nothing of the prefix cache and the load", flag=True),
+    # serving
+    Option("stream-interval", "tokens of a chunk; the first comes at once", 1, type=positive, metavar="N"),
+    Option("drain-timeout", "seconds that requests in flight have after SIGTERM", 30.0, type=seconds, metavar="S"),
+)

@@ -1,0 +1,139 @@
+"""What Dynamo's frontend asks of a worker, read and checked: token ids and parameters, in this engine's words.
+
+A field that asks for something this engine cannot do is refused, never ignored; what only concerns text (stop strings,
+special tokens, echo) is the frontend's and not read. None stands for a field that the client did not give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dsv4c.errors import RequestError
+from dsv4c.runtime.params import SamplingParams
+
+_SAMPLING = {
+    "temperature": float, "top_p": float, "min_p": float, "top_k": int, "seed": int, "n": int,
+    "presence_penalty": float, "frequency_penalty": float, "repetition_penalty": float,
+}  # fmt: skip
+_STOPPING = {"max_tokens": int, "min_tokens": int}
+_GUIDES = ("json", "regex", "choice", "grammar")
+_NAMES = {f.name for f in fields(SamplingParams)}
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The grammar that is asked for: one of `json`, `regex`, `choice`, `grammar`, with its value."""
+
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request. `params.n` choices; `params.grammar` is still to be compiled from `guide`."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    guide: Guide | None = None
+    annotations: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.params.logprobs is not None
+
+
+def read_request(request: Mapping[str, Any], eos_token_ids: Collection[int]) -> Asked:
+    """The request of the frontend. Raises RequestError (400) that names the field at fault."""
+    prompt = _token_ids(request.get("token_ids"), "token_ids")
+    if not prompt:
+        raise _refuse("prompt", "has no tokens")
+    for name in ("multi_modal_data", "prompt_embeds", "encoder_result"):
+        if request.get(name):
+            raise _refuse(name, "is not supported: the model reads text")
+    sampling, stopping = _section(request, "sampling_options"), _section(request, "stop_conditions")
+    output = _section(request, "output_options")
+    if sampling.get("use_beam_search"):
+        raise _refuse("use_beam_search", "is not supported")
+    if sampling.get("best_of") not in (None, 1, sampling.get("n")):
+        raise _refuse("best_of", "is not supported")
+    if stopping.get("max_thinking_tokens") is not None:
+        raise _refuse("max_thinking_tokens", "is not supported")
+    given: dict[str, Any] = {}
+    for section, kinds in ((sampling, _SAMPLING), (stopping, _STOPPING)):
+        given |= {name: value for name, kind in kinds.items() if (value := _number(section, name, kind)) is not None}
+    for name in ("logprobs", "prompt_logprobs"):
+        if (count := _number(output, name, int)) is not None:
+            given[name] = count
+    bias = sampling.get("logit_bias")
+    if bias is not None:
+        given["logit_bias"] = _bias(bias)
+    ignore_eos = bool(stopping.get("ignore_eos"))
+    stops = _stop_ids(stopping) - set(eos_token_ids)
+    params = SamplingParams(**given, stop_token_ids=tuple(sorted(stops)), ignore_eos=ignore_eos)
+    return Asked(prompt, params, _guide(sampling.get("guided_decoding")))
+
+
+def _section(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = request.get(name)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise _refuse(name, "must be an object")
+    return found
+
+
+def _number(section: Mapping[str, Any], name: str, kind: type) -> int | float | None:
+    value = section.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+        raise _refuse(name, f"must be {'a whole number' if kind is int else 'a number'}, not {value!r}")
+    return int(value) if kind is int else float(value)
+
+
+def _token_ids(value: Any, name: str) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or not all(type(token) is int for token in value):
+        raise _refuse(name, "must be a list of token ids")
+    return tuple(value)
+
+
+def _stop_ids(stopping: Mapping[str, Any]) -> set[int]:
+    """Every token that ends the request, whether its text is shown or not: that is the frontend's affair."""
+    names = ("stop_token_ids", "stop_token_ids_hidden", "stop_token_ids_visible")
+    return {token for name in names for token in _token_ids(stopping.get(name), name)}
+
+
+def _bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise _refuse("logit_bias", "must be an object")
+    try:
+        return {int(token): float(bias) for token, bias in value.items()}
+    except (TypeError, ValueError):
+        raise _refuse("logit_bias", "must map token ids to numbers") from None
+
+
+def _guide(value: Any) -> Guide | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _refuse("guided_decoding", "must be an object")
+    if value.get("structural_tag") is not None:
+        raise _refuse("structural_tag", "is not supported")
+    found = list(_guides(value))
+    if len(found) > 1:
+        raise _refuse("guided_decoding", f"asks for `{found[0].kind}` and `{found[1].kind}`, which exclude each other")
+    return found[0] if found else None
+
+
+def _guides(value: Mapping[str, Any]) -> Iterator[Guide]:
+    for kind in _GUIDES:
+        if value.get(kind) is not None:
+            yield Guide(kind, value[kind])
+
+
+def _refuse(param: str, message: str) -> RequestError:
+    return RequestError(f"`{param}` {message}", param=param, code="invalid_value")
