@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4c.artifact import Manifest
+from dsv4c.chat.prompts import Release
+from dsv4c.chat.template import chat_template
+from dsv4c.errors import ConfigError
 from dsv4c.launch import Launched
 from dsv4c.runtime.dynamo.version import check_installed
 from dsv4c.runtime.grammar import Grammars
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.poolsizes import block_tokens
 
+MODEL_TYPE = "dsv4c"
+"""Of which Dynamo's frontend knows nothing, so that it takes the template: its own text of `deepseek_v4` is one release's."""
 MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -43,11 +50,13 @@ def serve_dynamo(launched: Launched, tokenizer: Path, options: DynamoOptions) ->
     engine, manifest = launched.engine, launched.manifest
     grammars = Grammars(launched.codec) if manifest.target == "cpu" else None  # masks are applied on the host
     block = block_tokens(engine.pool.groups)
-    with tempfile.TemporaryDirectory(prefix="dsv4c-dynamo-") as folder:
-        write_model_folder(Path(folder), tokenizer, manifest, engine.max_context, launched.codec.eos_token_ids)
+    folder = model_folder(
+        tokenizer, manifest, engine.max_context, launched.codec.eos_token_ids, launched.codec.release
+    )
+    if True:
         loop = EngineLoop(engine).start()
         card = Card(
-            model=folder,
+            model=str(folder),
             served_model_name=launched.model_name,
             bos_token_id=int(manifest.model["bos_token_id"]),
             block_tokens=block,
@@ -64,7 +73,7 @@ def serve_dynamo(launched: Launched, tokenizer: Path, options: DynamoOptions) ->
             options.event_plane, options.kv_events, options.default_thinking,
         )  # fmt: skip
         try:
-            run(worker, worker_config(folder, launched.model_name, chosen))
+            run(worker, worker_config(str(folder), launched.model_name, chosen))
         finally:
             loop.close(drain=False)
 
@@ -76,20 +85,34 @@ def total_blocks(launched: Launched) -> int:
     return min(pages[g.name] * g.page_tokens // block for g in pool.groups if g.horizon is None)
 
 
-def write_model_folder(
-    folder: Path, tokenizer: Path, manifest: Manifest, max_context: int, eos_token_ids: tuple[int, ...]
-) -> None:
-    """What the frontend reads of a model: its kind, its context, its tokenizer. No weights."""
-    for name in MODEL_FILES:
-        if (tokenizer / name).is_file():
-            (folder / name).write_bytes((tokenizer / name).read_bytes())
-    model = dict(manifest.model)
+def model_folder(
+    tokenizer: Path, manifest: Manifest, max_context: int, eos_token_ids: tuple[int, ...], release: Release
+) -> Path:
+    """The folder of what the frontend reads of a model: its kind, its context, its tokenizer; no weights.
+
+    Its name follows from its content, since workers of one model register with equal cards or are refused, and a card
+    names the folder. It stays for other workers. Raises ConfigError if somebody else's is in its place.
+    """
+    model = manifest.model
     config = {
-        "model_type": model.get("model_type", "deepseek_v4"),
+        "model_type": MODEL_TYPE,
         "architectures": model.get("architectures", ["DeepseekV4ForCausalLM"]),
         "vocab_size": manifest.vocab_size,
         "bos_token_id": model["bos_token_id"],
         "eos_token_id": list(eos_token_ids) if len(eos_token_ids) > 1 else eos_token_ids[0],
         "max_position_embeddings": max_context,
     }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    files = {name: (tokenizer / name).read_bytes() for name in MODEL_FILES if (tokenizer / name).is_file()}
+    files["chat_template.jinja"] = chat_template(release).encode()
+    files["config.json"] = json.dumps(config, sort_keys=True).encode()
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"dsv4c-dynamo-{os.getuid()}-{digest}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ConfigError(f"`{folder}` belongs to somebody else", hint="remove it")
+    for name, data in files.items():
+        handle, part = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(part).replace(folder / name)  # whole, whoever else writes the same
+    return folder

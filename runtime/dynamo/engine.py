@@ -112,6 +112,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]  # Dynamo is not installed 
 
     async def generate(self, request: Mapping[str, Any], context: Context) -> AsyncGenerator[Chunk, None]:
         """Chunks of every choice until all have ended. Raises what Dynamo knows: see `_translated`."""
+        _LOG.info("REQ %s", dict(request))
         try:
             asked = read_request(request, self._codec.eos_token_ids)
             async for chunk in self._answer(asked, context):
