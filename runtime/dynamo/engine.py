@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import signal
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ from dsv4c.errors import ConfigError, Dsv4cError, RequestError
 from dsv4c.runtime.dynamo.asked import Asked, read_request
 from dsv4c.runtime.dynamo.chunks import Chunk, chunk_of, failure_of, usage
 from dsv4c.runtime.dynamo.mail import Mailbox
+from dsv4c.runtime.dynamo.watchdog import Watchdog
 from dsv4c.runtime.grammar import Grammar, GrammarCodec, Grammars
 from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.request import Request, expand
@@ -86,6 +88,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]  # Dynamo is not installed 
         self._stream_interval = stream_interval
         self._numbers = itertools.count(1)
         self._jobs: dict[str, _Job] = {}
+        self._watchdog: asyncio.Future[None] | None = None
         self._closing = False
         self._closed = False
 
@@ -110,9 +113,14 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]  # Dynamo is not installed 
             ),
         )
 
+    async def on_endpoint_ready(self, endpoint: Any) -> None:
+        """Begins to watch whether the worker stays registered."""
+        client = await endpoint.client()
+        watchdog = Watchdog(endpoint.connection_id(), client.instance_ids, lambda: signal.raise_signal(signal.SIGTERM))
+        self._watchdog = asyncio.ensure_future(watchdog.run())
+
     async def generate(self, request: Mapping[str, Any], context: Context) -> AsyncGenerator[Chunk, None]:
         """Chunks of every choice until all have ended. Raises what Dynamo knows: see `_translated`."""
-        _LOG.info("REQ %s", dict(request))
         try:
             asked = read_request(request, self._codec.eos_token_ids)
             async for chunk in self._answer(asked, context):
@@ -192,6 +200,8 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]  # Dynamo is not installed 
         if self._closed:
             return
         self._closed = True
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         if not await self._settled(self._drain_s):
             _LOG.warning(
                 "%d requests have not finished in %g s: they go to other workers", len(self._jobs), self._drain_s
