@@ -8,16 +8,21 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dsv4c.artifact import Manifest
 from dsv4c.chat.prompts import Release
 from dsv4c.chat.template import chat_template
 from dsv4c.errors import ConfigError
 from dsv4c.launch import Launched
+from dsv4c.runtime.dynamo.publish import Publishing
+from dsv4c.runtime.dynamo.rendezvous import Rendezvous
+from dsv4c.runtime.dynamo.serving import Role, Serving
 from dsv4c.runtime.dynamo.version import check_installed
 from dsv4c.runtime.grammar import Grammars
-from dsv4c.runtime.loop import EngineLoop
+from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.poolsizes import block_tokens
+from dsv4c.runtime.transfer.node import Node
 
 MODEL_TYPE = "dsv4c"
 """Of which Dynamo's frontend knows nothing, so that it takes the template: its own text of `deepseek_v4` is one release's."""
@@ -28,7 +33,7 @@ MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
 class DynamoOptions:
     """How the worker serves."""
 
-    role: str = "both"
+    role: Role = "both"
     namespace: str = "dynamo"
     component: str | None = None
     discovery: str = "file"
@@ -38,6 +43,12 @@ class DynamoOptions:
     default_thinking: bool = False
     drain_s: float = 30.0
     stream_interval: int = 1
+    hand_over: Literal["completed", "bootstrap"] = "bootstrap"
+    host: str = "127.0.0.1"
+    """Of a prefill worker: where it listens for decode workers."""
+    advertise: str | None = None
+    """Where they find it; None: `host`."""
+    bootstrap_port: int = 0
 
 
 def serve_dynamo(launched: Launched, tokenizer: Path, options: DynamoOptions) -> None:
@@ -47,35 +58,39 @@ def serve_dynamo(launched: Launched, tokenizer: Path, options: DynamoOptions) ->
     from dsv4c.runtime.dynamo.engine import Card, DynamoEngine
     from dsv4c.runtime.dynamo.worker import WorkerOptions, run, worker_config
 
-    engine, manifest = launched.engine, launched.manifest
-    grammars = Grammars(launched.codec) if manifest.target == "cpu" else None  # masks are applied on the host
-    block = block_tokens(engine.pool.groups)
-    folder = model_folder(
-        tokenizer, manifest, engine.max_context, launched.codec.eos_token_ids, launched.codec.release
+    engine, manifest, codec = launched.engine, launched.manifest, launched.codec
+    grammars = Grammars(codec) if manifest.target == "cpu" else None  # masks are applied on the host
+    folder = model_folder(tokenizer, manifest, engine.max_context, codec.eos_token_ids, codec.release)
+    meets = options.role == "prefill" and options.hand_over == "bootstrap"
+    card = Card(
+        model=str(folder),
+        served_model_name=launched.model_name,
+        bos_token_id=int(manifest.model["bos_token_id"]),
+        block_tokens=block_tokens(engine.pool.groups),
+        total_blocks=total_blocks(launched),
+        max_requests=engine.scheduler.limits.max_requests,
+        max_step_tokens=engine.scheduler.limits.max_step_tokens,
+        bootstrap=(options.host, options.advertise or options.host, options.bootstrap_port) if meets else None,
     )
-    if True:
-        loop = EngineLoop(engine).start()
-        card = Card(
-            model=str(folder),
-            served_model_name=launched.model_name,
-            bos_token_id=int(manifest.model["bos_token_id"]),
-            block_tokens=block,
-            total_blocks=total_blocks(launched),
-            max_requests=engine.scheduler.limits.max_requests,
-            max_step_tokens=engine.scheduler.limits.max_step_tokens,
-        )
-        worker = DynamoEngine(
-            loop, launched.codec, card, grammars=grammars, drain_s=options.drain_s,
-            stream_interval=options.stream_interval,
+    node = Node(engine, None).start()
+    try:
+        metrics = Metrics(node.loop.stats, launched.model_name)
+        publishing = Publishing(node.loop, card.block_tokens)
+        rendezvous = Rendezvous() if meets else None
+        serving = Serving(
+            node, codec, metrics, publishing,
+            role=options.role, grammars=grammars, rendezvous=rendezvous, stream_interval=options.stream_interval,
         )  # fmt: skip
+        worker = DynamoEngine(node, serving, card, metrics, publishing, rendezvous, drain_s=options.drain_s)
         chosen = WorkerOptions(
             options.role, options.namespace, options.component, options.discovery, options.request_plane,
             options.event_plane, options.kv_events, options.default_thinking,
         )  # fmt: skip
-        try:
-            run(worker, worker_config(str(folder), launched.model_name, chosen))
-        finally:
-            loop.close(drain=False)
+        run(worker, worker_config(card.model, card.served_model_name, chosen))
+    finally:
+        node.close(drain=False)
+        if grammars is not None:
+            grammars.close()
 
 
 def total_blocks(launched: Launched) -> int:

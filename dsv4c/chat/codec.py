@@ -13,7 +13,7 @@ from dsv4c.chat.parse import AnswerParser
 from dsv4c.chat.prompts import Release
 from dsv4c.chat.release import release_of
 from dsv4c.chat.tokenizer import Detokenizer, Tokenizer
-from dsv4c.chat.tokens import DSML, THINK_END, THINK_START
+from dsv4c.chat.tokens import ASSISTANT, DSML, THINK_END, THINK_START
 from dsv4c.errors import RequestError
 
 
@@ -29,6 +29,7 @@ class ChatCodec:
         detokenizer() -> Detokenizer            push(id) -> text, flush() -> text; without special tokens
         chat_prompt(messages, ...) -> ids       BOS included
         in_reasoning(prompt ids) -> bool        whether its completion begins with reasoning
+        answer_start(ids) -> int | None         where a chat's prompt ends, if it ends where an answer begins
         call_start(name) -> text                of a completion that must call a function
         call_token      int | None              without it no call can be written
         parser(thinking) -> AnswerParser        push(text) -> pieces, flush() -> pieces: (kind, text)
@@ -46,6 +47,8 @@ class ChatCodec:
         """Whether the release was asked for or is the checkpoint's, not assumed."""
         self.call_token: int | None = tokenizer.id_of(DSML)
         self._think_start = tokenizer.id_of(THINK_START)
+        self._think_end = tokenizer.id_of(THINK_END)
+        self._assistant = tokenizer.id_of(ASSISTANT)
         self.vocab_size = tokenizer.vocab_size
         self.eos_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
         self.added_token_ids = tokenizer.added_ids
@@ -114,6 +117,13 @@ class ChatCodec:
     def in_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether the completion of this prompt begins with reasoning."""
         return bool(prompt) and prompt[-1] == self._think_start
+
+    def answer_start(self, ids: Sequence[int]) -> int | None:
+        """How many of these tokens are a chat's prompt, whatever of its last answer follows; None if they are none."""
+        for at in range(len(ids) - 1, 0, -1):
+            if ids[at - 1] == self._assistant and ids[at] in (self._think_start, self._think_end):
+                return at + 1
+        return None
 
     def call_start(self, name: str | None) -> str:
         """How a completion begins that calls function `name`, or that calls one of the model's choice."""

@@ -6,8 +6,8 @@ special tokens, echo) is the frontend's and not read. None stands for a field th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dsv4c.errors import RequestError
@@ -19,7 +19,6 @@ _SAMPLING = {
 }  # fmt: skip
 _STOPPING = {"max_tokens": int, "min_tokens": int}
 _GUIDES = ("json", "regex", "choice", "grammar")
-_NAMES = {f.name for f in fields(SamplingParams)}
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,23 @@ class Asked:
     prompt: tuple[int, ...]
     params: SamplingParams
     guide: Guide | None = None
-    annotations: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.params.logprobs is not None
+    generated: tuple[int, ...] = ()
+    """What another worker has generated and the client has. `params` count it."""
 
 
-def read_request(request: Mapping[str, Any], eos_token_ids: Collection[int]) -> Asked:
-    """The request of the frontend. Raises RequestError (400) that names the field at fault."""
+AnswerStart = Callable[[Sequence[int]], int | None]
+"""Where in a chat's tokens the answer begins that is asked for; None for what is no chat."""
+
+
+def read_request(
+    request: Mapping[str, Any], eos_token_ids: Collection[int], answer_start: AnswerStart = lambda tokens: None
+) -> Asked:
+    """The request of the frontend. Raises RequestError (400) that names the field at fault.
+
+    A request that was moved from another worker comes with what that has generated behind its prompt, and with that
+    much less to generate, but does not say so. Of a chat it can be seen: behind its prompt nothing else can be. Of
+    other requests it cannot; they go on as if it were prompt.
+    """
     prompt = _token_ids(request.get("token_ids"), "token_ids")
     if not prompt:
         raise _refuse("prompt", "has no tokens")
@@ -71,8 +78,18 @@ def read_request(request: Mapping[str, Any], eos_token_ids: Collection[int]) -> 
         given["logit_bias"] = _bias(bias)
     ignore_eos = bool(stopping.get("ignore_eos"))
     stops = _stop_ids(stopping) - set(eos_token_ids)
+    start = answer_start(prompt) if _is_chat(request) else None
+    prompt, generated = (prompt, ()) if start is None else (prompt[:start], prompt[start:])
+    if generated and "max_tokens" in given:
+        given["max_tokens"] += len(generated)
     params = SamplingParams(**given, stop_token_ids=tuple(sorted(stops)), ignore_eos=ignore_eos)
-    return Asked(prompt, params, _guide(sampling.get("guided_decoding")))
+    return Asked(prompt, params, _guide(sampling.get("guided_decoding")), generated)
+
+
+def _is_chat(request: Mapping[str, Any]) -> bool:
+    """Whether the frontend rendered messages: it then passes on what it rendered them with."""
+    extra = request.get("extra_args")
+    return isinstance(extra, Mapping) and "reasoning_parser_kwargs" in extra
 
 
 def _section(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -40,6 +40,12 @@ def chunk_of(events: Sequence[Event], index: int, num_prompt: int, cached: int, 
     return chunk
 
 
+def apart(chunk: Chunk) -> tuple[Chunk, Chunk]:
+    """A last chunk as one that has its tokens, and one that says how the choice ended."""
+    end = {name: chunk.pop(name) for name in ("finish_reason", "completion_usage")}
+    return chunk, {"token_ids": [], "index": chunk["index"], **end}
+
+
 def failure_of(event: Event) -> Dsv4cError | None:
     """Why the request failed, if this is how it ended."""
     if event.end is None or event.end.reason != "failed":

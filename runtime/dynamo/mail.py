@@ -38,9 +38,16 @@ class Mailbox:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """Makes `take` raise from now on. From the event loop."""
+        """Makes `take` and `failure` raise from now on. From the event loop."""
         self._error = error
         self._ready.set()
+
+    async def failure(self) -> None:
+        """Waits for `fail`, and raises what it was given; for readers who take nothing."""
+        while self._error is None:
+            await self._ready.wait()
+            self._ready.clear()
+        raise self._error
 
     def _wake(self) -> None:
         try:
