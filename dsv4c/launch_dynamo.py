@@ -15,6 +15,7 @@ from dsv4c.chat.prompts import Release
 from dsv4c.chat.template import chat_template
 from dsv4c.errors import ConfigError
 from dsv4c.launch import Launched
+from dsv4c.runtime.dynamo.figures import TransferCollector
 from dsv4c.runtime.dynamo.publish import Publishing
 from dsv4c.runtime.dynamo.rendezvous import Rendezvous
 from dsv4c.runtime.dynamo.serving import Role, Serving
@@ -22,10 +23,11 @@ from dsv4c.runtime.dynamo.version import check_installed
 from dsv4c.runtime.grammar import Grammars
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.poolsizes import block_tokens
+from dsv4c.runtime.transfer.nixl import nixl_node
 from dsv4c.runtime.transfer.node import Node
 
 MODEL_TYPE = "dsv4c"
-"""Of which Dynamo's frontend knows nothing, so that it takes the template: its own text of `deepseek_v4` is one release's."""
+"""Of which Dynamo's frontend knows nothing, so it takes the template; its own text of `deepseek_v4` is one release's."""
 MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -49,6 +51,12 @@ class DynamoOptions:
     advertise: str | None = None
     """Where they find it; None: `host`."""
     bootstrap_port: int = 0
+    nixl_devices: str = "lo"
+    """UCX's network devices."""
+    lease_ttl_s: float = 30.0
+    """How long a prefill that is done waits for its reader."""
+    transfer_timeout_s: float = 10.0
+    """How long nothing may come from a prefill worker."""
 
 
 def serve_dynamo(launched: Launched, tokenizer: Path, options: DynamoOptions) -> None:
@@ -72,9 +80,11 @@ def serve_dynamo(launched: Launched, tokenizer: Path, options: DynamoOptions) ->
         max_step_tokens=engine.scheduler.limits.max_step_tokens,
         bootstrap=(options.host, options.advertise or options.host, options.bootstrap_port) if meets else None,
     )
-    node = Node(engine, None).start()
+    node = node_of(launched, options).start()
     try:
         metrics = Metrics(node.loop.stats, launched.model_name)
+        if options.role != "both":
+            metrics.registry.register(TransferCollector(node.stats))
         publishing = Publishing(node.loop, card.block_tokens)
         rendezvous = Rendezvous() if meets else None
         serving = Serving(
@@ -91,6 +101,17 @@ def serve_dynamo(launched: Launched, tokenizer: Path, options: DynamoOptions) ->
         node.close(drain=False)
         if grammars is not None:
             grammars.close()
+
+
+def node_of(launched: Launched, options: DynamoOptions) -> Node:
+    """The engine as a node: of both roles it computes alone, of one it moves state through NIXL."""
+    if options.role == "both":
+        return Node(launched.engine)
+    pools = launched.engine.runner.executor.states  # type: ignore[attr-defined]
+    return nixl_node(
+        launched.engine, launched.manifest, pools,
+        devices=options.nixl_devices, ttl_s=options.lease_ttl_s, deadline_s=options.transfer_timeout_s,
+    )  # fmt: skip
 
 
 def total_blocks(launched: Launched) -> int:

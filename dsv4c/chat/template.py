@@ -122,7 +122,9 @@ _TEMPLATE = r"""
   {%- set after = namespace(role='assistant', found=false) -%}
   {%- for item in messages[index + 1:] -%}
     {%- set hidden = item.role == 'developer' and thinks and drops and index + 1 + loop.index0 < ns.last -%}
-    {%- if not after.found and not hidden -%}{%- set after.role = item.role -%}{%- set after.found = true -%}{%- endif -%}
+    {%- if not after.found and not hidden -%}
+      {%- set after.role = item.role -%}{%- set after.found = true -%}
+    {%- endif -%}
   {%- endfor -%}
   {%- if after.role == 'assistant' and not dropped and message.role in ['user', 'developer', 'tool'] -%}
     {{- @ASSISTANT@ ~ (@THINK_START@ if thinks and (not drops or index >= ns.last) else @THINK_END@) -}}

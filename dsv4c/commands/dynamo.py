@@ -54,6 +54,13 @@ def run(args: argparse.Namespace) -> int:
             default_thinking=args.default_thinking,
             drain_s=args.drain_timeout,
             stream_interval=args.stream_interval,
+            hand_over=args.hand_over,
+            host=args.bootstrap_host,
+            advertise=args.bootstrap_advertise,
+            bootstrap_port=args.bootstrap_port,
+            nixl_devices=args.nixl_devices,
+            lease_ttl_s=args.lease_ttl,
+            transfer_timeout_s=args.transfer_timeout,
         ),
     )
     return 0

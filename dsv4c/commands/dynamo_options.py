@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv4c.commands.arguments import positive, seconds
+from dsv4c.commands.arguments import not_negative, positive, seconds
 from dsv4c.commands.run_options import RUN_OPTIONS
 from dsv4c.commands.settings import Option
 
@@ -27,6 +27,21 @@ DYNAMO_OPTIONS = (
     Option("request-plane", "how requests come", "tcp", choices=("tcp", "nats")),
     Option("event-plane", "how KV events go", "zmq", choices=("zmq", "nats")),
     Option("no-kv-events", "tell the router nothing of the prefix cache and the load", flag=True),
+    # between prefill and decode
+    Option(
+        "hand-over",
+        "of a prefill worker; bootstrap: state moves while the prompt is computed, completed: behind it",
+        "bootstrap",
+        choices=("bootstrap", "completed"),
+    ),
+    Option("bootstrap-host", "address that decode workers meet a prefill worker at", "127.0.0.1", metavar="ADDRESS"),
+    Option("bootstrap-port", "its port; 0: any", 0, type=not_negative, metavar="N"),
+    Option("bootstrap-advertise", "what decode workers are told", metavar="HOST", unset="--bootstrap-host"),
+    Option("nixl-devices", "UCX's network devices; `all`: any", "lo", metavar="LIST"),
+    Option("lease-ttl", "seconds that state waits for its reader", 30.0, type=seconds, metavar="S"),
+    Option(
+        "transfer-timeout", "seconds without a byte until a prompt is computed anew", 10.0, type=seconds, metavar="S"
+    ),
     # serving
     Option("stream-interval", "tokens of a chunk; the first comes at once", 1, type=positive, metavar="N"),
     Option("drain-timeout", "seconds that requests in flight have after SIGTERM", 30.0, type=seconds, metavar="S"),

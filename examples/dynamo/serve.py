@@ -2,7 +2,7 @@
 
 usage: python examples/dynamo/serve.py ARTIFACT [--prefill P --decode D | --workers N] [--port 8100] [--demo]
 
-Every process is Dynamo's or `dsv4c dynamo`; what this adds is their environment, their order, and that they end together.
+Every process is Dynamo's or `dsv4c dynamo`; what this adds is their environment, and that they end together.
 Run it with a Python in which Dynamo is installed: `make dynamo-demo` makes one.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
@@ -39,9 +40,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((LOOPBACK, 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody listens on, below 32,768: Dynamo 1.6 reads that of /health into 16 bits with a sign."""
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as sock:
+            if sock.connect_ex((LOOPBACK, port)) != 0:
+                return port
 
 
 @dataclass
@@ -152,7 +156,8 @@ def demo(deployment: Deployment) -> None:
         print(json.dumps(answer["choices"][0]["message"]["content"]))
         print(json.dumps({"usage": answer["usage"], "served by": answer.get("nvext", {}).get("worker_id")}))
     for process in deployment.processes[1:]:
-        print(f"{process.name}: {process.metric('dsv4c_generation_tokens_total'):.0f} tokens generated")
+        numbers = {n: process.metric(f"dsv4c_{n}_total") for n in ("generation_tokens", "transfer_pulled_bytes")}
+        print(process.name, json.dumps(numbers))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

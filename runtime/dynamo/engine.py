@@ -28,7 +28,7 @@ from dsv4c.runtime.dynamo.publish import Publishing
 from dsv4c.runtime.dynamo.rendezvous import Rendezvous
 from dsv4c.runtime.dynamo.serving import Serving
 from dsv4c.runtime.dynamo.watchdog import Watchdog
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.transfer.node import Node
 
@@ -54,7 +54,7 @@ class Card:
     """Of a prefill worker that is met: address to bind, address to tell, port (0: any)."""
 
 
-class DynamoEngine(LLMEngine):
+class DynamoEngine(LLMEngine):  # type: ignore[misc]  # Dynamo is not installed where types are checked
     """One node, already started, as a worker of Dynamo."""
 
     def __init__(

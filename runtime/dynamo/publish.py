@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from dsv4c.runtime.blockkeys import KVEvent
-from dsv4c.runtime.engine import Engine, EngineStats
+from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.loop import EngineLoop
 
 PERIOD_S = 0.1
@@ -78,9 +79,14 @@ class Publishing:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[KVEvent]] = loop.create_future()
 
+        def give(found: list[KVEvent]) -> None:
+            if not answer.cancelled():
+                answer.set_result(found)
+
         def look(engine: Engine) -> None:
             found = engine.block_events()
-            loop.call_soon_threadsafe(lambda: answer.cancelled() or answer.set_result(found))
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(give, found)
 
         if self.events is not None and self._engine.call(look):
             events = list(batch_of(await answer, self._stored, self._block_tokens))

@@ -20,16 +20,16 @@ from typing import Any, Literal, Protocol
 from dsv4c.errors import EngineError, RequestError, TransferError
 from dsv4c.runtime.dynamo.asked import Asked, read_request
 from dsv4c.runtime.dynamo.chunks import Chunk, apart, chunk_of, failure_of, usage
+from dsv4c.runtime.dynamo.clock import RequestClock
 from dsv4c.runtime.dynamo.handover import Bootstrap, read_bootstrap, read_params, to_params
 from dsv4c.runtime.dynamo.mail import Mailbox
 from dsv4c.runtime.dynamo.publish import Publishing
 from dsv4c.runtime.dynamo.rendezvous import Rendezvous, Room, meet
-from dsv4c.runtime.dynamo.clock import RequestClock
 from dsv4c.runtime.grammar import Grammar, GrammarCodec, Grammars
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.request import Event, Request
 from dsv4c.runtime.structured import StructuredFields, answer_grammar
-from dsv4c.runtime.transfer.node import Granted, Node, Prefilled
+from dsv4c.runtime.transfer.node import Granted, Node, Prefilled, prefill_params
 
 Role = Literal["both", "prefill", "decode"]
 _LOG = logging.getLogger("dsv4c.dynamo")
@@ -112,7 +112,7 @@ class Serving:
             return
         number = str(next(self._numbers))
         job = self._jobs[number] = _Job(Mailbox(asyncio.get_running_loop(), self._stream_interval))
-        tasks = [asyncio.ensure_future(self._watch(context, job))]
+        tasks: list[asyncio.Future[None]] = [asyncio.ensure_future(self._watch(context, job))]
         self._publishing.entered()
         try:
             chunks = (
@@ -211,10 +211,10 @@ class Serving:
             _LOG.error("the prompt of a request is computed here: %s", error)
             handed = meeting = None
         if handed is not None:
-            self._take_over(job, asked, handed[0], handed[1])
+            self._take_over(job, handed[0], handed[1])
             return others
         if meeting is not None:
-            tasks.append(asyncio.ensure_future(self._follow(job, asked, meeting)))
+            tasks.append(asyncio.ensure_future(self._follow(job, meeting)))
             return others
         for one in (first, *others):
             self._submit(job, one)
@@ -226,21 +226,15 @@ class Serving:
             self._node.decode(one, None, job.mailbox.sink(one.choice))
             job.submitted.add(one.id)
 
-    def _take_over(self, job: _Job, asked: Asked, granted: Granted, first: Prefilled | None) -> None:
-        """Has the state of the first choice pulled, or computed here if its handle is of no use."""
+    def _take_over(self, job: _Job, granted: Granted, first: Prefilled | None) -> None:
+        """Has the state of the first choice pulled; the node computes it where the handle is of no use."""
         if job.over:
             return
-        one = job.requests[0] = _request(job.requests[0].id, asked, 0, moving=True)
-        try:
-            self._node.decode(one, dict(granted.handle), job.mailbox.sink(0), first)
-        except TransferError as error:
-            _LOG.error("the prompt of a request is computed here: %s", error)
-            job.requests[0] = _request(one.id, asked, 0)
-            self._submit(job, job.requests[0])
-            return
+        one = job.requests[0]
+        self._node.decode(one, granted.handle, job.mailbox.sink(0), first)
         job.submitted.add(one.id)
 
-    async def _follow(self, job: _Job, asked: Asked, where: Bootstrap) -> None:
+    async def _follow(self, job: _Job, where: Bootstrap) -> None:
         """Hears from the prefill worker what becomes of the prompt, and acts on it."""
         request_id = job.requests[0].id
         try:
@@ -248,7 +242,7 @@ class Serving:
                 if job.over:
                     return
                 if isinstance(message, Granted):
-                    self._take_over(job, asked, message, None)
+                    self._take_over(job, message, None)
                 elif request_id in job.submitted:
                     self._node.prefilled(request_id, message)
         except TransferError as error:
@@ -276,7 +270,7 @@ class Serving:
         room = self._rendezvous.room(where.room) if where is not None and self._rendezvous is not None else None
         if room is not None:
             room.claim()
-        params = self._node.prefill_params(replace(asked.params, n=1), asked.generated)
+        params = prefill_params(asked.params, len(asked.generated))
         one = Request(number, asked.prompt, params, generated=asked.generated, keep=True)
         job.requests = [one]
         done: asyncio.Future[Prefilled] = asyncio.get_running_loop().create_future()
@@ -342,9 +336,9 @@ async def _first_of(done: asyncio.Future[Prefilled], failure: Awaitable[None]) -
         other.cancel()
 
 
-def _request(request_id: str, asked: Asked, choice: int, *, moving: bool = False) -> Request:
+def _request(request_id: str, asked: Asked, choice: int) -> Request:
     params = replace(asked.params, n=1)
-    return Request(request_id, asked.prompt, params, choice=choice, generated=asked.generated, moving=moving)
+    return Request(request_id, asked.prompt, params, choice=choice, generated=asked.generated)
 
 
 def _cancelled(asked: Asked) -> Chunk:

@@ -29,10 +29,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dsv4c.artifact import Manifest
 from dsv4c.errors import ConfigError, EngineError, HandleError, LeaseLost, PeerGone
-from dsv4c.runtime.transfer.backend import Read
+from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.transfer.backend import Backend, Read
 from dsv4c.runtime.transfer.layout import Int64Array, Layout, Ranges
 from dsv4c.runtime.transfer.ledger import Ledger
+from dsv4c.runtime.transfer.node import Node
+from dsv4c.runtime.transfer.setup import layout_of, make_node
 
 PACKAGES = ("nixl_cu12", "nixl_cu13")
 """Of NIXL's own meta package `nixl`, what it chooses from. Either works without CUDA."""
@@ -183,7 +187,7 @@ class NixlPeer:
 
     def words(self, row: int, first: int, out: Int64Array) -> Read:
         memory = self.memory
-        if not (0 <= row < memory.rows and 0 <= first and first + out.size <= memory.words):
+        if not (0 <= row < memory.rows and first >= 0 and first + out.size <= memory.words):
             raise HandleError(f"`{self.name}` has no words [{first}, {first + out.size}) in row {row}")
         scratch = self._backend.take_scratch(out.size)
         source = memory.ledger + 8 * (row * memory.words + first)
@@ -306,3 +310,21 @@ def _memory_of(description: Mapping[str, Any], pools: int) -> tuple[_Memory, byt
     if kind not in ("DRAM", "VRAM") or places.shape != (pools, 2) or min(ledger, rows, words, places.min()) < 1:
         raise HandleError("the handle is malformed: pools without places")
     return _Memory(ledger, rows, words, kind, int(device), places[:, 0], places[:, 1]), metadata
+
+
+def nixl_node(
+    engine: Engine,
+    manifest: Manifest,
+    pools: Mapping[str, Tensor],
+    *,
+    devices: str = "lo",
+    extra: Mapping[str, str] | None = None,
+    ttl_s: float = 30.0,
+    deadline_s: float = 10.0,
+) -> Node:
+    """A node whose pools peers read through NIXL, over these network devices."""
+
+    def make(layout: Layout, ledger: Ledger) -> Backend:
+        return NixlBackend(layout, pools, ledger, devices)
+
+    return make_node(engine, layout_of(manifest, extra), make, ttl_s=ttl_s, deadline_s=deadline_s)
