@@ -27,7 +27,7 @@ from dsv4c.runtime.transfer.nixl import nixl_node
 from dsv4c.runtime.transfer.node import Node
 
 MODEL_TYPE = "dsv4c"
-"""Of which Dynamo's frontend knows nothing, so it takes the template; its own text of `deepseek_v4` is one release's."""
+"""Dynamo's frontend knows nothing of it, so it takes the template: its own text of `deepseek_v4` is one release's."""
 MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
