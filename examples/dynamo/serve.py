@@ -80,6 +80,7 @@ class Deployment:
     frontend_options: Sequence[str] = ("--router-mode", "kv", "--migration-limit", "3")
     frontend_environment: Mapping[str, str] = field(default_factory=dict)
     port: int = 0
+    entry: Sequence[str] = ("-m", "dsv4c.cli")
     processes: list[Process] = field(default_factory=list)
 
     def __enter__(self) -> Deployment:
@@ -114,7 +115,7 @@ class Deployment:
     def worker(self, role: str = "both", *options: str, **environment: str) -> Process:
         """Starts a worker; it is not ready yet."""
         port = free_port()
-        command = [sys.executable, "-m", "dsv4c.cli", "dynamo", str(self.artifact), "--model-name", self.model]
+        command = [sys.executable, *self.entry, "dynamo", str(self.artifact), "--model-name", self.model]
         command += ["--role", role, *options]
         return self._start(role, command, port, {"DYN_SYSTEM_PORT": str(port), **environment})
 
