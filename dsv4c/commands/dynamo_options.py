@@ -7,7 +7,7 @@ from dsv4c.commands.run_options import RUN_OPTIONS
 from dsv4c.commands.settings import Option
 
 _OF_RUN = (
-    "artifact", "weights", "load-format", "seed", "tokenizer", "chat-release", "model-name", "max-queue",
+    "artifact", "device", "weights", "load-format", "seed", "tokenizer", "chat-release", "model-name", "max-queue",
     "default-thinking", "max-requests", "max-context", "kv-memory", "gpu-memory-utilization", "no-prefix-cache",
     "speculative-tokens", "threads", "executor", "debug-contracts", "shadow", "break",
 )  # fmt: skip

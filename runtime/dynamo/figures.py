@@ -27,8 +27,8 @@ class TransferCollector(Collector):
             ("peers", "Workers that state was pulled from and that are not known to be dead", moved.peers),
         ):
             yield GaugeMetricFamily(f"dsv4c_transfer_{name}", text, value=value)
-        for name, text, value in (
-            ("granted", "Leases given", stats.granted),
+        for name, text, total in (
+            ("granted", "Leases given", float(stats.granted)),
             ("expired", "Leases that nobody read in time", stats.expired),
             ("moved", "Requests that went on with state from elsewhere", stats.moved),
             ("recomputed", "Requests whose state was lost, and whose prompts were computed here", stats.recomputed),
@@ -36,7 +36,7 @@ class TransferCollector(Collector):
             ("early_bytes", "Of these, those pulled while the prompt was still computed", moved.early_bytes),
             ("pull_seconds", "Seconds from the beginning of each pull to its end", moved.pull_s),
         ):  # fmt: skip
-            yield CounterMetricFamily(f"dsv4c_transfer_{name}", text, value=value)
+            yield CounterMetricFamily(f"dsv4c_transfer_{name}", text, value=total)
         failed = CounterMetricFamily("dsv4c_transfer_failures", "Pulls that failed, by error", labels=["error"])
         for error, count in moved.failed.items():
             failed.add_metric([error], count)

@@ -67,6 +67,8 @@ TOOLS = [
     }
 ]
 ASK, SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "reasoning_content": "why"}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "42"}
 THINK = {"chat_template_kwargs": {"thinking": True}}
 CHATS: dict[str, dict[str, Any]] = {
     "user": {"messages": [ASK]},
@@ -81,10 +83,7 @@ CHATS: dict[str, dict[str, Any]] = {
     "tools": {"messages": [ASK], "tools": TOOLS},
     "tools, thinking": {"messages": [ASK], "tools": TOOLS, **THINK},
     "no tool wanted": {"messages": [ASK], "tools": TOOLS, "tool_choice": "none"},
-    "results": {
-        "messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "c1", "content": "42"}],
-        "tools": TOOLS, **THINK,
-    },
+    "results": {"messages": [ASK, CALLED, RESULT], "tools": TOOLS, **THINK},
     "developer": {"messages": [{"role": "developer", "content": "be terse"}, ASK]},
     "characters": {"messages": [{"role": "user", "content": "日本語 ünï 🎉\n\n  spaced <tag> & \"quotes\""}]},
     "users": {"messages": [ASK, ASK]},

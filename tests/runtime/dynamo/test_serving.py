@@ -14,7 +14,6 @@ from dsv4c.runtime.dynamo.publish import Publishing
 from dsv4c.runtime.dynamo.rendezvous import Rendezvous, Room, meet
 from dsv4c.runtime.dynamo.serving import Role, Serving
 from dsv4c.runtime.metrics import Metrics
-from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.transfer.node import Granted, Node, Prefilled
 from tests.runtime.dynamo.test_asked import CHAT, request
 from tests.runtime.transfer.nodes import Pair, text
