@@ -18,6 +18,8 @@ from typing import Any
 from dsv4c.errors import ConfigError
 
 DEFAULT_FILE = Path("dsv4c.toml")
+SECTIONS = ("run", "dynamo")
+"""Of commands that read a file; one file may have them all."""
 _MASK = "***"
 
 
@@ -188,7 +190,7 @@ def _read_file(file: Path, section: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"`{file}` is no TOML: {error}") from error
     for name, value in data.items():
-        if name != section or not isinstance(value, dict):
+        if name not in SECTIONS or not isinstance(value, dict):
             raise ConfigError(f"`{name}` in `{file}` is not understood", hint=f"options go under `[{section}]`")
     return dict(data.get(section, {}))
 

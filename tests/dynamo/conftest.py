@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,8 @@ from dsv4c.runtime.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 2048
+SHOWN = {"logprobs": 0, "return_tokens_as_token_ids": True}
+"""Fields of a completion request that have its tokens told by id."""
 
 
 def load_example() -> Any:
@@ -89,3 +93,17 @@ def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     draw = random.Random(seed)
     lengths = [1, longest, *(draw.randint(1, longest) for _ in range(count - 2))][:count]
     return [[draw.randrange(10, 4000) for _ in range(n)] for n in lengths]
+
+
+def ids(choice: Any) -> list[int]:
+    return [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+
+
+def stream(deployment: Any, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    data = json.dumps({"model": deployment.model, "stream": True, **body}).encode()
+    url = f"http://127.0.0.1:{deployment.port}{path}"
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +12,11 @@ import pytest
 
 from dsv4c.launch import Launched
 from dsv4c.runtime.params import SamplingParams
-from tests.dynamo.conftest import load_example, prompts
+from tests.dynamo.conftest import SHOWN, ids, load_example, prompts, stream
 
 pytest.importorskip("dynamo._core", reason="NVIDIA Dynamo is not installed: `make test-dynamo` installs it")
 
 U, TOOL = "user", [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
-SHOWN = {"logprobs": 0, "return_tokens_as_token_ids": True}
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +33,6 @@ def one(artifact: Any) -> Iterator[Any]:
 
 def completion(deployment: Any, prompt: list[int], **body: Any) -> Any:
     return deployment.post("/v1/completions", {"prompt": prompt, **SHOWN, **body})
-
-
-def ids(choice: Any) -> list[int]:
-    return [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
-
-
-def stream(deployment: Any, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    data = json.dumps({"model": deployment.model, "stream": True, **body}).encode()
-    url = f"http://127.0.0.1:{deployment.port}{path}"
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        for line in answer:
-            if line.startswith(b"data: {"):
-                yield json.loads(line[6:])
 
 
 def test_tokens_are_the_engines(one: Any, says: Callable[..., list[int]]) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from dsv4c.runtime.params import SamplingParams
-from tests.dynamo.conftest import prompts
-from tests.dynamo.test_frontend import SHOWN, ids
+from tests.dynamo.conftest import SHOWN, ids, prompts
 
 pytest.importorskip("dynamo._core", reason="NVIDIA Dynamo is not installed: `make test-dynamo` installs it")
 pytest.importorskip("nixl_cu12", reason="NIXL is not installed: `make test-dynamo` installs it")
