@@ -73,6 +73,10 @@ class NullEngine:
     def has_work(self) -> bool:
         return bool(self._live)
 
+    @property
+    def idle(self) -> bool:
+        return not self._live
+
     def check(self, request: Request, ahead: int = 0) -> None:
         """Takes everything."""
 
@@ -120,8 +124,8 @@ def serve_null(step_s: float, profile: bool, pure: bool) -> int:
     loop = EngineLoop(engine).start()  # type: ignore[arg-type]  # all of an engine that the loop touches
     app = create_app(ServedEngine(loop), codec, MODEL)
     sock = bind(port=0)
-    print(sock.getsockname()[1], flush=True)
     clock = time.pthread_getcpuclockid(loop._thread.ident or 0)
+    print(sock.getsockname()[1], flush=True)
 
     def answer() -> None:
         for _ in sys.stdin:
