@@ -5,7 +5,6 @@ A Hub is where they find each other; it is made by whoever makes the engines, an
 
 from __future__ import annotations
 
-import ctypes
 import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from dsv4c.errors import EngineError, HandleError, LeaseLost, PeerGone
 from dsv4c.runtime.transfer.backend import DONE, Read
+from dsv4c.runtime.transfer.hostcopy import HostCopy
 from dsv4c.runtime.transfer.layout import Int64Array, Layout, Ranges
 from dsv4c.runtime.transfer.ledger import LEASE, RELEASED, Ledger
 
@@ -49,7 +49,7 @@ class LocalBackend:
             raise EngineError("pools are contiguous and on one device")
         self.bytes = [t.reshape(-1).view(torch.uint8) for t in tensors]
         """Of each pool of the layout, its bytes."""
-        self.ledger = ledger
+        self.ledger, self.unit_bytes = ledger, layout.unit_bytes
         self.peer_id = f"local-{secrets.token_hex(8)}"
         self._hub = hub
         device = tensors[0].device
@@ -79,7 +79,10 @@ class LocalPeer:
 
     def __init__(self, hub: Hub, other: LocalBackend, own: LocalBackend) -> None:
         self._hub, self._other, self._own = hub, other, own
-        self._on_host = own.stream is None and other.stream is None
+        self._host: HostCopy | None = None
+        if own.stream is None and other.stream is None:
+            sources, targets = ([t.numpy() for t in side.bytes] for side in (other, own))
+            self._host = HostCopy(other.peer_id, sources, targets, own.unit_bytes)
 
     def words(self, row: int, first: int, out: Int64Array) -> Read:
         words = self._other.ledger.words
@@ -89,6 +92,9 @@ class LocalPeer:
         return DONE
 
     def read(self, ranges: Ranges) -> Read:
+        if self._host is not None:
+            self._host.copy(ranges)
+            return DONE
         columns = (ranges.pool, ranges.source, ranges.target, ranges.nbytes)
         copies = list(zip(*(c.tolist() for c in columns), strict=True))
         for pool, source, target, n in copies:
@@ -96,12 +102,7 @@ class LocalPeer:
                 raise LeaseLost(f"the ledger of `{self._other.peer_id}` names pages that its pools do not have")
             if not 0 <= target <= target + n <= self._own.bytes[pool].numel():
                 raise HandleError("a copy would go beyond a pool")
-        if not self._on_host:
-            return self._read_on_device(copies)
-        to, of = ([t.data_ptr() for t in side.bytes] for side in (self._own, self._other))
-        for pool, source, target, n in copies:
-            ctypes.memmove(to[pool] + target, of[pool] + source, n)
-        return DONE
+        return self._read_on_device(copies)
 
     def _read_on_device(self, copies: list[tuple[int, int, int, int]]) -> Read:
         """Copies in a stream beside the engines': what is read was final before, what is written nobody reads yet."""

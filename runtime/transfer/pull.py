@@ -75,10 +75,10 @@ class Moved:
 
 
 @dataclass
-class _Pool:
-    """How far one pool has come: `done` of its columns [first, end) are here and proved; a state row is column 0."""
+class _Track:
+    """Pools that come together: of their columns [first, end), those below `done` are here; a state row is column 0."""
 
-    number: int
+    numbers: list[int]
     group: int | None
     """None: a state."""
     page_tokens: int
@@ -87,7 +87,7 @@ class _Pool:
     at_once: bool
     """Not before all of it is final."""
     mark: int | None
-    """The number of the mark behind which a step no longer writes it."""
+    """The number of the mark behind which a step no longer writes them."""
     done: int = 0
 
 
@@ -109,8 +109,8 @@ def _agree(a: Int64Array, b: Int64Array) -> bool:
 
 
 _ALONE = np.isin(np.arange(HEAD_WORDS), (MARK, RELEASED))
-_Part = tuple[_Pool, int, Int64Array]
-"""A pool, the column at which a copy of it ends, and the pages of the peer that it was read from."""
+_Part = tuple[_Track, int, Int64Array]
+"""The column at which a copy of a track ends, and the pages of the peer that it was read from."""
 
 
 class PullSteps:
@@ -127,7 +127,7 @@ class PullSteps:
         self._spans = [slice(a, b) for a, b in itertools.pairwise(ends)]
         self._ours = [np.asarray(place.tables[g.name][1], np.int64) for g in layout.groups]
         self._firsts = [place.tables[g.name][0] for g in layout.groups]
-        self._pools = self._begin()
+        self._tracks = self._begin()
         self._unproved: list[_Part] = []
         self._row: _Row | None = None
 
@@ -140,7 +140,7 @@ class PullSteps:
             self._check(row, before)
             self._prove(row)
             self._row = row
-            if all(p.done >= p.end for p in self._pools):
+            if all(t.done >= t.end for t in self._tracks):
                 return
             parts = self._want(row)
             if parts:
@@ -154,20 +154,25 @@ class PullSteps:
                 yield sleep
                 sleep = min(MOST_SLEEP_S, 1.2 * sleep)  # at most a fifth of the wait is slept too long
 
-    def _begin(self) -> list[_Pool]:
-        """What there is to pull, pool by pool, with nothing here yet."""
+    def _begin(self) -> list[_Track]:
+        """What there is to pull, with nothing here yet."""
         layout, place, out = self._layout, self._place, []
         for at, group in enumerate(layout.groups):
             end, growing = ceil_div(place.target, group.page_tokens), group.horizon is None
             first = place.start // group.page_tokens if growing else first_page(group, place.target)
-            for number in layout.pools_of[group.name]:
-                mark = self._marks.get(layout.pools[number])
-                out.append(_Pool(number, at, group.page_tokens, first, end, not growing, mark, first))
+            for mark, numbers in self._by_mark(group.name):
+                out.append(_Track(numbers, at, group.page_tokens, first, end, not growing, mark, first))
         for states in layout.states:
             rows = 0 if states.empty_at(place.target) else 1
-            for number in layout.pools_of[states.name]:
-                out.append(_Pool(number, None, 1, 0, rows, True, self._marks.get(layout.pools[number])))
+            out += [_Track(numbers, None, 1, 0, rows, True, mark) for mark, numbers in self._by_mark(states.name)]
         return out
+
+    def _by_mark(self, name: str) -> list[tuple[int | None, list[int]]]:
+        """The pools of a group that are final behind the same mark, or none."""
+        found: dict[int | None, list[int]] = {}
+        for number in self._layout.pools_of[name]:
+            found.setdefault(self._marks.get(self._layout.pools[number]), []).append(number)
+        return list(found.items())
 
     def _snapshot(self) -> Generator[Read | float, None, _Row]:
         """The row as it is now. Waits while it is being written: that takes the owner microseconds, if it lives."""
@@ -194,14 +199,14 @@ class PullSteps:
             what = "was cancelled or failed" if head[STATUS] == FAILED else "has expired or was let go"
             raise LeaseLost(f"lease {self._handle.lease} of `{self._handle.peer}` {what}")
         if before is not None and before.head[EPOCH] != head[EPOCH]:
-            self._pools, self._unproved = self._begin(), []
+            self._tracks, self._unproved = self._begin(), []
             self.moved.restarts += 1
 
     def _prove(self, row: _Row) -> None:
         """Counts what was copied from pages that the row still names: nobody else has written them meanwhile."""
-        for pool, end, source in self._unproved:
-            if pool.group is None or np.array_equal(row.pages[self._spans[pool.group]][pool.done : end], source):
-                pool.done = end
+        for track, end, source in self._unproved:
+            if track.group is None or np.array_equal(row.pages[self._spans[track.group]][track.done : end], source):
+                track.done = end
             else:
                 self.moved.again += 1
         self._unproved = []
@@ -210,33 +215,29 @@ class PullSteps:
         """What is final and not here."""
         parts: list[_Part] = []
         tokens, coming, mark = (int(row.head[word]) for word in (TOKENS, NEXT_TOKENS, MARK))
-        for pool in self._pools:
-            final = max(tokens, coming) if pool.mark is not None and pool.mark < mark else tokens
+        for track in self._tracks:
+            final = max(tokens, coming) if track.mark is not None and track.mark < mark else tokens
             if final >= self._place.target:
-                end = pool.end
+                end = track.end
             else:
-                end = pool.done if pool.at_once else min(pool.end, final // pool.page_tokens)
-            if end <= pool.done:
+                end = track.done if track.at_once else min(track.end, final // track.page_tokens)
+            if end <= track.done:
                 continue
-            if pool.group is None:
+            if track.group is None:
                 source = row.head[SLOT : SLOT + 1]
             else:
-                source = row.pages[self._spans[pool.group]][pool.done : end]
-            if source.size < end - pool.done or not source.all():
-                raise LeaseLost(
-                    f"the ledger of `{self._handle.peer}` lacks pages of `{self._layout.pools[pool.number]}`"
-                )
-            parts.append((pool, end, source))
+                source = row.pages[self._spans[track.group]][track.done : end]
+            if source.size < end - track.done or not source.all():
+                what = self._layout.pools[track.numbers[0]]
+                raise LeaseLost(f"the ledger of `{self._handle.peer}` lacks pages of `{what}`")
+            parts.append((track, end, source))
         return parts
 
     def _copy(self, parts: list[_Part], row: _Row) -> Steps:
-        """Copies the parts, those of pools that share pages together."""
-        shared: dict[tuple[int | None, int, int], tuple[list[int], Int64Array]] = {}
-        for pool, end, source in parts:
-            shared.setdefault((pool.group, pool.done, end), ([], source))[0].append(pool.number)
+        """Copies the parts, in pieces."""
         ranges = [
-            self._layout.ranges(numbers, source, self._target(group, start, end))
-            for (group, start, end), (numbers, source) in shared.items()
+            self._layout.ranges(track.numbers, source, self._target(track.group, track.done, end))
+            for track, end, source in parts
         ]
         for piece in Ranges.join(ranges).pieces(PIECE_BYTES):
             self.writing = True

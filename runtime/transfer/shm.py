@@ -10,7 +10,6 @@ locked by whoever starts next, who removes it. No process id is compared, so con
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import logging
@@ -24,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from dsv4c.errors import ConfigError, HandleError, LeaseLost, PeerGone
+from dsv4c.errors import ConfigError, HandleError, PeerGone
 from dsv4c.runtime.transfer.backend import DONE, Read
+from dsv4c.runtime.transfer.hostcopy import Bytes, HostCopy
 from dsv4c.runtime.transfer.layout import Int64Array, Layout, Ranges
 from dsv4c.runtime.transfer.ledger import LEASE, RELEASED, Ledger, row_words
 
@@ -137,14 +138,15 @@ class ShmBackend:
         self._segment, self._ledger, self._folder = segment, ledger, folder
         tensors = [pools[name] for name in layout.pools]
         base = np.frombuffer(segment.memory, np.uint8).ctypes.data
-        self._addresses = np.array([t.data_ptr() for t in tensors], np.int64)
         self._sizes = np.array([t.nbytes for t in tensors], np.int64)
-        offsets = self._addresses - base
+        self._units = layout.unit_bytes
+        offsets = np.array([t.data_ptr() for t in tensors], np.int64) - base
         if any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
             raise ConfigError("shared memory moves pools of the CPU only", hint="use `--transfer nixl` on a GPU")
         if (offsets < 0).any() or (offsets + self._sizes > segment.memory.nbytes).any():
             raise ConfigError("the pools do not lie in the segment", hint="allocate them in `Segment.memory`")
         self._offsets = offsets + segment.pools_offset
+        self._bytes = [t.reshape(-1).view(torch.uint8).numpy() for t in tensors]
 
     @property
     def peer_id(self) -> str:
@@ -154,7 +156,7 @@ class ShmBackend:
         return {"name": self._segment.name, "offsets": self._offsets.tolist(), "bytes": self._sizes.tolist()}
 
     def open(self, description: Mapping[str, Any]) -> ShmPeer:
-        return ShmPeer(description, self._addresses, self._sizes, self._folder)
+        return ShmPeer(description, self._bytes, self._units, self._folder)
 
     def poll_released(self) -> Iterator[tuple[int, int]]:
         return iter(self._ledger.let_go())
@@ -166,8 +168,9 @@ class ShmBackend:
 class ShmPeer:
     """Another worker's segment, mapped. Its pools can only be read."""
 
-    def __init__(self, description: Mapping[str, Any], addresses: Int64Array, sizes: Int64Array, folder: Path) -> None:
-        self._to, self._room = addresses, sizes
+    def __init__(
+        self, description: Mapping[str, Any], targets: Sequence[Bytes], unit_bytes: Int64Array, folder: Path
+    ) -> None:
         name, offsets, nbytes = (description.get(key) for key in ("name", "offsets", "bytes"))
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise HandleError("the handle is malformed: it names no segment")
@@ -181,12 +184,12 @@ class ShmPeer:
         except OSError as error:
             raise PeerGone(f"segment `{name}` cannot be opened: {error.strerror}") from error
         try:
-            self._open()
+            self._open(targets, unit_bytes)
         except BaseException:
             os.close(self._fd)
             raise
 
-    def _open(self) -> None:
+    def _open(self, targets: Sequence[Bytes], unit_bytes: Int64Array) -> None:
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             raise HandleError(f"`{self._name}` is no segment of this user")
@@ -194,7 +197,7 @@ class ShmPeer:
         if header.get("format") != FORMAT:
             raise HandleError(f"segment `{self._name}` has another format", hint="run the same version in every role")
         self._rows, self._words, start = header["rows"], header["words"], header["pools"]
-        same = self._offsets.size == self._bytes.size == self._to.size
+        same = self._offsets.size == self._bytes.size == len(targets)
         if not same or (self._offsets < start).any() or (self._bytes < 0).any():
             raise HandleError(f"the handle is malformed: pools outside segment `{self._name}`")
         if (self._offsets + self._bytes > found.st_size).any():
@@ -204,7 +207,9 @@ class ShmPeer:
         self._ledger = np.frombuffer(self._table, np.int64, self._rows * self._words, PAGE)
         self._ledger = self._ledger.reshape(self._rows, self._words)
         self._pools = mmap.mmap(self._fd, found.st_size, prot=mmap.PROT_READ)
-        self._from = np.frombuffer(self._pools, np.uint8).ctypes.data + self._offsets
+        places = zip(self._offsets.tolist(), self._bytes.tolist(), strict=True)
+        sources = [np.frombuffer(self._pools, np.uint8, nbytes, offset) for offset, nbytes in places]
+        self._copy: HostCopy | None = HostCopy(self._name, sources, targets, unit_bytes)
 
     def words(self, row: int, first: int, out: Int64Array) -> Read:
         if not (0 <= row < self._rows and first + out.size <= self._words):
@@ -213,15 +218,8 @@ class ShmPeer:
         return DONE
 
     def read(self, ranges: Ranges) -> Read:
-        pool, nbytes = ranges.pool, ranges.nbytes
-        if (ranges.source < 0).any() or (ranges.source + nbytes > self._bytes[pool]).any():
-            raise LeaseLost(f"the ledger of `{self._name}` names pages that its pools do not have")
-        if (ranges.target < 0).any() or (ranges.target + nbytes > self._room[pool]).any():
-            raise HandleError("a copy would go beyond a pool")
-        move = ctypes.memmove  # lets other threads run meanwhile
-        source, target = self._from[pool] + ranges.source, self._to[pool] + ranges.target
-        for to, of, n in zip(target.tolist(), source.tolist(), nbytes.tolist(), strict=True):
-            move(to, of, n)
+        assert self._copy is not None
+        self._copy.copy(ranges)
         return DONE
 
     def release(self, row: int, lease: int) -> None:
@@ -239,6 +237,7 @@ class ShmPeer:
 
     def close(self) -> None:
         os.close(self._fd)
-        del self._ledger, self._from
+        del self._ledger
+        self._copy = None  # it refers to the mapping
         self._pools.close()
         self._table.close()
