@@ -4,8 +4,9 @@ usage: python benchmarks/transfer.py [--rows FILE] bandwidth
        python benchmarks/transfer.py [--rows FILE] overlap ARTIFACT [--delay-us N] [--link-mbps N]
 
 bandwidth  a pull of whole requests, with the pages of the first 20 layers of `flash`, from another process through
-           shared memory and from another engine of this process; beside it memcpy of the same bytes from the same
-           memory, in turns. Pages either follow each other, or lie scattered on both sides
+           shared memory and from another engine of this process; beside it, in turns, one memcpy of as many bytes from
+           the same memory, and the copies of the pull alone, without its ledger, threads and proofs. Pages either
+           follow each other, or lie scattered on both sides
 overlap    nano, prefilled in one process and decoded in this one; every token of a step takes `--delay-us` longer, and
            bytes come over a link of `--link-mbps` (0: as fast as they do). From the end of the prefill to the first
            token that is decoded: with the pull beside the prefill, and, to compare, with a pull that begins at its end
@@ -41,7 +42,7 @@ from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.poolsizes import DTYPE_BYTES, PoolSizes, ceil_div
 from dsv4c.runtime.request import Event, Request
 from dsv4c.runtime.scheduler import Limits
-from dsv4c.runtime.transfer.backend import Backend
+from dsv4c.runtime.transfer.backend import DONE, Backend
 from dsv4c.runtime.transfer.connector import Connector, Pull
 from dsv4c.runtime.transfer.handle import Handle, tokens_sha256
 from dsv4c.runtime.transfer.layout import Int64Array, Layout, Ranges
@@ -49,7 +50,7 @@ from dsv4c.runtime.transfer.leases import Leases
 from dsv4c.runtime.transfer.ledger import Ledger, row_words
 from dsv4c.runtime.transfer.local import Hub, LocalBackend
 from dsv4c.runtime.transfer.node import Granted, Node, Prefilled, prefill_params
-from dsv4c.runtime.transfer.pull import Place
+from dsv4c.runtime.transfer.pull import Place, PullSteps
 from dsv4c.runtime.transfer.setup import layout_of, make_node, make_segment, shm_node
 from dsv4c.runtime.transfer.shm import Segment, ShmBackend
 
@@ -186,7 +187,7 @@ def bandwidth(backend: str, scattered: bool) -> list[dict[str, Any]]:
         for tokens in LENGTHS:
             sha = tokens_sha256(np.zeros(tokens, np.int64))
             place = place_in(pool, tokens)
-            pulls, copies, moved = [], [], None
+            pulls, copies, alone, moved = [], [], [], None
             for _ in range(ROUNDS + 1):
                 row, lease = kept(tokens)
                 handle = Handle(
@@ -196,15 +197,18 @@ def bandwidth(backend: str, scattered: bool) -> list[dict[str, Any]]:
                 moved = pull.moved
                 pulls.append(seconds)
                 copies.append(memcpy(connector, own, peer_id, moved.bytes))
+                alone.append(only_copies(connector, peer_id, place, handle))
             pool.release(place.slot)
             pull_s, copy_s = statistics.median(pulls[1:]), statistics.median(copies[1:])
             assert moved is not None
             ratio = statistics.median(c / p for p, c in zip(pulls[1:], copies[1:], strict=True))
+            beside = statistics.median(c / p for p, c in zip(pulls[1:], alone[1:], strict=True))
             rows.append({
                 "measures": "bandwidth", "backend": backend, "pages": "scattered" if scattered else "in order",
                 "tokens": tokens, "bytes": moved.bytes, "ranges": moved.ranges, "pull_ms": round(pull_s * 1e3, 3),
                 "memcpy_ms": round(copy_s * 1e3, 3), "pull_gb_s": round(moved.bytes / pull_s / 1e9, 2),
-                "memcpy_gb_s": round(moved.bytes / copy_s / 1e9, 2), "ratio": round(ratio, 3),
+                "memcpy_gb_s": round(moved.bytes / copy_s / 1e9, 2), "to_memcpy": round(ratio, 3),
+                "copies_ms": round(statistics.median(alone[1:]) * 1e3, 3), "to_copies": round(beside, 3),
                 "first_pull_ms": round(pulls[0] * 1e3, 3),
             })  # fmt: skip
             say(rows[-1])
@@ -223,6 +227,28 @@ def timed(connector: Connector, handle: Handle, place: Place) -> tuple[Pull, flo
     seconds = time.perf_counter() - began
     assert pull.error is None, pull.error
     return pull, seconds
+
+
+def only_copies(connector: Connector, peer_id: str, place: Place, handle: Handle) -> float:
+    """Seconds for the same copies, made one after the other."""
+    peer = connector._peers[peer_id]
+    made: list[Ranges] = []
+
+    class Noting:
+        """The peer, whose reads are noted and not made."""
+
+        words, release, check, close = peer.words, peer.release, peer.check, peer.close
+
+        def read(self, ranges: Ranges) -> Any:
+            made.append(ranges)
+            return DONE
+
+    for step in PullSteps(LAYOUT, handle, place, Noting()).run():
+        assert step is not None
+    began = time.perf_counter()
+    for ranges in made:
+        peer.read(ranges)
+    return time.perf_counter() - began
 
 
 def memcpy(connector: Connector, own: Backend, peer_id: str, nbytes: int) -> float:
@@ -339,7 +365,7 @@ def overlap(artifact: Path, delay_us: float, link_mbps: float) -> list[dict[str,
     torch.set_num_threads(1)
     rows, chunk = [], 256
     context = load_manifest(artifact).max_context
-    lengths = [n for n in (130, 258, 514, 770, 1026, 1538) if n + 8 < context]
+    lengths = [n for n in range(chunk, 8 * chunk, chunk) if n + 8 < context]
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         spawned = multiprocessing.get_context("spawn")
         pipe, other = spawned.Pipe()

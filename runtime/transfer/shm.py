@@ -209,7 +209,7 @@ class ShmPeer:
         self._pools = mmap.mmap(self._fd, found.st_size, prot=mmap.PROT_READ)
         places = zip(self._offsets.tolist(), self._bytes.tolist(), strict=True)
         sources = [np.frombuffer(self._pools, np.uint8, nbytes, offset) for offset, nbytes in places]
-        self._copy: HostCopy | None = HostCopy(self._name, sources, targets, unit_bytes)
+        self._copy = HostCopy(self._name, sources, targets, unit_bytes)
 
     def words(self, row: int, first: int, out: Int64Array) -> Read:
         if not (0 <= row < self._rows and first + out.size <= self._words):
@@ -218,7 +218,6 @@ class ShmPeer:
         return DONE
 
     def read(self, ranges: Ranges) -> Read:
-        assert self._copy is not None
         self._copy.copy(ranges)
         return DONE
 
@@ -237,7 +236,4 @@ class ShmPeer:
 
     def close(self) -> None:
         os.close(self._fd)
-        del self._ledger
-        self._copy = None  # it refers to the mapping
-        self._pools.close()
-        self._table.close()
+        del self._ledger, self._copy, self._pools, self._table  # unmapped with the last reference, an error's even
