@@ -153,6 +153,10 @@ class Connector:
         self._call(lambda: self._begin(pull, handle, place))
         return pull
 
+    def nudge(self, pull: Pull) -> None:
+        """Has a pull look at its row now: there is reason to think that something has changed."""
+        self._call(lambda: setattr(pull, "_wake_s", 0.0))
+
     def cancel(self, pull: Pull, error: TransferError) -> None:
         """Ends a pull with this error, if it has not ended."""
         self._call(lambda: self._end(pull, error))

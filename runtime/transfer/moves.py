@@ -112,7 +112,11 @@ class Moves:
         if move is None:
             return []
         move.first = first
-        return self._arrive(engine, move, first) if move.here else []
+        if move.here:
+            return self._arrive(engine, move, first)
+        if move.pull is not None:
+            self._connector.nudge(move.pull)  # the prefill is over, so the rest is final
+        return []
 
     def give_up(self, engine: Engine, request_id: str, error: TransferError) -> list[Event]:
         """No first token will come, or no state."""

@@ -5,7 +5,8 @@
 
 The owner holds an exclusive lock (flock) on the file, which the kernel lets go of when the process dies, however it
 does. So a peer is gone when its file can be locked; and a segment that a crash has left behind is one that can be
-locked by whoever starts next, who removes it. No process id is compared, so containers that share /dev/shm may.
+locked by whoever starts next, who removes it. No process id is compared, so containers that share /dev/shm may. A
+process that is forked, and not replaced by another program, keeps its parent's lock: workers start others by spawn.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import logging
 import mmap
 import os
+import platform
 import re
 import secrets
 import stat
@@ -141,6 +143,11 @@ class ShmBackend:
         self._sizes = np.array([t.nbytes for t in tensors], np.int64)
         self._units = layout.unit_bytes
         offsets = np.array([t.data_ptr() for t in tensors], np.int64) - base
+        if platform.machine() not in ("x86_64", "AMD64"):
+            raise ConfigError(
+                f"shared memory needs the order of stores that x86 keeps, this machine is `{platform.machine()}`",
+                hint="use `--transfer nixl`",
+            )
         if any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
             raise ConfigError("shared memory moves pools of the CPU only", hint="use `--transfer nixl` on a GPU")
         if (offsets < 0).any() or (offsets + self._sizes > segment.memory.nbytes).any():
