@@ -6,8 +6,8 @@ usage: python benchmarks/two_cards.py ARTIFACT [--lengths 4096 32768 100000] [--
 Two processes, one a card, each a node with NIXL (VRAM); this process sends requests and hands over what a router would.
 
     equal        one request at a time, by both ways and by one card alone: the same tokens
-    bandwidth    state of a finished prefill, pulled at once; beside it one READ of as many contiguous bytes, and PyTorch's
-                 copy between the cards
+    bandwidth    state of a finished prefill, pulled at once; beside it one READ of as many contiguous bytes, and
+                 PyTorch's copy between the cards
     served       closed loop of so many clients: tokens a second, time to first token, time between tokens
 
 Clocks: CLOCK_MONOTONIC, which the processes share.
@@ -150,6 +150,7 @@ class Asked:
     began_s: float = 0.0
     prefilled_s: float = 0.0
     first: list[int] | None = None
+    handle: Any = None
     tokens: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     error: str | None = None
@@ -218,7 +219,7 @@ class Cards:
                 continue
             asked = self._asked[name]
             if kind == "granted":
-                asked.handle = rest[1]  # type: ignore[attr-defined]
+                asked.handle = rest[1]
                 if self.eager:
                     self.send(1, ("decode", name, asked.prompt, asked.params, rest[1], None))
             elif kind == "prefilled":
@@ -226,8 +227,7 @@ class Cards:
                 if self.eager:
                     self.send(1, ("prefilled", name, rest[1]))
                 else:
-                    handle = asked.handle  # type: ignore[attr-defined]
-                    self.send(1, ("decode", name, asked.prompt, asked.params, handle, rest[1]))
+                    self.send(1, ("decode", name, asked.prompt, asked.params, asked.handle, rest[1]))
             else:
                 when, tokens, ended, error = rest
                 asked.tokens += tokens
@@ -289,8 +289,8 @@ def bandwidth(cards: Cards, lengths: Iterable[int], vocab: int) -> list[Row]:
         size, plain = cards.ask(1, "plain", description, nbytes, answer="plain")
         cards.send(0, ("unwatch",))
         out.append({
-            "phase": "bandwidth", "tokens": length, "bytes": nbytes, "ranges": ranges, "pull_ms": round(seconds * 1e3, 3),
-            "gb_s": round(nbytes / seconds / 1e9, 2), "plain_bytes": size, "plain_gb_s": round(size / plain / 1e9, 2),
+            "phase": "bandwidth", "tokens": length, "bytes": nbytes, "ranges": ranges,
+            "pull_ms": round(seconds * 1e3, 3), "gb_s": round(nbytes / seconds / 1e9, 2), "plain_bytes": size, "plain_gb_s": round(size / plain / 1e9, 2),
             "first_token_after_prefill_ms": round(first * 1e3, 3), "first_pull_ms": round(found[0][0] * 1e3, 1),
         })  # fmt: skip
     cards.eager = True
