@@ -11,6 +11,7 @@
     │   ├── PassError           a pass broke its contract (facts, rewrites, order)
     │   └── ScheduleError       no schedule accepts an op, or one failed to build
     └── EngineError             the engine cannot serve: a fault of ours; the CLI exits with 1
+        ├── LinkError           a link between router and worker is broken, or says what is not understood
         ├── RunnerBroken        the device is lost: nothing can be computed any more
         ├── TransferError       the state of a request could not be moved; its prompt is computed again instead
         │   ├── PeerGone        the other side has died, or closed
@@ -92,6 +93,10 @@ class ScheduleError(CompileError):
 
 class EngineError(Dsv4cError):
     """The engine cannot serve."""
+
+
+class LinkError(EngineError):
+    """A link between the router and a worker is broken or closed, or says what cannot be understood."""
 
 
 class RunnerBroken(EngineError):

@@ -77,11 +77,25 @@ class GrammarSource:
 class Grammar:
     """A compiled grammar, shared by all requests that ask for it."""
 
-    def __init__(self, matcher: Any, vocab_size: int, eos_token_ids: Collection[int], param: str) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+        source: GrammarSource,
+        begun: tuple[int, ...] = (),
+    ) -> None:
         self.vocab_size = vocab_size
-        self.param = param
+        self.source = source
+        self.begun = begun
+        """Tokens of the text that lie behind it."""
         self._matcher = matcher
         self._eos = frozenset(eos_token_ids)
+
+    @property
+    def param(self) -> str:
+        """The field of the request that asked for it."""
+        return self.source.param
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Grammar:
         return self
@@ -91,7 +105,7 @@ class Grammar:
         matcher = self._matcher.deep_copy()
         if matcher.try_consume_tokens(list(tokens)) < len(tokens):
             raise EngineError(f"the grammar does not allow the tokens {list(tokens)[:16]} that it is to continue")
-        return Grammar(matcher, self.vocab_size, self._eos, self.param)
+        return Grammar(matcher, self.vocab_size, self._eos, self.source, (*self.begun, *tokens))
 
     def start(self, stop_ids: Collection[int]) -> Cursor:
         """At the beginning; `stop_ids`: the tokens that end the request. End tokens that are none are masked."""
@@ -238,7 +252,7 @@ class Grammars:
         probe.compute_bitmask()  # also builds the automata that every request begins with
         if probe.is_error():
             raise _refused(source, "matches no text")
-        return Grammar(matcher, tokenizer.vocab_size, self._codec.eos_token_ids, source.param)
+        return Grammar(matcher, tokenizer.vocab_size, self._codec.eos_token_ids, source)
 
     def close(self) -> None:
         """Ends the threads; what is being compiled is still finished."""

@@ -1,0 +1,1 @@
+"""Prefill and decode as processes of their own, and the router in front of them."""
