@@ -374,21 +374,22 @@ class Router:
         task = attempt.task
         if attempt.prefill is not None or attempt.phase != "decoding" or not task.delivered:
             self._arrived(attempt)
-        if task.delivered and spoken.end is None and not spoken.logprobs:  # most of all: in few words
+        end = None if spoken.end is None else wire.end_of(spoken.end)
+        again = end is not None and (end.reason == "cancelled" or _passing(end.error))  # by the worker, for its reasons
+        if task.delivered and end is None and not spoken.logprobs:  # most of all: in few words
             outputs = [Output(token) for token in spoken.tokens]
         else:
-            outputs = outputs_of(_first_time(wire.event_of(spoken), attempt))
+            event = _first_time(wire.event_of(spoken), attempt)
+            outputs = outputs_of(dataclasses.replace(event, end=None) if again else event)
         task.delivered.extend(spoken.tokens)
-        end = None if spoken.end is None else wire.end_of(spoken.end)
-        if end is None:
+        if not again or spoken.tokens:
             self._give(task, outputs)
+        if end is None:
             self._rebook(attempt)
-        elif end.reason == "cancelled" or _passing(end.error):
-            self._give(task, [output for output in outputs if output.token_id is not None])
+        elif again:
             attempt.decode.refuses_until_s = self._clock() + _REFUSED_S
             self._retry(attempt, end.error)
         else:
-            self._give(task, outputs)
             self._finish(task, "failed" if end.reason == "failed" else "finished")
             self._place()
 
