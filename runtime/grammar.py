@@ -202,6 +202,7 @@ class Grammars:
         self._tokenizer: Any = None
         self._lock = threading.Lock()
         self._known: OrderedDict[GrammarSource, Grammar] = OrderedDict()  # touched in the event loop's thread alone
+        self._built: OrderedDict[GrammarSource, Grammar] = OrderedDict()  # those of `compile_here`, under the lock
         self._waiting = 0
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="dsv4c-grammar")
 
@@ -253,6 +254,20 @@ class Grammars:
         if probe.is_error():
             raise _refused(source, "matches no text")
         return Grammar(matcher, tokenizer.vocab_size, self._codec.eos_token_ids, source)
+
+    def compile_here(self, source: GrammarSource) -> Grammar:
+        """The grammar, compiled in this thread, for callers without an event loop. Raises RequestError as `build`."""
+        with self._lock:
+            known = self._built.get(source)
+            if known is not None:
+                self._built.move_to_end(source)
+                return known
+        grammar = self.build(source)
+        with self._lock:
+            self._built[source] = grammar
+            if len(self._built) > _CACHED:
+                self._built.popitem(last=False)
+        return grammar
 
     def close(self) -> None:
         """Ends the threads; what is being compiled is still finished."""

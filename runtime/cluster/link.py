@@ -32,6 +32,7 @@ _NONCE = 32
 _DIGEST = 32
 _LENGTH = 4
 
+Frame = bytes | Callable[[], bytes]
 
 class Link:
     """One side of a connection that has been proven. Any thread may send and close; one receives."""
@@ -42,7 +43,7 @@ class Link:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a frame waits for the last one's receipt
         self._socket = sock
         self._reader = sock.makefile("rb")
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write, name=f"dsv4c-{name}", daemon=True)
         self._writer.start()
@@ -51,8 +52,11 @@ class Link:
     def closed(self) -> bool:
         return self._closed.is_set()
 
-    def send(self, frame: bytes) -> None:
-        """Queues a frame. What is sent on a closed link is lost, as it would be on the way."""
+    def send(self, frame: Frame) -> None:
+        """Queues a frame, or what makes it when its turn comes. On a closed link it is lost, as it would be on the way.
+
+        Signal handlers may call it.
+        """
         if not self.closed:
             self._outgoing.put(frame)
 
@@ -90,7 +94,8 @@ class Link:
     def _write(self) -> None:
         try:
             while (frame := self._outgoing.get()) is not None:
-                self._socket.sendall(len(frame).to_bytes(_LENGTH, "big") + frame)
+                data = frame if isinstance(frame, bytes) else frame()
+                self._socket.sendall(len(data).to_bytes(_LENGTH, "big") + data)
         except OSError:
             self.close()  # whoever receives on it hears of it
 
@@ -112,6 +117,12 @@ def dial(address: Address, secret: bytes) -> Link:
         sock.close()
         raise LinkError(f"the router at `{address}` does not answer: {error.strerror or error}") from error
     return Link(sock, "link")
+
+
+def pair() -> tuple[Link, Link]:
+    """The two sides of a link within this process."""
+    ours, theirs = socket.socketpair()
+    return Link(ours, "link"), Link(theirs, "link")
 
 
 class Port:

@@ -1,0 +1,155 @@
+"""Worker processes of one host: started, watched, started again, ended with their parent.
+
+    parent --stdin: the secret, then nothing, for as long as it lives--> child
+    child  --stderr, line by line, behind the worker's name------------> the parent's stderr
+
+A child whose stdin ends has lost its parent, however that died, and ends too. Children have process groups of their
+own: Ctrl-C reaches the parent alone, which ends them when it has seen its clients off. A child that has served and dies
+is started again, later each time it lives but shortly; one that never joins ends the start with its exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dsv4c.errors import ConfigError, EngineError
+
+_LOG = logging.getLogger("dsv4c")
+_TERM_S = 5.0  # for a child to end when it is told to
+_AGAIN_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a child that died is started again: the first time, the second...
+_LONG_S = 60.0  # a child that lived for so long is started as if for the first time
+
+
+@dataclass(frozen=True)
+class Child:
+    """A worker process to be: its name, its command line, and what its environment has besides."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] | None = None
+
+
+class Processes:
+    """The worker processes of a router. Use as a context: leaving it ends them all."""
+
+    def __init__(self, children: Sequence[Child], secret: str, joined: Callable[[str], bool]) -> None:
+        """`joined`: whether a worker of this name has ever joined the router."""
+        self._children = children
+        self._secret = secret
+        self._joined = joined
+        self._lock = threading.Lock()
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._failed: tuple[str, int] | None = None
+        self._changed = threading.Event()
+        self._closing = threading.Event()
+        self._keepers = [
+            threading.Thread(target=self._keep, args=(child,), name=f"dsv4c-{child.name}", daemon=True)
+            for child in children
+        ]
+
+    def __enter__(self) -> Processes:
+        for keeper in self._keepers:
+            keeper.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Name -> process of those that run."""
+        with self._lock:
+            return {name: process.pid for name, process in self._running.items()}
+
+    def await_all(self) -> None:
+        """Waits until every child has joined. Raises ConfigError or EngineError if one ends before, as its code says."""
+        while self._failed is None and not all(self._joined(child.name) for child in self._children):
+            self._changed.wait(0.02)
+            self._changed.clear()
+        if self._failed is None:
+            return
+        name, code = self._failed
+        kind = ConfigError if code == 2 else EngineError
+        raise kind(f"worker `{name}` ended with code {code} before it could serve", hint="its own message is above")
+
+    def close(self) -> None:
+        """Ends every child, at the latest after a while by force, and waits for it."""
+        self._closing.set()
+        with self._lock:
+            running = list(self._running.values())
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _TERM_S
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for keeper in self._keepers:
+            if keeper.ident is not None:
+                keeper.join()
+
+    def _keep(self, child: Child) -> None:
+        """Runs one child after the other, until it is time to end."""
+        short = 0
+        while not self._closing.wait(_AGAIN_S[min(short, len(_AGAIN_S) - 1)] if short else 0.0):
+            began = time.monotonic()
+            code = self._run(child)
+            if self._closing.is_set():
+                return
+            if not self._joined(child.name):
+                self._failed = (child.name, code)
+                self._changed.set()
+                return
+            lived_s = time.monotonic() - began
+            short = 1 if lived_s > _LONG_S else short + 1
+            _LOG.warning("worker `%s` has ended (%s) after %.1f s: it is started again", child.name, _said(code), lived_s)
+
+    def _run(self, child: Child) -> int:
+        """The exit code of one process, when it has ended."""
+        with self._lock:
+            if self._closing.is_set():
+                return 0
+            process = subprocess.Popen(
+                child.command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0, env=child.environment
+            )
+            self._running[child.name] = process
+        assert process.stdin is not None and process.stderr is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died already, and its code will say why
+            process.stdin.write(self._secret.encode() + b"\n")
+            process.stdin.flush()
+        for line in process.stderr:
+            sys.stderr.write(f"{child.name} | {line.decode(errors='replace')}")
+            sys.stderr.flush()
+        code = process.wait()
+        with self._lock:
+            del self._running[child.name]
+        process.stderr.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        return code
+
+
+def _said(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+
+
+def watch_parent(ended: Callable[[], None]) -> str:
+    """In a child: reads the secret from stdin; `ended` is called in a thread when stdin ends, as the parent has gone."""
+    secret = sys.stdin.readline().strip()
+
+    def wait() -> None:
+        while sys.stdin.read(1):
+            pass
+        ended()
+
+    threading.Thread(target=wait, name="dsv4c-parent", daemon=True).start()
+    return secret
