@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,12 +51,19 @@ from dsv4c.runtime.tls import Tls
 from dsv4c.runtime.weights import LoadProgress, LoadReport
 from dsv4c.shadow import Difference, HostShadowExecutor, Shadow, ShadowExecutor
 
+if TYPE_CHECKING:
+    from dsv4c.runtime.grammar import Grammars
+    from dsv4c.runtime.pools import Buffer
+    from dsv4c.runtime.service import Engine as ServiceEngine
+
 Progress = Callable[[str, int, int, str], None]
 """(phase, done, in all, name of the last); phases are `load` (in bytes), `warm up`, `capture`."""
 PlanWatch = Callable[[MemoryPlan, Room, PoolSizes], None]
 """Told what serving will take, before anything is loaded."""
 LoadWatch = Callable[[LoadReport], None]
 """Told what was loaded and how fast."""
+PoolMemory = Callable[[Manifest, PoolSizes], "Buffer"]
+"""Memory for pools of these sizes."""
 ExecutorKind = Literal["graph", "eager", "contracts", "shadow"]
 SNAPSHOTS = 2  # for each request that runs: the one it moves along, and one where its prompt or a shared prefix ended
 
@@ -80,6 +87,8 @@ class LaunchOptions:
     prefix_cache: bool = True
     speculative_tokens: int | None = None
     """Most drafts of a request in a step; None: what the artifact was compiled for."""
+    budget_tokens: int | None = None
+    """Tokens beside those a request has for which there must be room to admit it; None: it may have to wait again."""
     threads: int | None = None
     device: int = 0
     """Which card serves a GPU artifact."""
@@ -121,19 +130,20 @@ def launch(
     progress: Progress | None = None,
     planned: PlanWatch | None = None,
     loaded: LoadWatch | None = None,
+    memory: PoolMemory | None = None,
 ) -> Launched:
     """Loads an artifact and its weights. Raises InputErrors that name what is missing, does not match or not fit."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     manifest = load_manifest(directory)
     check_host(manifest, options.device)
-    codec = _codec(directory, options)
+    codec = codec_of(directory, options)
     if codec.vocab_size > manifest.vocab_size:
         raise ArtifactError(
             f"the tokenizer has {codec.vocab_size} tokens, the model {manifest.vocab_size}",
             hint="give the model's own with `--tokenizer`",
         )
-    engine = launch_engine(directory, manifest, options, codec.eos_token_ids, progress, planned, loaded)
+    engine = launch_engine(directory, manifest, options, codec.eos_token_ids, progress, planned, loaded, memory)
     return Launched(engine, codec, manifest, options.model_name or directory.resolve().name)
 
 
@@ -145,8 +155,12 @@ def launch_engine(
     progress: Progress | None = None,
     planned: PlanWatch | None = None,
     loaded: LoadWatch | None = None,
+    memory: PoolMemory | None = None,
 ) -> Engine:
-    """The engine alone: weights loaded, pools allocated, graphs captured. Raises InputErrors as `launch` does."""
+    """The engine alone: weights loaded, pools allocated, graphs captured. Raises InputErrors as `launch` does.
+
+    `memory`: where the pools of an engine on the host shall lie.
+    """
     if manifest.target == "cpu" and options.device:
         raise ConfigError("`--device` is for GPU artifacts, this is for `cpu`", hint="leave it out")
     plan = plan_of(directory, manifest)
@@ -161,7 +175,7 @@ def launch_engine(
     limits = Limits(
         requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows,
         speculative_tokens=drafts_of(manifest) if drafts is None else drafts,
-        mixed_drafts=manifest.target == "cpu", prefix_cache=options.prefix_cache,
+        mixed_drafts=manifest.target == "cpu", prefix_cache=options.prefix_cache, budget_tokens=options.budget_tokens,
     )  # fmt: skip
     if manifest.target == "cpu":
         if options.executor not in ("graph", "shadow") or options.breaks:
@@ -170,7 +184,10 @@ def launch_engine(
                 hint="`dsv4c compile --target sm_90a` makes one",
             )
         make = partial(_host_shadow, manifest) if options.executor == "shadow" else ArtifactExecutor
-        executor = load(directory, source, sizes, _bytes_of(progress), manifest=manifest, report=loaded, make=make)
+        executor = load(
+            directory, source, sizes, _bytes_of(progress), manifest=manifest, report=loaded, make=make,
+            memory=None if memory is None else memory(manifest, sizes),
+        )  # fmt: skip
         engine = Engine.for_manifest(executor, manifest, sizes, limits=limits, eos_token_ids=eos_token_ids)
     else:
         runner, pool = _device_runner(directory, manifest, source, sizes, options, progress, loaded)
@@ -266,29 +283,20 @@ def serve(launched: Launched, sock: socket.socket, options: ServeOptions | None 
     """Serves on a bound socket until a signal comes, then lets requests in flight finish."""
     # a machine that only measures needs no web framework
     from dsv4c.rehearsal import rehearse_app
-    from dsv4c.runtime.app import create_app
     from dsv4c.runtime.grammar import Grammars
     from dsv4c.runtime.outputs import ServedEngine
     from dsv4c.runtime.serve import serve as serve_app
 
     chosen = options or ServeOptions()
     grammars = Grammars(launched.codec) if launched.manifest.target == "cpu" else None  # masks are applied on the host
-    fingerprint = f"{launched.manifest.target}-{launched.manifest.model_sha256[:12]}"
-
-    def app_of(loop: EngineLoop, operations: Operations) -> Any:
-        return create_app(
-            ServedEngine(loop), launched.codec, launched.model_name, default_thinking=chosen.default_thinking,
-            strict=chosen.strict, operations=operations, fingerprint=fingerprint,
-            grammars=grammars,
-        )  # fmt: skip
-
+    app_of = partial(app_over, launched.codec, launched.manifest, launched.model_name, grammars, chosen)
     trial = EngineLoop(launched.engine).start()
     try:
-        rehearse_app(app_of(trial, Operations(observers=())), launched.model_name)
+        rehearse_app(app_of(ServedEngine(trial), Operations(observers=())), launched.model_name)
     finally:
         trial.close(drain=False)
     loop = EngineLoop(launched.engine.renewed()).start()
-    app = app_of(loop, chosen.operations)
+    app = app_of(ServedEngine(loop), chosen.operations)
     try:
         serve_app(
             app, sock=sock, drain_s=chosen.drain_s, drain_delay_s=chosen.drain_delay_s, tls=chosen.tls,
@@ -300,7 +308,25 @@ def serve(launched: Launched, sock: socket.socket, options: ServeOptions | None 
             grammars.close()
 
 
-def _codec(directory: Path, options: LaunchOptions) -> ChatCodec:
+def app_over(
+    codec: ChatCodec,
+    manifest: Manifest,
+    model_name: str,
+    grammars: Grammars | None,
+    options: ServeOptions,
+    engine: ServiceEngine,
+    operations: Operations,
+) -> Any:
+    """The application for an engine, or what looks like one."""
+    from dsv4c.runtime.app import create_app
+
+    return create_app(
+        engine, codec, model_name, default_thinking=options.default_thinking, strict=options.strict,
+        operations=operations, fingerprint=f"{manifest.target}-{manifest.model_sha256[:12]}", grammars=grammars,
+    )  # fmt: skip
+
+
+def codec_of(directory: Path, options: LaunchOptions) -> ChatCodec:
     folder = options.tokenizer or directory / "tokenizer"
     if options.tokenizer is None and not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"`{directory}` holds no tokenizer", hint="give one with `--tokenizer FILE`")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dsv4c.commands.run_options import FIXED, RUN_OPTIONS
 from dsv4c.commands.settings import add_options, namespace, print_settings, settle
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from dsv4c.chat.codec import ChatCodec
-    from dsv4c.launch import ExecutorKind, LaunchOptions, ServeOptions
+    from dsv4c.launch import ExecutorKind, Launched, LaunchOptions, LoadWatch, PlanWatch, Progress, ServeOptions
     from dsv4c.runtime.memory import MemoryPlan, Room
     from dsv4c.runtime.poolsizes import PoolSizes
     from dsv4c.runtime.record import Observer
     from dsv4c.runtime.weights import LoadReport
+
+LaunchedT = TypeVar("LaunchedT", bound="Launched")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,13 +46,32 @@ def run(args: argparse.Namespace) -> int:
         print(print_settings(settings, "run", _facts(directory)))
         return 0
 
-    from dsv4c.describe_memory import memory_summary
+    if args.role is not None or args.prefill_workers or args.decode_workers or args.router_address is not None:
+        from dsv4c.commands.run_cluster import run_router, run_worker
+
+        run_worker(args, directory) if args.role is not None else run_router(args, settings, directory)
+        return 0
+
     from dsv4c.launch import answer, launch, serve
     from dsv4c.runtime.serve import bind
 
     options = launch_options(args)
-    serving = _serve_options(args)
+    serving = serve_options(args)
     sock = bind(args.host, args.port) if args.prompt is None else None
+    launched = with_progress(partial(launch, directory, options))
+    if sock is not None:
+        serve(launched, sock, serving)
+        return 0
+    for text in answer(launched, args.prompt, args.max_new_tokens, args.temperature, args.seed):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def with_progress(launch: Callable[[Progress, PlanWatch, LoadWatch], LaunchedT]) -> LaunchedT:
+    """What `launch` gives, told what to report to; bars on a terminal, and lines on stderr."""
+    from dsv4c.describe_memory import memory_summary
+
     with progress_bars("{task.fields[amount]}") as progress:
         tasks: dict[str, TaskID] = {}
         ends: dict[str, float] = {}
@@ -71,16 +93,10 @@ def run(args: argparse.Namespace) -> int:
         def loaded(report: LoadReport) -> None:
             progress.console.print(str(report), soft_wrap=True, highlight=False)
 
-        launched = launch(directory, options, watch, planned, loaded)
+        launched = launch(watch, planned, loaded)
         progress.console.print(_chat(launched.codec), soft_wrap=True, highlight=False)
         progress.console.print(_split(began, ends), highlight=False)
-    if sock is not None:
-        serve(launched, sock, serving)
-        return 0
-    for text in answer(launched, args.prompt, args.max_new_tokens, args.temperature, args.seed):
-        print(text, end="", flush=True)
-    print()
-    return 0
+    return launched
 
 
 def _chat(codec: ChatCodec) -> str:
@@ -121,6 +137,7 @@ def launch_options(args: argparse.Namespace) -> LaunchOptions:
         gpu_memory_utilization=args.gpu_memory_utilization,
         prefix_cache=not args.no_prefix_cache,
         speculative_tokens=args.speculative_tokens,
+        budget_tokens=args.budget_tokens,
         threads=args.threads,
         device=args.device,
         executor=executor,
@@ -128,7 +145,7 @@ def launch_options(args: argparse.Namespace) -> LaunchOptions:
     )
 
 
-def _serve_options(args: argparse.Namespace) -> ServeOptions:
+def serve_options(args: argparse.Namespace) -> ServeOptions:
     """How clients are treated; files that it needs are read here. Raises ConfigError."""
     from dsv4c.launch import ServeOptions
     from dsv4c.runtime.keys import read_keys

@@ -74,6 +74,22 @@ RUN_OPTIONS = (
     Option("debug-contracts", "GPU: check every segment's contract at every step, uncaptured", flag=True),
     Option("shadow", "run every call's reference beside it and report what differs", flag=True),
     Option("break", "GPU: keep out of graphs, `L07.*`", metavar="SCOPE", repeated=True),
+    # several processes
+    Option("prefill-workers", "processes that compute prompts for others", 0, type=not_negative, metavar="P"),
+    Option("decode-workers", "processes that generate; with any, this one routes", 0, type=not_negative, metavar="D"),
+    Option(
+        "transfer",
+        "how state moves between workers; local: all in one process",
+        choices=("shm", "local", "nixl"),
+        unset="shm, or nixl on a GPU",
+    ),
+    Option("budget-tokens", "room that a request has for more tokens", type=positive, metavar="N", unset="to its end"),
+    Option("worker-timeout", "seconds of silence after which a worker is lost", 5.0, type=seconds, metavar="S"),
+    Option("router-address", "where workers may join: HOST:PORT or unix:PATH", metavar="ADDRESS", unset="nowhere"),
+    Option("role", "serve a router, not clients", choices=("prefill", "decode", "both"), saved=False),
+    Option("router", "with --role: its address", metavar="ADDRESS"),
+    Option("secret-file", "what router and workers know each other by", metavar="FILE"),
+    Option("worker-name", "with --role: its name in logs and metrics", metavar="NAME", unset="role, host and process"),
     # the end, and what is said
     Option("drain-timeout", "seconds that requests in flight have after SIGTERM", 30.0, type=seconds, metavar="S"),
     Option("drain-delay", "seconds to go on taking requests after SIGTERM, while /ready says no", 0.0, type=float),

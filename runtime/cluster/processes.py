@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -142,14 +143,20 @@ def _said(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
 
 
-def watch_parent(ended: Callable[[], None]) -> str:
-    """In a child: reads the secret from stdin; `ended` is called in a thread when stdin ends, as the parent has gone."""
-    secret = sys.stdin.readline().strip()
+class Parent:
+    """In a child: the secret that its parent gave, and the parent's end, which is the end of stdin."""
 
-    def wait() -> None:
+    def __init__(self) -> None:
+        """Reads the secret; until `ended` is set, the parent's end is the child's at once."""
+        self.secret = sys.stdin.readline().strip()
+        self.ended: Callable[[], None] | None = None
+        """What ends the child in good order; it has a few seconds."""
+        threading.Thread(target=self._wait, name="dsv4c-parent", daemon=True).start()
+
+    def _wait(self) -> None:
         while sys.stdin.read(1):
             pass
-        ended()
-
-    threading.Thread(target=wait, name="dsv4c-parent", daemon=True).start()
-    return secret
+        if self.ended is not None:
+            self.ended()
+            time.sleep(_TERM_S)
+        os._exit(1)  # what it leaves behind is found by the next one

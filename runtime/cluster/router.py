@@ -86,6 +86,7 @@ class Router:
         self._numbers = itertools.count(1)
         self._tasks: dict[int, Task] = {}
         self._queue: list[Task] = []
+        self._names: set[str] = set()
         self._attempts: dict[str, Attempt] = {}
         self._past = EngineStats()
         self._audits: dict[int, Callable[[Member, wire.Audited], None]] = {}
@@ -152,6 +153,10 @@ class Router:
 
     # workers
 
+    def knows(self, name: str) -> bool:
+        """Whether a worker of this name has ever joined."""
+        return name in self._names
+
     def start(self) -> Router:
         """Begins to watch over silence; call it once."""
         self._ticker.start()
@@ -163,6 +168,7 @@ class Router:
             groups = self._manifest.kv_groups
             member = Member(hello.name, hello.role, hello.pid, hello.facts, link, groups, self._clock())
             self.members.append(member)
+            self._names.add(hello.name)
             self._send(member, wire.Welcome(self.policy.silence_s))
             self._look_around()
             self._place()

@@ -65,6 +65,11 @@ class Worker:
         self._session: _Session | None = None
         self._compiling = ThreadPoolExecutor(_GRAMMAR_THREADS, thread_name_prefix="dsv4c-grammar")
 
+    @property
+    def leaving(self) -> bool:
+        """Whether it takes nothing new."""
+        return self._leaving_since_s is not None
+
     def leave(self) -> None:
         """Takes nothing new, finishes what there is, and ends."""
         if self._leaving_since_s is None:

@@ -1,0 +1,283 @@
+"""Artifact -> a router that answers over workers, or one of these workers.
+
+    run --decode-workers D: router | processes: run --role ... -> Launched -> Node -> Worker
+                                   | or, with `local`, the same in threads of the one process
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import logging.config
+import signal
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsv4c.artifact import Manifest, load_manifest
+from dsv4c.errors import ConfigError
+from dsv4c.launch import Launched, LaunchOptions, LoadWatch, PlanWatch, Progress, ServeOptions, app_over, codec_of, launch
+from dsv4c.runtime.blockkeys import block_hashes
+from dsv4c.runtime.cluster.address import Address
+from dsv4c.runtime.cluster.figures import RouterCollector
+from dsv4c.runtime.cluster.lifecycle import Policy
+from dsv4c.runtime.cluster.link import Link, Port, dial, pair
+from dsv4c.runtime.cluster.processes import Child, Parent, Processes
+from dsv4c.runtime.cluster.reception import Reception
+from dsv4c.runtime.cluster.router import Router
+from dsv4c.runtime.cluster.wire import Role
+from dsv4c.runtime.cluster.worker import Worker, hello_of
+from dsv4c.runtime.grammar import Grammars
+from dsv4c.runtime.logs import LogFormat, log_config
+from dsv4c.runtime.marks import marks_of
+from dsv4c.runtime.pools import Buffer, pool_layout
+from dsv4c.runtime.poolsizes import PoolSizes, block_tokens, ceil_div
+from dsv4c.runtime.serve import serve as serve_app
+from dsv4c.runtime.transfer.connector import Connector
+from dsv4c.runtime.transfer.layout import Layout
+from dsv4c.runtime.transfer.ledger import Ledger, row_words
+from dsv4c.runtime.transfer.local import Hub, LocalBackend
+from dsv4c.runtime.transfer.node import Node
+from dsv4c.runtime.transfer.shm import Segment, ShmBackend, remove_left_over
+
+_REDIAL_S = 3.0  # a child whose parent does not answer for so long has lost it
+_LOG = logging.getLogger("dsv4c")
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """A router and its own workers. `secret`: what workers must know to join at `address`."""
+
+    address: Address
+    secret: str
+    prefill_workers: int
+    decode_workers: int
+    transfer: str
+    silence_s: float = 5.0
+    budget_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """A worker of a router. `transfer`: None is what fits the artifact's target."""
+
+    role: Role
+    name: str
+    router: Address
+    secret: str
+    transfer: str | None = None
+    drain_s: float = 30.0
+    log_level: str = "info"
+    log_format: LogFormat = "text"
+
+
+@dataclass(frozen=True)
+class LaunchedWorker(Launched):
+    """A node that is ready to serve a router."""
+
+    node: Node
+    layout: Layout
+    transfer: str
+
+
+def layout_of(manifest: Manifest) -> Layout:
+    """What workers of an artifact must agree upon to hand state over."""
+    names = [pool.name for group in (*manifest.kv_groups, *manifest.state_groups) for pool in group.pools]
+    return Layout.of(manifest, marks=marks_of(manifest.programs["step"], names) if "step" in manifest.programs else ())
+
+
+def launch_worker(
+    directory: Path,
+    options: LaunchOptions,
+    worker: WorkerOptions,
+    progress: Progress | None = None,
+    planned: PlanWatch | None = None,
+    loaded: LoadWatch | None = None,
+    hub: Hub | None = None,
+) -> LaunchedWorker:
+    """An engine whose state others can pull. `hub`: for `local`. Raises InputErrors as `launch` does."""
+    manifest = load_manifest(directory)
+    layout = layout_of(manifest)
+    transfer = worker.transfer or ("shm" if manifest.target == "cpu" else "nixl")
+    segments: list[Segment] = []
+
+    def memory(manifest: Manifest, sizes: PoolSizes) -> Buffer:
+        remove_left_over()
+        total = pool_layout(manifest, sizes).total_bytes
+        segments.append(Segment.create(total, sizes.slots, _columns(manifest, sizes)))
+        return segments[0].memory
+
+    try:
+        launched = launch(
+            directory, options, progress, planned, loaded, memory=memory if transfer == "shm" else None
+        )
+        node = Node(launched.engine, _connector(transfer, launched, layout, segments, hub))
+    except BaseException:
+        for segment in segments:
+            segment.close()
+        raise
+    return LaunchedWorker(launched.engine, launched.codec, manifest, launched.model_name, node, layout, transfer)
+
+
+def serve_worker(launched: LaunchedWorker, options: WorkerOptions, parent: Parent | None = None) -> None:
+    """Serves a router until SIGTERM, until the parent ends, or until the engine fails."""
+    logging.config.dictConfig(log_config(options.log_level, options.log_format))
+    secret = options.secret.encode()
+    grammars = Grammars(launched.codec) if launched.manifest.target == "cpu" else None
+    worker = _worker(
+        launched, options, partial(dial, options.router, secret), grammars, None if parent is None else _REDIAL_S
+    )
+    if parent is not None:
+        parent.ended = worker.stop
+
+    def on_signal(number: int, _frame: Any) -> None:
+        worker.stop() if worker.leaving and number == signal.SIGINT else worker.leave()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    launched.node.start()
+    try:
+        worker.run()
+    finally:
+        launched.node.close(drain=False)
+        if grammars is not None:
+            grammars.close()
+
+
+def serve_router(
+    directory: Path,
+    options: LaunchOptions,
+    serving: ServeOptions,
+    cluster: ClusterOptions,
+    sock: socket.socket,
+    children: Sequence[Child],
+) -> None:
+    """Serves clients on a bound socket over these children and whoever joins, until a signal comes."""
+    logging.config.dictConfig(log_config(serving.log_level, serving.log_format))
+    router, reception = _router(directory, cluster)
+    port = Port(cluster.address, cluster.secret.encode(), reception.serve).start()
+    if cluster.address.name[:1] != "\0":
+        _LOG.info("workers join at %s; the link is authenticated, not encrypted", port.address)
+    if not port.address.on_this_machine:
+        _LOG.warning("%s can be reached from other machines: keep it in a private network", port.address)
+    router.start()
+    at = ("--router", str(port.address))
+    children = [dataclasses.replace(child, command=(*child.command, *at)) for child in children]
+    try:
+        with Processes(children, cluster.secret, router.knows) as processes:
+            processes.await_all()
+            try:
+                _serve_clients(router, directory, options, serving, sock)
+            finally:
+                router.close()
+    finally:
+        router.close()
+        port.close()
+
+
+def serve_local(
+    directory: Path, options: LaunchOptions, serving: ServeOptions, cluster: ClusterOptions, sock: socket.socket
+) -> None:
+    """The same with every worker in this process: no memory but the engines' is shared, and all share its cores."""
+    logging.config.dictConfig(log_config(serving.log_level, serving.log_format))
+    router, reception = _router(directory, cluster)
+    router.start()
+    hub = Hub()
+    roles: list[Role] = ["prefill"] * cluster.prefill_workers + ["decode"] * cluster.decode_workers
+    workers: list[tuple[LaunchedWorker, Worker, threading.Thread]] = []
+
+    def call() -> Link:
+        ours, theirs = pair()
+        threading.Thread(target=reception.serve, args=(theirs,), name="dsv4c-reception", daemon=True).start()
+        return ours
+
+    grammars: Grammars | None = None
+    try:
+        for i, role in enumerate(roles):
+            chosen = WorkerOptions(role, f"{role}-{i}", cluster.address, cluster.secret, "local")
+            launched = launch_worker(directory, options, chosen, hub=hub)
+            if launched.manifest.target == "cpu" and grammars is None:
+                grammars = Grammars(launched.codec)
+            worker = _worker(launched, chosen, call, grammars, 0.0)
+            launched.node.start()
+            thread = threading.Thread(target=worker.run, name=f"dsv4c-{chosen.name}", daemon=True)
+            thread.start()
+            workers.append((launched, worker, thread))
+        _serve_clients(router, directory, options, serving, sock)
+    finally:
+        for _, worker, _ in workers:
+            worker.stop()
+        router.close()
+        for launched, _, thread in workers:
+            thread.join()
+            launched.node.close(drain=False)
+        if grammars is not None:
+            grammars.close()
+
+
+def _router(directory: Path, cluster: ClusterOptions) -> tuple[Router, Reception]:
+    manifest = load_manifest(directory)
+    block = block_tokens(manifest.kv_groups)
+    policy = Policy(silence_s=cluster.silence_s, budget_tokens=cluster.budget_tokens)
+    router = Router(manifest, block, lambda tokens: block_hashes(tokens, block), policy)
+    return router, Reception(router, layout_of(manifest).fields)
+
+
+def _serve_clients(
+    router: Router, directory: Path, options: LaunchOptions, serving: ServeOptions, sock: socket.socket
+) -> None:
+    manifest, codec = load_manifest(directory), codec_of(directory, options)
+    grammars = Grammars(codec) if manifest.target == "cpu" else None
+    name = options.model_name or directory.resolve().name
+    app = app_over(codec, manifest, name, grammars, serving, router, serving.operations)
+    app.state.server.metrics.registry.register(RouterCollector(router))
+    try:
+        serve_app(
+            app, sock=sock, drain_s=serving.drain_s, drain_delay_s=serving.drain_delay_s, tls=serving.tls,
+            log_level=serving.log_level, log_format=serving.log_format,
+        )  # fmt: skip
+    finally:
+        if grammars is not None:
+            grammars.close()
+
+
+def _worker(
+    launched: LaunchedWorker,
+    options: WorkerOptions,
+    call: Callable[[], Link],
+    grammars: Grammars | None,
+    patience_s: float | None,
+) -> Worker:
+    node, fields = launched.node, dict(launched.layout.fields)
+    hello = hello_of(options.role, options.name, fields, launched.engine, launched.transfer, node.peer_id)
+    return Worker(node, hello, call, grammars=grammars, patience_s=patience_s, drain_s=options.drain_s)
+
+
+def _connector(
+    transfer: str, launched: Launched, layout: Layout, segments: Sequence[Segment], hub: Hub | None
+) -> Connector:
+    """What moves an engine's state. Raises ConfigError for what is not there."""
+    sizes, states = launched.engine.pool.sizes, launched.engine.runner.executor.states  # type: ignore[attr-defined]
+    columns = _columns(launched.manifest, sizes)
+    if transfer == "shm":
+        ledger = Ledger(segments[0].words, columns)
+        return Connector(ShmBackend(segments[0], layout, states, ledger), layout)
+    import numpy as np
+
+    ledger = Ledger(np.zeros((sizes.slots, row_words(columns)), np.int64), columns)
+    if transfer == "local" and hub is not None:
+        return Connector(LocalBackend(hub, layout, states, ledger), layout)
+    if transfer == "nixl":
+        from dsv4c.runtime.transfer.nixl import NixlBackend
+
+        return Connector(NixlBackend(layout, states, ledger), layout)
+    raise ConfigError(f"`{transfer}` moves no state between these workers", hint="use `shm` or `nixl`")
+
+
+def _columns(manifest: Manifest, sizes: PoolSizes) -> list[int]:
+    """Of each KV group, the entries of a page-table row."""
+    return [ceil_div(sizes.max_context, group.page_tokens) for group in manifest.kv_groups]
