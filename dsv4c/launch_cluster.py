@@ -1,7 +1,7 @@
 """Artifact -> a router that answers over workers, or one of these workers.
 
-    run --decode-workers D: router | processes: run --role ... -> Launched -> Node -> Worker
-                                   | or, with `local`, the same in threads of the one process
+run --decode-workers D: router | processes: run --role ... -> Launched -> Node -> Worker
+                               | or, with `local`, the same in threads of the one process
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from typing import Any
 
 from dsv4c.artifact import Manifest, load_manifest
 from dsv4c.errors import ConfigError
-from dsv4c.launch import Launched, LaunchOptions, LoadWatch, PlanWatch, Progress, ServeOptions, app_over, codec_of, launch
+from dsv4c.launch import (
+    Launched,
+    LaunchOptions,
+    LoadWatch,
+    PlanWatch,
+    Progress,
+    ServeOptions,
+    app_over,
+    codec_of,
+    launch,
+)
 from dsv4c.runtime.blockkeys import block_hashes
 from dsv4c.runtime.cluster.address import Address
 from dsv4c.runtime.cluster.figures import RouterCollector
@@ -33,16 +43,12 @@ from dsv4c.runtime.cluster.wire import Role
 from dsv4c.runtime.cluster.worker import Worker, hello_of
 from dsv4c.runtime.grammar import Grammars
 from dsv4c.runtime.logs import LogFormat, log_config
-from dsv4c.runtime.marks import marks_of
-from dsv4c.runtime.pools import Buffer, pool_layout
-from dsv4c.runtime.poolsizes import PoolSizes, block_tokens, ceil_div
+from dsv4c.runtime.poolsizes import PoolSizes, block_tokens
 from dsv4c.runtime.serve import serve as serve_app
-from dsv4c.runtime.transfer.connector import Connector
-from dsv4c.runtime.transfer.layout import Layout
-from dsv4c.runtime.transfer.ledger import Ledger, row_words
-from dsv4c.runtime.transfer.local import Hub, LocalBackend
+from dsv4c.runtime.transfer.local import Hub
 from dsv4c.runtime.transfer.node import Node
-from dsv4c.runtime.transfer.shm import Segment, ShmBackend, remove_left_over
+from dsv4c.runtime.transfer.setup import layout_of, local_node, make_segment, shm_node
+from dsv4c.runtime.transfer.shm import Segment
 
 _REDIAL_S = 3.0  # a child whose parent does not answer for so long has lost it
 _LOG = logging.getLogger("dsv4c")
@@ -80,14 +86,7 @@ class LaunchedWorker(Launched):
     """A node that is ready to serve a router."""
 
     node: Node
-    layout: Layout
     transfer: str
-
-
-def layout_of(manifest: Manifest) -> Layout:
-    """What workers of an artifact must agree upon to hand state over."""
-    names = [pool.name for group in (*manifest.kv_groups, *manifest.state_groups) for pool in group.pools]
-    return Layout.of(manifest, marks=marks_of(manifest.programs["step"], names) if "step" in manifest.programs else ())
 
 
 def launch_worker(
@@ -101,26 +100,28 @@ def launch_worker(
 ) -> LaunchedWorker:
     """An engine whose state others can pull. `hub`: for `local`. Raises InputErrors as `launch` does."""
     manifest = load_manifest(directory)
-    layout = layout_of(manifest)
     transfer = worker.transfer or ("shm" if manifest.target == "cpu" else "nixl")
     segments: list[Segment] = []
 
-    def memory(manifest: Manifest, sizes: PoolSizes) -> Buffer:
-        remove_left_over()
-        total = pool_layout(manifest, sizes).total_bytes
-        segments.append(Segment.create(total, sizes.slots, _columns(manifest, sizes)))
+    def memory(manifest: Manifest, sizes: PoolSizes) -> memoryview:
+        segments.append(make_segment(manifest, sizes))
         return segments[0].memory
 
     try:
-        launched = launch(
-            directory, options, progress, planned, loaded, memory=memory if transfer == "shm" else None
-        )
-        node = Node(launched.engine, _connector(transfer, launched, layout, segments, hub))
+        launched = launch(directory, options, progress, planned, loaded, memory if transfer == "shm" else None)
+        engine = launched.engine
+        pools = engine.runner.executor.states  # type: ignore[attr-defined]
+        if transfer == "shm":
+            node = shm_node(engine, manifest, pools, segments[0])
+        elif transfer == "local" and hub is not None:
+            node = local_node(engine, manifest, pools, hub)
+        else:
+            raise ConfigError(f"`{transfer}` moves no state between workers on `{manifest.target}`", hint="use `shm`")
     except BaseException:
         for segment in segments:
             segment.close()
         raise
-    return LaunchedWorker(launched.engine, launched.codec, manifest, launched.model_name, node, layout, transfer)
+    return LaunchedWorker(engine, launched.codec, manifest, launched.model_name, node, transfer)
 
 
 def serve_worker(launched: LaunchedWorker, options: WorkerOptions, parent: Parent | None = None) -> None:
@@ -187,7 +188,8 @@ def serve_local(
     router, reception = _router(directory, cluster)
     router.start()
     hub = Hub()
-    roles: list[Role] = ["prefill"] * cluster.prefill_workers + ["decode"] * cluster.decode_workers
+    roles: list[tuple[Role, int]] = [("prefill", i) for i in range(cluster.prefill_workers)]
+    roles += [("decode", i) for i in range(cluster.decode_workers)]
     workers: list[tuple[LaunchedWorker, Worker, threading.Thread]] = []
 
     def call() -> Link:
@@ -197,7 +199,7 @@ def serve_local(
 
     grammars: Grammars | None = None
     try:
-        for i, role in enumerate(roles):
+        for role, i in roles:
             chosen = WorkerOptions(role, f"{role}-{i}", cluster.address, cluster.secret, "local")
             launched = launch_worker(directory, options, chosen, hub=hub)
             if launched.manifest.target == "cpu" and grammars is None:
@@ -252,32 +254,6 @@ def _worker(
     grammars: Grammars | None,
     patience_s: float | None,
 ) -> Worker:
-    node, fields = launched.node, dict(launched.layout.fields)
-    hello = hello_of(options.role, options.name, fields, launched.engine, launched.transfer, node.peer_id)
-    return Worker(node, hello, call, grammars=grammars, patience_s=patience_s, drain_s=options.drain_s)
-
-
-def _connector(
-    transfer: str, launched: Launched, layout: Layout, segments: Sequence[Segment], hub: Hub | None
-) -> Connector:
-    """What moves an engine's state. Raises ConfigError for what is not there."""
-    sizes, states = launched.engine.pool.sizes, launched.engine.runner.executor.states  # type: ignore[attr-defined]
-    columns = _columns(launched.manifest, sizes)
-    if transfer == "shm":
-        ledger = Ledger(segments[0].words, columns)
-        return Connector(ShmBackend(segments[0], layout, states, ledger), layout)
-    import numpy as np
-
-    ledger = Ledger(np.zeros((sizes.slots, row_words(columns)), np.int64), columns)
-    if transfer == "local" and hub is not None:
-        return Connector(LocalBackend(hub, layout, states, ledger), layout)
-    if transfer == "nixl":
-        from dsv4c.runtime.transfer.nixl import NixlBackend
-
-        return Connector(NixlBackend(layout, states, ledger), layout)
-    raise ConfigError(f"`{transfer}` moves no state between these workers", hint="use `shm` or `nixl`")
-
-
-def _columns(manifest: Manifest, sizes: PoolSizes) -> list[int]:
-    """Of each KV group, the entries of a page-table row."""
-    return [ceil_div(sizes.max_context, group.page_tokens) for group in manifest.kv_groups]
+    fields = dict(layout_of(launched.manifest).fields)
+    hello = hello_of(options.role, options.name, fields, launched.engine, launched.transfer, launched.node.peer_id)
+    return Worker(launched.node, hello, call, grammars=grammars, patience_s=patience_s, drain_s=options.drain_s)

@@ -110,7 +110,7 @@ def _children(
         cores = len(os.sched_getaffinity(0))
         common += ["--threads", str(args.threads or max(1, cores // max(1, count)))]
     cards = [] if manifest.target == "cpu" else _cards(count, args.gpu_memory_utilization)
-    children = []
+    children: list[Child] = []
     for role, number in (("prefill", args.prefill_workers), ("decode", args.decode_workers)):
         for i in range(number):
             name = f"{role}-{i}"
@@ -137,7 +137,9 @@ def _cards(workers: int, utilization: float | None) -> list[str]:
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = [c for c in named.split(",") if c] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
+    cards = (
+        [c for c in named.split(",") if c] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
+    )
     if len(cards) < workers and utilization is None:
         raise ConfigError(
             f"{workers} workers share {len(cards)} GPUs, and each would fill its own",

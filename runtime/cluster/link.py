@@ -34,6 +34,7 @@ _LENGTH = 4
 
 Frame = bytes | Callable[[], bytes]
 
+
 class Link:
     """One side of a connection that has been proven. Any thread may send and close; one receives."""
 

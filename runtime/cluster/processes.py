@@ -71,7 +71,7 @@ class Processes:
             return {name: process.pid for name, process in self._running.items()}
 
     def await_all(self) -> None:
-        """Waits until every child has joined. Raises ConfigError or EngineError if one ends before, as its code says."""
+        """Waits until every child has joined. Raises ConfigError or EngineError, as its code says, if one ends."""
         while self._failed is None and not all(self._joined(child.name) for child in self._children):
             self._changed.wait(0.02)
             self._changed.clear()
@@ -112,7 +112,9 @@ class Processes:
                 return
             lived_s = time.monotonic() - began
             short = 1 if lived_s > _LONG_S else short + 1
-            _LOG.warning("worker `%s` has ended (%s) after %.1f s: it is started again", child.name, _said(code), lived_s)
+            _LOG.warning(
+                "worker `%s` has ended (%s) after %.1f s: it is started again", child.name, _said(code), lived_s
+            )
 
     def _run(self, child: Child) -> int:
         """The exit code of one process, when it has ended."""

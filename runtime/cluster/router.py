@@ -47,7 +47,7 @@ from dsv4c.runtime.cluster.checks import check_request
 from dsv4c.runtime.cluster.figures import total
 from dsv4c.runtime.cluster.lifecycle import ENDS, PRESENT, Attempt, Policy, State, Task
 from dsv4c.runtime.cluster.placement import Member, Need, Place, Wire, place
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.outputs import outputs_of
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import Event

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4c.errors import ArtifactError, ConfigError, Dsv4cError, EngineError, LinkError, RequestError
-from dsv4c.runtime.engine import EngineStats
+from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.grammar import Grammar, GrammarSource
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import End, Event, FinishReason
@@ -184,9 +184,7 @@ class Handover(_Message):
     logprobs: tuple[Score, ...] = ()
     prompt_logprobs: tuple[Score | None, ...] = ()
     cached_tokens: int = 0
-    queued_s: float = 0.0
     finish: FinishReason = "length"
-    stop_token: int | None = None
 
 
 class Decode(_Message):

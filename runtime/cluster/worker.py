@@ -2,9 +2,9 @@
 
     dial -> Hello -> Welcome -> work ... the link ends -> cancel everything -> dial again
 
-Whatever it computes, it computes for the router it talks to. So when the link ends, for whatever reason, everything that
-runs is cancelled and every lease let go; what stays is the prefix cache, of which the next router, or the same one, is
-told. A router that says nothing for as long as it gave its workers is taken for lost likewise.
+Whatever it computes, it computes for the router it talks to. So when the link ends, for whatever reason, everything
+that runs is cancelled and every lease let go; what stays is the prefix cache, of which the next router, or the same
+one, is told. A router that says nothing for as long as it gave its workers is taken for lost likewise.
 
 The link's thread does what the router says; the node answers in its engine's thread, where tokens are collected and go
 out in as few messages as the link allows. Grammars are compiled in threads of their own, and what else the router says
@@ -17,17 +17,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from dsv4c.errors import ConfigError, Dsv4cError, EngineError, LinkError, RequestError
+from dsv4c.errors import ConfigError, Dsv4cError, EngineError, LinkError, RunnerBroken
 from dsv4c.runtime.cluster import wire
 from dsv4c.runtime.cluster.link import Link
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.grammar import Grammar, Grammars
 from dsv4c.runtime.request import End, Event, Request
-from dsv4c.runtime.transfer.node import Granted, Node, Prefilled
+from dsv4c.runtime.transfer.node import Granted, Node, NodeStats, Prefilled, prefill_params
 
 _LOG = logging.getLogger("dsv4c")
 _TICK_S = 0.05
@@ -63,6 +62,7 @@ class Worker:
         self._leaving_since_s: float | None = None
         self._stopped = threading.Event()
         self._session: _Session | None = None
+        self._blocks = _Blocks()
         self._compiling = ThreadPoolExecutor(_GRAMMAR_THREADS, thread_name_prefix="dsv4c-grammar")
 
     @property
@@ -87,10 +87,10 @@ class Worker:
 
     def run(self) -> None:
         """Serves routers until it is told to end. Raises what ended it otherwise: a refusal, a broken engine."""
-        self._node.loop.call(_track)
+        self._node.loop.call(Engine.track_blocks)
         try:
             while (link := self._call()) is not None:
-                session = self._session = _Session(self._node, link, self._grammars, self._compiling)
+                session = self._session = _Session(self._node, link, self._blocks, self._grammars, self._compiling)
                 watch = threading.Thread(target=self._watch, args=(session,), name="dsv4c-beat", daemon=True)
                 try:
                     if self._leaving_since_s is not None:
@@ -134,11 +134,11 @@ class Worker:
             if now - session.heard_s > session.silence_s:
                 _LOG.warning("the router has said nothing for %.1f s", now - session.heard_s)
                 session.link.close()
-            if (failure := self._node.failure) is not None:
+            if (failure := self._node.loop.failure) is not None:
                 session.fail(failure)
             if self._leaving_since_s is not None:
                 late = now - self._leaving_since_s > self._drain_s
-                if late or self._node.quiescent():
+                if late or _is_idle(self._node.stats()):
                     _LOG.log(logging.WARNING if late else logging.INFO, "leaving%s", ", with work left" if late else "")
                     self._stopped.set()
                     session.link.finish(1.0)
@@ -149,13 +149,14 @@ class _Session:
     """What a worker does for one router, over one link."""
 
     def __init__(
-        self, node: Node, link: Link, grammars: Grammars | None, compiling: ThreadPoolExecutor
+        self, node: Node, link: Link, blocks: _Blocks, grammars: Grammars | None, compiling: ThreadPoolExecutor
     ) -> None:
         self.link = link
         self.silence_s = 5.0
         self.heard_s = time.monotonic()
         self.failure: Dsv4cError | None = None
         self._node = node
+        self._blocks = blocks
         self._grammars = grammars
         self._compiling = compiling
         self._lock = threading.Lock()
@@ -208,7 +209,11 @@ class _Session:
     def beat(self) -> None:
         """Tells how the node is."""
         stats = self._node.stats()
-        transfers = {name: int(count) for name, count in stats.transfers.items()}
+        moved = stats.transfer
+        transfers = {
+            "pulled": moved.pulled, "pulled_bytes": moved.pulled_bytes, "failed": sum(moved.failed.values()),
+            "restarts": moved.restarts, "recomputed": stats.recomputed, "expired": stats.expired,
+        }  # fmt: skip
         self.link.send(wire.encode(wire.Beat(stats.engine, stats.leases, transfers)))
 
     # what the router says
@@ -224,7 +229,7 @@ class _Session:
             case wire.PeerGone():
                 self._node.peer_gone(message.peer)
             case wire.Audit():
-                self._node.loop.call(lambda engine: self._audit(message.number, engine))
+                self._compiling.submit(self._audit, message.number)
             case wire.Beat():
                 pass
             case wire.Welcome() | wire.Refused():
@@ -276,12 +281,11 @@ class _Session:
             params = wire.params_of(job.sampling, grammar)
             prompt, generated = wire.tokens_of(job.prompt), wire.tokens_of(job.generated).tolist()
             if isinstance(message, wire.Prefill):
-                params = self._node.prefill_params(params, generated)
+                params = prefill_params(params, len(generated))
                 request = Request(job.id, prompt, params, generated=generated, keep=True)
                 self._node.prefill(request, lambda said: self._prefilled(job.id, said))
             else:
-                moving = message.handle is not None
-                request = Request(job.id, prompt, params, generated=generated, moving=moving)
+                request = Request(job.id, prompt, params, generated=generated)
                 self._node.decode(request, message.handle, self._event)
         except Dsv4cError as error:
             self._forget(job.id)
@@ -337,7 +341,7 @@ class _Session:
     def _event(self, event: Event) -> None:
         if event.end is not None:
             self._forget(event.request_id)
-            if self._node.failure is not None:
+            if self._node.loop.failure is not None or isinstance(event.end.error, RunnerBroken):
                 return  # not its end: the router will hear that this worker is lost
             self._node.loop.call(self._tell_blocks)
         self._say(wire.spoken_of(event))
@@ -361,50 +365,62 @@ class _Session:
 
     def _tell_blocks(self, engine: Engine) -> None:
         """Tells what the prefix cache has taken and dropped since the last time."""
-        for blocks in _blocks_of(engine.block_events()):
+        for blocks in self._blocks.changes(engine):
             self.link.send(wire.encode(blocks))
 
     def _tell_all_blocks(self, engine: Engine) -> None:
         """Tells all that the prefix cache has, to a router that knows nothing of it."""
-        engine.block_events()
-        self.link.send(wire.encode(wire.Blocks(stored=engine.known_blocks(), cleared=True)))
+        self._blocks.changes(engine)
+        self.link.send(wire.encode(wire.Blocks(stored=list(self._blocks.known), cleared=True)))
 
-    def _audit(self, number: int, _engine: Engine) -> None:
+    def _audit(self, number: int) -> None:
         fault = ""
         try:
             self._node.audit()
         except EngineError as error:
             fault = error.message
-        self.link.send(wire.encode(wire.Audited(number, fault, self._node.quiescent())))
+        self.link.send(wire.encode(wire.Audited(number, fault, _is_idle(self._node.stats()))))
 
 
-def _track(engine: Engine) -> None:
-    engine.track_blocks()
+class _Blocks:
+    """The blocks of the prefix cache by hash, as its events tell. Touched in the engine's thread."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, None] = {}
+
+    def changes(self, engine: Engine) -> list[wire.Blocks]:
+        """What has happened since the last call, in order."""
+        told: list[wire.Blocks] = []
+        for event in engine.block_events():
+            if event.kind == "cleared":
+                self.known.clear()
+                told.append(wire.Blocks(cleared=True))
+                continue
+            # within a message what is removed goes before what is stored
+            if not told or (event.kind == "removed" and told[-1].stored):
+                told.append(wire.Blocks())
+            if event.kind == "stored":
+                self.known[event.hash] = None
+                told[-1].stored.append(event.hash)
+            else:
+                self.known.pop(event.hash, None)
+                told[-1].removed.append(event.hash)
+        return told
+
+
+def _is_idle(stats: NodeStats) -> bool:
+    return not (stats.engine.running or stats.engine.waiting or stats.leases or stats.moving)
 
 
 def _failed(name: str, error: Dsv4cError) -> wire.Spoken:
     return wire.spoken_of(Event(name, end=End("failed", 0, 0, error=error)))
 
 
-def _blocks_of(events: Sequence[Any]) -> list[wire.Blocks]:
-    """Events of the prefix cache, in order, as few messages as keep the order."""
-    told: list[wire.Blocks] = []
-    for event in events:
-        if event.kind == "cleared":
-            told.append(wire.Blocks(cleared=True))
-            continue
-        # within a message what is removed goes before what is stored
-        if not told or (event.kind == "removed" and told[-1].stored):
-            told.append(wire.Blocks())
-        (told[-1].stored if event.kind == "stored" else told[-1].removed).append(event.hash)
-    return told
-
-
 def _handover_of(name: str, said: Prefilled) -> wire.Handover:
     prompt = tuple(None if entry is None else wire.score_of(entry) for entry in said.prompt_logprobs)
     return wire.Handover(
         name, tuple(said.tokens), wire.scores_of(tuple(said.logprobs)), prompt, said.cached_tokens,
-        finish=said.finish, stop_token=said.stop_token,
+        finish=said.finish,
     )  # fmt: skip
 
 
@@ -415,11 +431,12 @@ def _prefilled_of(found: wire.Handover) -> Prefilled:
         prompt_logprobs=tuple(None if s is None else wire.logprob_of(s) for s in found.prompt_logprobs),
         cached_tokens=found.cached_tokens,
         finish=found.finish,
-        stop_token=found.stop_token,
     )
 
 
-def hello_of(role: wire.Role, name: str, layout: dict[str, str], engine: Engine, transfer: str, peer: str) -> wire.Hello:
+def hello_of(
+    role: wire.Role, name: str, layout: dict[str, str], engine: Engine, transfer: str, peer: str
+) -> wire.Hello:
     """How a worker introduces itself."""
     pool = engine.pool
     facts = wire.Facts(
