@@ -12,6 +12,7 @@ import logging.config
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -187,38 +188,67 @@ def serve_local(
     logging.config.dictConfig(log_config(serving.log_level, serving.log_format))
     router, reception = _router(directory, cluster)
     router.start()
-    hub = Hub()
-    roles: list[tuple[Role, int]] = [("prefill", i) for i in range(cluster.prefill_workers)]
-    roles += [("decode", i) for i in range(cluster.decode_workers)]
-    workers: list[tuple[LaunchedWorker, Worker, threading.Thread]] = []
-
-    def call() -> Link:
-        ours, theirs = pair()
-        threading.Thread(target=reception.serve, args=(theirs,), name="dsv4c-reception", daemon=True).start()
-        return ours
-
-    grammars: Grammars | None = None
+    prefill: Role = "prefill"
+    decode: Role = "decode"
+    roles = [prefill] * cluster.prefill_workers + [decode] * cluster.decode_workers
     try:
-        for role, i in roles:
-            chosen = WorkerOptions(role, f"{role}-{i}", cluster.address, cluster.secret, "local")
-            launched = launch_worker(directory, options, chosen, hub=hub)
-            if launched.manifest.target == "cpu" and grammars is None:
-                grammars = Grammars(launched.codec)
-            worker = _worker(launched, chosen, call, grammars, 0.0)
-            launched.node.start()
-            thread = threading.Thread(target=worker.run, name=f"dsv4c-{chosen.name}", daemon=True)
-            thread.start()
-            workers.append((launched, worker, thread))
-        _serve_clients(router, directory, options, serving, sock)
+        with LocalWorkers(directory, options, reception.serve, roles):
+            try:
+                _serve_clients(router, directory, options, serving, sock)
+            finally:
+                router.close()
     finally:
-        for _, worker, _ in workers:
-            worker.stop()
         router.close()
-        for launched, _, thread in workers:
+
+
+class LocalWorkers:
+    """Workers in threads of this process, that hand over to each other. Use as a context: leaving it ends them."""
+
+    def __init__(
+        self, directory: Path, options: LaunchOptions, reception: Callable[[Link], None], roles: Sequence[Role]
+    ) -> None:
+        """`reception`: what serves the router's side of a link, for as long as that is open."""
+        self._directory = directory
+        self._options = options
+        self._reception = reception
+        self._roles = roles
+        self._grammars: Grammars | None = None
+        self._running: list[tuple[LaunchedWorker, Worker, threading.Thread]] = []
+
+    def __enter__(self) -> LocalWorkers:
+        hub, numbers = Hub(), Counter[str]()
+        try:
+            for role in self._roles:
+                self._begin(WorkerOptions(role, f"{role}-{numbers[role]}", Address(), "", "local"), hub)
+                numbers[role] += 1
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _launched, worker, _thread in self._running:
+            worker.stop()
+        for launched, _worker, thread in self._running:
             thread.join()
             launched.node.close(drain=False)
-        if grammars is not None:
-            grammars.close()
+        if self._grammars is not None:
+            self._grammars.close()
+
+    def _begin(self, chosen: WorkerOptions, hub: Hub) -> None:
+        launched = launch_worker(self._directory, self._options, chosen, hub=hub)
+        if launched.manifest.target == "cpu" and self._grammars is None:
+            self._grammars = Grammars(launched.codec)
+        worker = _worker(launched, chosen, self._call, self._grammars, 0.0)
+        launched.node.start()
+        thread = threading.Thread(target=worker.run, name=f"dsv4c-{chosen.name}", daemon=True)
+        thread.start()
+        self._running.append((launched, worker, thread))
+
+    def _call(self) -> Link:
+        ours, theirs = pair()
+        threading.Thread(target=self._reception, args=(theirs,), name="dsv4c-reception", daemon=True).start()
+        return ours
 
 
 def _router(directory: Path, cluster: ClusterOptions) -> tuple[Router, Reception]:
