@@ -77,6 +77,8 @@ class WorkerOptions:
     router: Address
     secret: str
     transfer: str | None = None
+    lease_ttl_s: float = 30.0
+    """How long a prompt that is computed is kept for whoever pulls it."""
     drain_s: float = 30.0
     log_level: str = "info"
     log_format: LogFormat = "text"
@@ -113,9 +115,9 @@ def launch_worker(
         engine = launched.engine
         pools = engine.runner.executor.states  # type: ignore[attr-defined]
         if transfer == "shm":
-            node = shm_node(engine, manifest, pools, segments[0])
+            node = shm_node(engine, manifest, pools, segments[0], ttl_s=worker.lease_ttl_s)
         elif transfer == "local" and hub is not None:
-            node = local_node(engine, manifest, pools, hub)
+            node = local_node(engine, manifest, pools, hub, ttl_s=worker.lease_ttl_s)
         else:
             raise ConfigError(f"`{transfer}` moves no state between workers on `{manifest.target}`", hint="use `shm`")
     except BaseException:

@@ -34,6 +34,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "random moments at which every fault of tests/runtime/cluster/test_faults.py is done"
+    parser.addoption("--fault-moments", type=int, default=2, metavar="N", help=text)
+    parser.addoption("--fault-table", metavar="FILE", help="write the table of faults and outcomes into this file")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # One thread a process: pytest-xdist already runs a process a core, and results do not depend on the machine.
     torch.set_num_threads(1)

@@ -55,6 +55,7 @@ from dsv4c.runtime.service import Output, Sink
 
 BlockHashes = Callable[[Sequence[int]], Sequence[int]]
 MOST_LOSSES = 5  # workers that one request may lose: it may well be what ends them
+_LOOK_S = 0.005  # between looks at the answers to an audit
 _REFUSED_S = 0.25  # a worker that refused what it should hold is given nothing for so long
 
 
@@ -89,7 +90,7 @@ class Router:
         self._names: set[str] = set()
         self._attempts: dict[str, Attempt] = {}
         self._past = EngineStats()
-        self._audits: dict[int, Callable[[Member, wire.Audited], None]] = {}
+        self._audits: dict[int, dict[Member, wire.Audited]] = {}
         self._helpless_since_s: float | None = clock()
         self._context = self._longest = manifest.max_context
         self._failure: Dsv4cError | None = None
@@ -221,7 +222,7 @@ class Router:
                     self._look_around()
                 case wire.Audited():
                     if message.number in self._audits:
-                        self._audits[message.number](member, message)
+                        self._audits[message.number][member] = message
                 case wire.Hello():
                     raise LinkError("it introduced itself twice")
 
@@ -243,24 +244,18 @@ class Router:
 
     def audit(self, timeout_s: float) -> dict[str, wire.Audited]:
         """Asks every worker whether all its pages are accounted for; the answers that come in time, by name."""
-        found: dict[str, wire.Audited] = {}
-        done = threading.Event()
+        found: dict[Member, wire.Audited] = {}
         with self._lock:
             number, asked = next(self._numbers), list(self.members)
-
-            def answered(member: Member, message: wire.Audited) -> None:
-                found[member.name] = message
-                if len(found) == len(asked):
-                    done.set()
-
-            self._audits[number] = answered
+            self._audits[number] = found
             for member in asked:
                 self._send(member, wire.Audit(number))
-        if asked:
-            done.wait(timeout_s)
+        deadline = self._clock() + timeout_s
+        while self._clock() < deadline and not all(m in found or m.lost for m in asked):
+            time.sleep(_LOOK_S)
         with self._lock:
             del self._audits[number]
-            return dict(found)
+            return {member.name: answer for member, answer in found.items()}
 
     def states(self) -> dict[State, int]:
         """How many requests are in each state, and how many have ended in which way."""
