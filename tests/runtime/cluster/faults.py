@@ -67,7 +67,7 @@ class Trial:
         asked = [self.cluster.send(prompt, params) for prompt, params, _ in batch]
         strike(self, asked)
         for one in asked:
-            assert one.over.wait(PATIENCE_S) or one.number in self.gone, (one.number, router.states())
+            assert one.number in self.gone or one.over.wait(PATIENCE_S), (one.number, router.states())
         report.longest_s = max(report.longest_s, time.monotonic() - began)
         report.moments += 1
         for one, (_, _, tokens) in zip(asked, batch, strict=True):

@@ -32,7 +32,7 @@ from dsv4c.runtime.service import Output
 from dsv4c.runtime.transfer.setup import layout_of
 
 SMALL = ("--max-requests", "16", "--max-context", "2048", "--log-level", "warning")
-PATIENCE_S = 120.0  # a guard against hanging, far above any real wait; nothing is measured by it
+PATIENCE_S = 60.0  # a guard against hanging, far above any real wait; nothing is measured by it
 
 
 @dataclass
