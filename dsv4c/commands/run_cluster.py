@@ -36,12 +36,10 @@ def run_router(args: argparse.Namespace, settings: Sequence[Setting], directory:
     from dsv4c.artifact import load_manifest
     from dsv4c.launch_cluster import ClusterOptions, serve_local, serve_router
     from dsv4c.runtime.cluster.address import Address, read_secret
-    from dsv4c.runtime.loader import check_host
     from dsv4c.runtime.serve import bind
 
     options, serving = launch_options(args), serve_options(args)
     manifest = load_manifest(directory)
-    check_host(manifest)
     transfer = args.transfer or ("shm" if manifest.target == "cpu" else "nixl")
     secret = secrets.token_hex(32) if args.secret_file is None else read_secret(Path(args.secret_file)).decode()
     address = Address.parse(args.router_address or f"abstract:dsv4c-{secrets.token_hex(8)}")
@@ -109,15 +107,13 @@ def _children(
     if manifest.target == "cpu":
         cores = len(os.sched_getaffinity(0))
         common += ["--threads", str(args.threads or max(1, cores // max(1, count)))]
-    cards = [] if manifest.target == "cpu" else _cards(count, args.gpu_memory_utilization)
+    cards = 0 if manifest.target == "cpu" else _cards(count, args.gpu_memory_utilization)
     children: list[Child] = []
     for role, number in (("prefill", args.prefill_workers), ("decode", args.decode_workers)):
         for i in range(number):
             name = f"{role}-{i}"
-            environment = None
-            if cards:
-                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": cards[len(children) % len(cards)]}
-            children.append(Child(name, [*common, "--role", role, "--worker-name", name], environment))
+            card = ["--device", str(len(children) % cards)] if cards else []
+            children.append(Child(name, [*common, *card, "--role", role, "--worker-name", name]))
     return children
 
 
@@ -132,17 +128,14 @@ def _arguments(setting: Setting) -> list[str]:
     return [part for one in values for part in (f"--{option.name}", str(one))]
 
 
-def _cards(workers: int, utilization: float | None) -> list[str]:
-    """The cards that workers take in turn. Raises ConfigError if two would fill the same."""
+def _cards(workers: int, utilization: float | None) -> int:
+    """How many cards workers take in turn. Raises ConfigError if two would fill the same."""
     import torch
 
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = (
-        [c for c in named.split(",") if c] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
-    )
-    if len(cards) < workers and utilization is None:
+    cards = torch.cuda.device_count()
+    if cards < workers and utilization is None:
         raise ConfigError(
-            f"{workers} workers share {len(cards)} GPUs, and each would fill its own",
+            f"{workers} workers share {cards} GPUs, and each would fill its own",
             hint="give `--gpu-memory-utilization`, what one worker may fill",
         )
     return cards

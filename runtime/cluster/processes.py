@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dsv4c.errors import ConfigError, EngineError
@@ -31,11 +31,10 @@ _LONG_S = 60.0  # a child that lived for so long is started as if for the first 
 
 @dataclass(frozen=True)
 class Child:
-    """A worker process to be: its name, its command line, and what its environment has besides."""
+    """A worker process to be: its name, and its command line."""
 
     name: str
     command: Sequence[str]
-    environment: Mapping[str, str] | None = None
 
 
 class Processes:
@@ -121,9 +120,7 @@ class Processes:
         with self._lock:
             if self._closing.is_set():
                 return 0
-            process = subprocess.Popen(
-                child.command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0, env=child.environment
-            )
+            process = subprocess.Popen(child.command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
             self._running[child.name] = process
         assert process.stdin is not None and process.stderr is not None
         with contextlib.suppress(BrokenPipeError):  # it has died already, and its code will say why
