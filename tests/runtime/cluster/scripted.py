@@ -24,6 +24,14 @@ def hashes_of(prompt: Sequence[int]) -> list[int]:
     return [hash(tuple(prompt[: end + BLOCK])) for end in range(0, len(prompt) // BLOCK * BLOCK, BLOCK)]
 
 
+def hello(
+    role: wire.Role, name: str, *, layout: dict[str, str] | None = None, version: int = wire.VERSION, **facts: Any
+) -> wire.Hello:
+    """How a worker introduces itself."""
+    given = {"max_context": 2048, "longest": 2048, "max_requests": 8, "pages": PAGES, "transfer": "shm", **facts}
+    return wire.Hello(version, role, name, 1, layout or {}, wire.Facts(**given, peer=name))
+
+
 class Clock:
     now_s = 100.0
 
@@ -105,9 +113,7 @@ class Stage:
 
     def join(self, role: wire.Role, name: str, **facts: Any) -> Worker:
         worker = Worker(self.router)
-        given = {"max_context": 2048, "longest": 2048, "max_requests": 8, "pages": PAGES, "transfer": "shm", **facts}
-        hello = wire.Hello(wire.VERSION, role, name, 1, {}, wire.Facts(**given, peer=name))
-        worker.member = self.router.join(hello, worker)
+        worker.member = self.router.join(hello(role, name, **facts), worker)
         worker.one(wire.Welcome)
         return worker
 
