@@ -177,10 +177,11 @@ def serve_router(
             try:
                 _serve_clients(router, directory, options, serving, sock)
             finally:
+                port.close()
                 router.close()
     finally:
-        router.close()
         port.close()
+        router.close()
 
 
 def serve_local(

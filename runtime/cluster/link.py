@@ -146,7 +146,9 @@ class Port:
         return self
 
     def close(self) -> None:
-        """Accepts nobody any more; links that are open stay."""
+        """Accepts nobody any more; links that are open stay. Twice is once."""
+        if self._closing:
+            return
         self._closing = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread

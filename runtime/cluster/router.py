@@ -164,8 +164,10 @@ class Router:
         return self
 
     def join(self, hello: wire.Hello, link: Wire) -> Member:
-        """Takes a worker in that has the router's layout."""
+        """Takes a worker in that has the router's layout. Raises LinkError if the router closes."""
         with self._lock:
+            if self._closing.is_set():
+                raise LinkError("the router closes")
             groups = self._manifest.kv_groups
             member = Member(hello.name, hello.role, hello.pid, hello.facts, link, groups, self._clock())
             self.members.append(member)

@@ -108,10 +108,10 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.port.close()
         self.router.close()
         self.workers.close()
         self.processes.close()
-        self.port.close()
 
     def ask(self, prompt: Sequence[int], **params: Any) -> Asked:
         return self.send(prompt, SamplingParams(**params))
