@@ -47,6 +47,7 @@ from dsv4c.runtime.logs import LogFormat, log_config
 from dsv4c.runtime.poolsizes import PoolSizes, block_tokens
 from dsv4c.runtime.serve import serve as serve_app
 from dsv4c.runtime.transfer.local import Hub
+from dsv4c.runtime.transfer.nixl import nixl_node
 from dsv4c.runtime.transfer.node import Node
 from dsv4c.runtime.transfer.setup import layout_of, local_node, make_segment, shm_node
 from dsv4c.runtime.transfer.shm import Segment
@@ -79,6 +80,9 @@ class WorkerOptions:
     transfer: str | None = None
     lease_ttl_s: float = 30.0
     """How long a prompt that is computed is kept for whoever pulls it."""
+    transfer_timeout_s: float = 10.0
+    """How long a transfer may stand still."""
+    nixl_devices: str = "lo"
     drain_s: float = 30.0
     log_level: str = "info"
     log_format: LogFormat = "text"
@@ -114,12 +118,15 @@ def launch_worker(
         launched = launch(directory, options, progress, planned, loaded, memory if transfer == "shm" else None)
         engine = launched.engine
         pools = engine.runner.executor.states  # type: ignore[attr-defined]
+        ttl_s, deadline_s = worker.lease_ttl_s, worker.transfer_timeout_s
         if transfer == "shm":
-            node = shm_node(engine, manifest, pools, segments[0], ttl_s=worker.lease_ttl_s)
-        elif transfer == "local" and hub is not None:
-            node = local_node(engine, manifest, pools, hub, ttl_s=worker.lease_ttl_s)
+            node = shm_node(engine, manifest, pools, segments[0], ttl_s=ttl_s, deadline_s=deadline_s)
+        elif transfer == "nixl":
+            node = nixl_node(engine, manifest, pools, devices=worker.nixl_devices, ttl_s=ttl_s, deadline_s=deadline_s)
+        elif hub is not None:
+            node = local_node(engine, manifest, pools, hub, ttl_s=ttl_s, deadline_s=deadline_s)
         else:
-            raise ConfigError(f"`{transfer}` moves no state between workers on `{manifest.target}`", hint="use `shm`")
+            raise ConfigError("`local` moves state within one process", hint="use `shm` or `nixl`")
     except BaseException:
         for segment in segments:
             segment.close()

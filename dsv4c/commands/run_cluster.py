@@ -25,7 +25,7 @@ _FROM_PARENT = "-"
 _PASSED_ON = (
     "weights", "load-format", "seed", "tokenizer", "chat-release", "max-requests", "max-context", "kv-memory",
     "gpu-memory-utilization", "no-prefix-cache", "speculative-tokens", "executor", "debug-contracts", "shadow", "break",
-    "budget-tokens", "lease-ttl", "drain-timeout", "log-level", "log-format",
+    "budget-tokens", "lease-ttl", "transfer-timeout", "nixl-devices", "drain-timeout", "log-level", "log-format",
 )  # fmt: skip
 """Options of the router's command line that its workers get."""
 
@@ -69,8 +69,8 @@ def run_worker(args: argparse.Namespace, directory: Path) -> None:
     secret = parent.secret if parent is not None else read_secret(Path(args.secret_file)).decode()
     name = args.worker_name or f"{args.role}-{socket.gethostname()}-{os.getpid()}"
     worker = WorkerOptions(
-        args.role, name, Address.parse(args.router), secret, args.transfer, args.lease_ttl, args.drain_timeout,
-        args.log_level, args.log_format,
+        args.role, name, Address.parse(args.router), secret, args.transfer, args.lease_ttl,
+        args.transfer_timeout, args.nixl_devices, args.drain_timeout, args.log_level, args.log_format,
     )  # fmt: skip
     options = launch_options(args)
     launched = with_progress(partial(launch_worker, directory, options, worker))

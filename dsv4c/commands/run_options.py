@@ -86,6 +86,10 @@ RUN_OPTIONS = (
     Option("budget-tokens", "room that a request has for more tokens", type=positive, metavar="N", unset="to its end"),
     Option("worker-timeout", "seconds of silence after which a worker is lost", 5.0, type=seconds, metavar="S"),
     Option("lease-ttl", "seconds that a prompt is kept for whoever pulls it", 30.0, type=seconds, metavar="S"),
+    Option(
+        "transfer-timeout", "seconds without a byte until a prompt is computed anew", 10.0, type=seconds, metavar="S"
+    ),
+    Option("nixl-devices", "UCX's network devices; `all`: any", "lo", metavar="LIST"),
     Option("router-address", "where workers may join: HOST:PORT or unix:PATH", metavar="ADDRESS", unset="nowhere"),
     Option("role", "serve a router, not clients", choices=("prefill", "decode", "both"), saved=False),
     Option("router", "with --role: its address", metavar="ADDRESS"),

@@ -23,8 +23,10 @@ def expected(nano_artifact: Path) -> Expected:
     return [(prompt, params, tokens) for (prompt, params), tokens in zip(asked, found, strict=True)]
 
 
-@pytest.mark.parametrize("transfer", ["shm", "local"])
+@pytest.mark.parametrize("transfer", ["shm", "local", "nixl"])
 def test_two_and_two_are_one(transfer: str, nano_artifact: Path, expected: Expected) -> None:
+    if transfer == "nixl":
+        pytest.importorskip("nixl_cu12", reason="NIXL is not installed; see the extra `dynamo`")
     with Cluster(nano_artifact, 2, 2, transfer=transfer) as cluster:
         asked = [cluster.send(prompt, params) for prompt, params, _ in expected]
         for one, (prompt, _, tokens) in zip(asked, expected, strict=True):
