@@ -8,8 +8,8 @@ from dsv4c.commands.settings import Option
 
 _OF_RUN = (
     "artifact", "device", "weights", "load-format", "seed", "tokenizer", "chat-release", "model-name", "max-queue",
-    "default-thinking", "max-requests", "max-context", "kv-memory", "gpu-memory-utilization", "no-prefix-cache",
-    "speculative-tokens", "threads", "executor", "debug-contracts", "shadow", "break",
+    "default-thinking", "max-requests", "max-context", "budget-tokens", "kv-memory", "gpu-memory-utilization",
+    "no-prefix-cache", "speculative-tokens", "threads", "executor", "debug-contracts", "shadow", "break",
 )  # fmt: skip
 
 DYNAMO_OPTIONS = (

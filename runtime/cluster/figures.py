@@ -65,10 +65,10 @@ class RouterCollector(Collector):
             lost.add_metric([role], count)
         yield lost
         for name, text, value in (
-            ("retries", "Attempts taken back, whose requests began another", router.retried),
-            ("prompt_tokens", "Tokens of prompts that were placed", router.placed_tokens),
+            ("retries", "Attempts taken back, whose requests began another", router.journeys.retried),
+            ("prompt_tokens", "Tokens of prompts that were placed", router.journeys.placed_tokens),
             ("cached_tokens", "Of these, tokens in the prefix cache of the worker they were given to",
-             router.placed_cached_tokens),
+             router.journeys.placed_cached_tokens),
         ):  # fmt: skip
             yield CounterMetricFamily(f"dsv4c_router_{name}", text, value=value)
         yield from self._workers()

@@ -28,7 +28,6 @@ Any thread may call. One lock guards it all; under it nothing waits: links write
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 import logging
@@ -41,22 +40,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dsv4c.artifact import Manifest
-from dsv4c.errors import Dsv4cError, EngineError, LinkError, RequestError
+from dsv4c.errors import Dsv4cError, LinkError, RequestError
 from dsv4c.runtime.cluster import wire
 from dsv4c.runtime.cluster.checks import check_request
 from dsv4c.runtime.cluster.figures import total
-from dsv4c.runtime.cluster.lifecycle import ENDS, PRESENT, Attempt, Policy, State, Task
-from dsv4c.runtime.cluster.placement import Member, Need, Place, Wire, place
+from dsv4c.runtime.cluster.journeys import Journeys, send
+from dsv4c.runtime.cluster.lifecycle import ENDS, PRESENT, Policy, State, Task
+from dsv4c.runtime.cluster.placement import Member, Wire
 from dsv4c.runtime.enginestats import EngineStats
-from dsv4c.runtime.outputs import outputs_of
 from dsv4c.runtime.params import SamplingParams
-from dsv4c.runtime.request import Event
-from dsv4c.runtime.service import Output, Sink
+from dsv4c.runtime.service import Sink
 
 BlockHashes = Callable[[Sequence[int]], Sequence[int]]
-MOST_LOSSES = 5  # workers that one request may lose: it may well be what ends them
 _LOOK_S = 0.005  # between looks at the answers to an audit
-_REFUSED_S = 0.25  # a worker that refused what it should hold is given nothing for so long
 
 
 class Router:
@@ -72,30 +68,27 @@ class Router:
     ) -> None:
         """`block`: tokens of a block of the prefix cache, `hashes`: those of the whole blocks of a prompt."""
         self.policy = policy or Policy()
-        self.members: list[Member] = []
-        self.ended: Counter[State] = Counter()
+        self.journeys = Journeys(self.policy, block, manifest.max_context, clock)
         self.losses: Counter[str] = Counter()
         """Workers lost, by role."""
-        self.retried = self.placed_tokens = self.placed_cached_tokens = 0
-        """Attempts that were taken back; tokens of prompts that were placed, and those found where they were placed."""
         self._manifest = manifest
-        self._block = block
         self._hashes = hashes
         self._clock = clock
-        self._session = secrets.token_hex(4)
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
-        self._tasks: dict[int, Task] = {}
-        self._queue: list[Task] = []
         self._names: set[str] = set()
-        self._attempts: dict[str, Attempt] = {}
         self._past = EngineStats()
         self._audits: dict[int, dict[Member, wire.Audited]] = {}
         self._helpless_since_s: float | None = clock()
-        self._context = self._longest = manifest.max_context
+        self._context = manifest.max_context
         self._failure: Dsv4cError | None = None
         self._closing = threading.Event()
         self._ticker = threading.Thread(target=self._tick_on, name="dsv4c-router", daemon=True)
+
+    @property
+    def members(self) -> list[Member]:
+        """The workers that are there."""
+        return self.journeys.members
 
     # what the server asks
 
@@ -115,38 +108,36 @@ class Router:
         Raises RequestError: 400 if it can never run, 503 if the queue is full or no worker can serve it.
         """
         tokens = np.asarray(prompt, dtype=np.int64).reshape(-1)
-        check_request(tokens, params, self._manifest.vocab_size, self._context, self._longest)
+        check_request(tokens, params, self._manifest.vocab_size, self._context, self.journeys.longest)
         if params.seed is None:  # another worker must be able to go on
             params = dataclasses.replace(params, seed=secrets.randbits(63))
         hashes = () if params.prompt_logprobs is not None else self._hashes(prompt)
         with self._lock:
             self._check_open()
             number = next(self._numbers)
-            task = Task(number, wire.packed(tokens), tokens.size, params, sink, hashes, self._clock())
-            self._tasks[number] = task
-            bisect.insort(self._queue, task, key=_rank)
-            self._place()
+            made_s = self._clock()
+            self.journeys.add(Task(number, wire.packed(tokens), tokens.size, params, sink, hashes, made_s))
             return number
 
     def cancel(self, request_id: int, /) -> None:
         """Ends a request; its workers free its pages soon. Does nothing if it has ended."""
         with self._lock:
-            task = self._tasks.get(request_id)
+            task = self.journeys.tasks.get(request_id)
             if task is not None:
-                self._finish(task, "cancelled")
-                self._place()
+                self.journeys.finish(task, "cancelled")
+                self.journeys.place()
 
     def stats(self) -> EngineStats:
         """Of all workers together, with those that wait here; totals are those of lost workers too."""
         with self._lock:
             now = total([self._past, *(m.beat.stats for m in self.members if m.beat.stats is not None)])
-            running, waiting = len(self._attempts), len(self._queue)
+            running, waiting = len(self.journeys.attempts), len(self.journeys.queue)
         return dataclasses.replace(now, running=running, waiting=waiting, max_waiting=self.policy.max_waiting)
 
     def _check_open(self) -> None:
         if self._failure is not None:
             raise RequestError(self._failure.message, status=503, code="unavailable", hint=self._failure.hint)
-        if len(self._queue) >= self.policy.max_waiting:
+        if len(self.journeys.queue) >= self.policy.max_waiting:
             message = f"{self.policy.max_waiting} requests are waiting already"
             raise RequestError(message, status=503, code="queue_full", hint="try again later")
         if self._helpless(self._clock()):
@@ -172,9 +163,9 @@ class Router:
             member = Member(hello.name, hello.role, hello.pid, hello.facts, link, groups, self._clock())
             self.members.append(member)
             self._names.add(hello.name)
-            self._send(member, wire.Welcome(self.policy.silence_s))
+            send(member, wire.Welcome(self.policy.silence_s))
             self._look_around()
-            self._place()
+            self.journeys.place()
         logging.getLogger("dsv4c").info("worker `%s` (%s, pid %d) has joined", member.name, member.role, member.pid)
         return member
 
@@ -194,11 +185,11 @@ class Router:
             if member.beat.stats is not None:
                 self._past = total([self._past, member.beat.stats], past=True)
             for other in self.members if member.facts.peer else ():
-                self._send(other, wire.PeerGone(member.facts.peer))
-            for attempt in [a for a in self._attempts.values() if member in (a.decode, a.prefill)]:
-                self._survive(attempt, member)
+                send(other, wire.PeerGone(member.facts.peer))
+            for attempt in [a for a in self.journeys.attempts.values() if member in (a.decode, a.prefill)]:
+                self.journeys.survive(attempt, member)
             self._look_around()
-            self._place()
+            self.journeys.place()
         member.wire.close()
 
     def handle(self, member: Member, message: wire.ToRouter) -> None:
@@ -210,11 +201,11 @@ class Router:
             match message:
                 case wire.Said():
                     for spoken in message.events:
-                        self._said(member, spoken)
+                        self.journeys.said(member, spoken)
                 case wire.Granted():
-                    self._granted(member, message)
+                    self.journeys.granted(member, message)
                 case wire.Handover():
-                    self._handover(member, message)
+                    self.journeys.handed_over(member, message)
                 case wire.Blocks():
                     member.learn(message)
                 case wire.Beat():
@@ -236,13 +227,13 @@ class Router:
                 if now - member.heard_s > self.policy.silence_s:
                     self.lose(member, f"it has said nothing for {now - member.heard_s:.1f} s")
                 else:
-                    self._send(member, wire.Beat())
-            for task in list(self._queue):
+                    send(member, wire.Beat())
+            for task in list(self.journeys.queue):
                 if self._helpless(now):
-                    self._finish(task, "failed", _no_worker())
+                    self.journeys.finish(task, "failed", _no_worker())
                 elif self._helpless_since_s is None and not self._can_hold(task):
-                    self._finish(task, "failed", _no_pages(task.num_tokens))
-            self._place()
+                    self.journeys.finish(task, "failed", _no_pages(task.num_tokens))
+            self.journeys.place()
 
     def audit(self, timeout_s: float) -> dict[str, wire.Audited]:
         """Asks every worker whether all its pages are accounted for; the answers that come in time, by name."""
@@ -251,7 +242,7 @@ class Router:
             number, asked = next(self._numbers), list(self.members)
             self._audits[number] = found
             for member in asked:
-                self._send(member, wire.Audit(number))
+                send(member, wire.Audit(number))
         deadline = self._clock() + timeout_s
         while self._clock() < deadline and not all(m in found or m.lost for m in asked):
             time.sleep(_LOOK_S)
@@ -262,8 +253,12 @@ class Router:
     def states(self) -> dict[State, int]:
         """How many requests are in each state, and how many have ended in which way."""
         with self._lock:
-            counts: dict[State, int] = {**dict.fromkeys((*PRESENT, *ENDS), 0), "queued": len(self._queue), **self.ended}
-            for attempt in self._attempts.values():
+            counts: dict[State, int] = {
+                **dict.fromkeys((*PRESENT, *ENDS), 0),
+                "queued": len(self.journeys.queue),
+                **self.journeys.ended,
+            }
+            for attempt in self.journeys.attempts.values():
                 counts[attempt.phase] += 1
             return counts
 
@@ -271,8 +266,8 @@ class Router:
         """Ends every request with this error, and takes no more."""
         with self._lock:
             self._failure = error
-            for task in list(self._tasks.values()):
-                self._finish(task, "failed", error)
+            for task in list(self.journeys.tasks.values()):
+                self.journeys.finish(task, "failed", error)
 
     def close(self) -> None:
         """Ends every request and every link."""
@@ -295,7 +290,7 @@ class Router:
         if generating:
             self._helpless_since_s = None
             self._context = min(m.facts.max_context for m in generating)
-            self._longest = min(m.facts.longest for m in generating)
+            self.journeys.longest = min(m.facts.longest for m in generating)
         elif self._helpless_since_s is None:
             self._helpless_since_s = self._clock()
 
@@ -304,195 +299,8 @@ class Router:
         return since is not None and now - since > self.policy.patience_s
 
     def _can_hold(self, task: Task) -> bool:
-        held = task.held_tokens(self.policy.budget_tokens, self._longest)
+        held = task.held_tokens(self.policy.budget_tokens, self.journeys.longest)
         return any(m.generates and not m.leaving and m.could_hold(held) for m in self.members)
-
-    def _send(self, member: Member, message: wire.ToWorker) -> None:
-        member.wire.send(wire.encode(message))
-
-    # a request's way
-
-    def _place(self) -> None:
-        """Sends what waits on its way, first come first served: nobody overtakes the first."""
-        now = self._clock()
-        while self._queue:
-            task = self._queue[0]
-            held = task.held_tokens(self.policy.budget_tokens, self._longest)
-            found = place(self.members, Need(task.num_tokens, held, task.hashes, self._block), now)
-            if found is None:
-                return
-            del self._queue[0]
-            self._begin(task, found, held, now)
-
-    def _begin(self, task: Task, found: Place, held: int, now: float) -> None:
-        """The next attempt of a request, on these workers."""
-        task.attempts += 1
-        name = f"{self._session}-{task.number}-{task.attempts}"
-        attempt = Attempt(name, task, found.decode, found.prefill, now - task.made_s)
-        task.attempt = self._attempts[name] = attempt
-        self.placed_tokens += task.num_tokens
-        self.placed_cached_tokens += found.cached_tokens
-        uncomputed = task.num_tokens - found.cached_tokens
-        if found.prefill is None:
-            found.decode.give(name, found.decode.claim_of(held), uncomputed)
-            attempt.granted, attempt.phase = True, "decoding"
-            self._send(found.decode, wire.Decode(self._job(attempt)))
-        else:
-            found.decode.give(name, found.decode.claim_of(held))
-            found.prefill.give(name, found.prefill.claim_of(task.num_tokens + 1), uncomputed)
-            self._send(found.prefill, wire.Prefill(self._job(attempt)))
-
-    def _job(self, attempt: Attempt) -> wire.Job:
-        task = attempt.task
-        params = task.params if not task.delivered else dataclasses.replace(task.params, prompt_logprobs=None)
-        generated, grammar = wire.packed(task.delivered), wire.structure_of(params.grammar)
-        return wire.Job(attempt.id, task.prompt, wire.sampling_of(params), generated, grammar)
-
-    def _granted(self, member: Member, message: wire.Granted) -> None:
-        attempt = self._attempts.get(message.id)
-        if attempt is None or attempt.prefill is not member or attempt.granted:
-            return  # it was taken back meanwhile, of which the worker hears
-        attempt.granted = True
-        self._send(attempt.decode, wire.Decode(self._job(attempt), message.handle))
-
-    def _handover(self, member: Member, message: wire.Handover) -> None:
-        attempt = self._attempts.get(message.id)
-        if attempt is None or attempt.prefill is not member:
-            return
-        attempt.phase = "transferring"
-        member.uncomputed.pop(attempt.id, None)
-        self._send(attempt.decode, wire.Handed(message))
-
-    def _said(self, member: Member, spoken: wire.Spoken) -> None:
-        attempt = self._attempts.get(spoken.id)
-        if attempt is None:
-            return
-        if member is attempt.decode:
-            self._deliver(attempt, spoken)
-        elif member is attempt.prefill and spoken.end is not None:
-            self._prefill_failed(attempt, wire.end_of(spoken.end).error)
-
-    def _deliver(self, attempt: Attempt, spoken: wire.Spoken) -> None:
-        """Hands what a decode worker gave to the client."""
-        task = attempt.task
-        if attempt.prefill is not None or attempt.phase != "decoding" or not task.delivered:
-            self._arrived(attempt)
-        end = None if spoken.end is None else wire.end_of(spoken.end)
-        again = end is not None and (end.reason == "cancelled" or _passing(end.error))  # by the worker, for its reasons
-        if task.delivered and end is None and not spoken.logprobs:  # most of all: in few words
-            outputs = [Output(token) for token in spoken.tokens]
-        else:
-            event = _first_time(wire.event_of(spoken), attempt)
-            outputs = outputs_of(dataclasses.replace(event, end=None) if again else event)
-        task.delivered.extend(spoken.tokens)
-        if not again or spoken.tokens:
-            self._give(task, outputs)
-        if end is None:
-            self._rebook(attempt)
-        elif again:
-            attempt.decode.refuses_until_s = self._clock() + _REFUSED_S
-            self._retry(attempt, end.error)
-        else:
-            self._finish(task, "failed" if end.reason == "failed" else "finished")
-            self._place()
-
-    def _arrived(self, attempt: Attempt) -> None:
-        """The decode worker has the prompt: what the prefill worker keeps of it is needed no more."""
-        attempt.phase = "decoding"
-        attempt.decode.uncomputed.pop(attempt.id, None)
-        if attempt.prefill is not None:
-            self._send(attempt.prefill, wire.Cancel(attempt.id))
-            attempt.prefill.take(attempt.id)
-            attempt.prefill = None
-            self._place()
-
-    def _give(self, task: Task, outputs: Sequence[Output]) -> None:
-        try:
-            for output in outputs:
-                task.sink(output)
-        except Exception:  # noqa: BLE001  a reader that fails has gone: its request ends, the others go on
-            self._finish(task, "cancelled")
-
-    def _rebook(self, attempt: Attempt) -> None:
-        """Its claim moves along with the tokens it has, if it was given room for some of them only."""
-        budget, task, member = self.policy.budget_tokens, attempt.task, attempt.decode
-        if budget is not None and len(task.delivered) % 32 == 0 and attempt.id in member.given:
-            member.take(attempt.id)
-            member.give(attempt.id, member.claim_of(task.held_tokens(budget, self._longest)))
-
-    def _prefill_failed(self, attempt: Attempt, error: Dsv4cError | None) -> None:
-        """A prefill worker ended a prompt before it was computed."""
-        prefill = attempt.prefill
-        assert prefill is not None
-        prefill.take(attempt.id)
-        attempt.prefill = None
-        if error is not None and not _passing(error):
-            self._finish(attempt.task, "failed", error)
-        elif attempt.granted:
-            self._send(attempt.decode, wire.Alone(attempt.id, "the prefill worker gave it up"))
-        else:
-            prefill.refuses_until_s = self._clock() + _REFUSED_S
-            self._retry(attempt, error)
-        self._place()
-
-    def _survive(self, attempt: Attempt, lost: Member) -> None:
-        """One of the workers of an attempt is lost."""
-        if lost is attempt.prefill and attempt.granted:
-            attempt.prefill = None
-            self._send(attempt.decode, wire.Alone(attempt.id, "the prefill worker is lost"))
-        else:
-            self._retry(attempt, None)
-
-    def _retry(self, attempt: Attempt, error: Dsv4cError | None) -> None:
-        """Ends an attempt; its request comes back to the front of the queue, unless it has lost too many workers."""
-        task = attempt.task
-        if task.attempt is not attempt:
-            return  # its client has gone with the last output
-        self._withdraw(attempt)
-        task.losses += 1
-        self.retried += 1
-        bisect.insort(self._queue, task, key=_rank)
-        if task.losses > MOST_LOSSES:
-            why = f": {error.message}" if error is not None else ""
-            self._finish(task, "failed", EngineError(f"the request was given up after {task.losses} attempts{why}"))
-
-    def _withdraw(self, attempt: Attempt) -> None:
-        """Takes an attempt back from its workers."""
-        del self._attempts[attempt.id]
-        attempt.task.attempt = None
-        for member in (attempt.decode, attempt.prefill):
-            if member is not None:
-                member.take(attempt.id)
-                if not member.lost:
-                    self._send(member, wire.Cancel(attempt.id))
-
-    def _finish(self, task: Task, state: State, error: Dsv4cError | None = None) -> None:
-        """Forgets a request, which has ended in one way or another; with an error, which its client is told."""
-        if self._tasks.pop(task.number, None) is None:
-            return
-        self.ended[state] += 1
-        if task.attempt is not None:
-            self._withdraw(task.attempt)
-        else:
-            self._queue.remove(task)
-        if error is not None:
-            self._give(task, [Output(finish_reason="error", error=error)])
-
-
-def _rank(task: Task) -> tuple[int, int]:
-    return task.rank
-
-
-def _passing(error: Dsv4cError | None) -> bool:
-    """Whether another worker, or the same one later, may well do what failed."""
-    return isinstance(error, RequestError) and error.status == 503
-
-
-def _first_time(event: Event, attempt: Attempt) -> Event:
-    """The event with what only a request's first token brings."""
-    if attempt.task.delivered:
-        return dataclasses.replace(event, prompt_logprobs=(), cached_tokens=0, queued_s=0.0)
-    return dataclasses.replace(event, queued_s=event.queued_s + attempt.queued_s if event.tokens else 0.0)
 
 
 def _no_worker() -> RequestError:

@@ -62,7 +62,7 @@ class Trial:
     def moment(self, strike: Callable[[Trial, list[Asked]], None], report: Report, **chosen: Any) -> None:
         """One batch of requests, a fault somewhere in it, and the proof that all is well behind it."""
         router = self.cluster.router
-        retried, recomputed, began = router.retried, self._recomputed(), time.monotonic()
+        retried, recomputed, began = router.journeys.retried, self._recomputed(), time.monotonic()
         batch = [(self.draw.choice(self.known)) for _ in range(BATCH)]
         asked = [self.cluster.send(prompt, params) for prompt, params, _ in batch]
         strike(self, asked)
@@ -73,7 +73,7 @@ class Trial:
         for one, (_, _, tokens) in zip(asked, batch, strict=True):
             self.judge(one, tokens, report)
         self.cluster.check_clean()
-        report.retried += router.retried - retried
+        report.retried += router.journeys.retried - retried
         report.recomputed += max(0, self._recomputed() - recomputed)
 
     def judge(self, one: Asked, tokens: list[int], report: Report) -> None:
@@ -117,7 +117,7 @@ def kill_mid_pull(trial: Trial, asked: list[Asked]) -> None:
     router = trial.cluster.router
 
     def pulled() -> Member | None:
-        for attempt in list(router._attempts.values()):
+        for attempt in list(router.journeys.attempts.values()):
             if attempt.granted and attempt.prefill is not None and attempt.phase != "decoding":
                 return attempt.prefill
         return None
@@ -168,20 +168,27 @@ class Tampered:
     """What the router sends with handles is changed on its way."""
 
     def __init__(self, cluster: Cluster, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        self._router: Any = cluster.router
-        self._send = self._router._send
+        self._members = list(cluster.router.members)
         self._change = change
 
     def __enter__(self) -> None:
-        def send(member: Member, message: Any) -> None:
-            if isinstance(message, wire.Decode) and message.handle is not None:
-                message = wire.Decode(message.job, self._change(message.handle))
-            self._send(member, message)
-
-        self._router._send = send
+        for member in self._members:
+            wire_of: Any = member.wire
+            wire_of.send = self._changed(wire_of.send)
 
     def __exit__(self, *_: object) -> None:
-        self._router._send = self._send
+        for member in self._members:
+            wire_of: Any = member.wire
+            del wire_of.send
+
+    def _changed(self, send: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        def sending(frame: bytes) -> None:
+            message = wire.decode_for_worker(frame)
+            if isinstance(message, wire.Decode) and message.handle is not None:
+                frame = wire.encode(wire.Decode(message.job, self._change(message.handle)))
+            send(frame)
+
+        return sending
 
 
 def foreign_handle(trial: Trial, asked: list[Asked]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsv4c.errors import EngineError, RequestError
 from dsv4c.runtime.cluster import wire
-from dsv4c.runtime.cluster.router import MOST_LOSSES
+from dsv4c.runtime.cluster.journeys import MOST_LOSSES
 from dsv4c.runtime.params import SamplingParams
 from tests.runtime.cluster.scripted import BLOCK, Client, Stage, Worker, hashes_of
 from tests.runtime.standin import VOCAB
@@ -78,7 +78,7 @@ def test_prompts_go_where_their_blocks_are() -> None:
     stage.prefill[1].say(wire.Blocks(stored=hashes_of(prompt)))
     stage.ask(prompt)
     job = stage.prefill[1].one(wire.Prefill).job
-    assert stage.router.placed_cached_tokens == 2 * BLOCK
+    assert stage.router.journeys.placed_cached_tokens == 2 * BLOCK
     stage.prefill[1].say(wire.Granted(job.id, {}))
     stage.prefill[1].say(wire.Handover(job.id, (1,)))
     stage.prefill[1].say(wire.Blocks(removed=hashes_of(prompt)[:1]))  # without its first block the rest is no use
@@ -170,7 +170,7 @@ def test_a_lost_decode_worker_costs_no_token() -> None:
     decode.tell(job, 77)  # it is not known to be lost by itself
     other.tell(again, 11, end="length")
     assert client.tokens == [9, 10, 11]
-    assert stage.router.retried == 1 and stage.router.losses == {"decode": 1}
+    assert stage.router.journeys.retried == 1 and stage.router.losses == {"decode": 1}
     stage.check_nothing_is_booked()
 
 
