@@ -290,7 +290,8 @@ def bandwidth(cards: Cards, lengths: Iterable[int], vocab: int) -> list[Row]:
         cards.send(0, ("unwatch",))
         out.append({
             "phase": "bandwidth", "tokens": length, "bytes": nbytes, "ranges": ranges,
-            "pull_ms": round(seconds * 1e3, 3), "gb_s": round(nbytes / seconds / 1e9, 2), "plain_bytes": size, "plain_gb_s": round(size / plain / 1e9, 2),
+            "pull_ms": round(seconds * 1e3, 3), "gb_s": round(nbytes / seconds / 1e9, 2),
+            "plain_bytes": size, "plain_gb_s": round(size / plain / 1e9, 2),
             "first_token_after_prefill_ms": round(first * 1e3, 3), "first_pull_ms": round(found[0][0] * 1e3, 1),
         })  # fmt: skip
     cards.eager = True
@@ -387,8 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     if manifest["target"] != "cpu":
         report(copy_rate())
     cards = Cards(options)
-    for way in (0, 1, None):
-        cards.run(prompt_of(300, 1, vocab), {"max_tokens": 4, "seed": 1, "ignore_eos": True}, way)
+    for card in (0, 1, None):
+        cards.run(prompt_of(300, 1, vocab), {"max_tokens": 4, "seed": 1, "ignore_eos": True}, card)
     if not options.no_equal:
         report(equal(cards, vocab, manifest["max_context"]))
     for row in bandwidth(cards, options.lengths, vocab):
