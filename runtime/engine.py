@@ -133,8 +133,7 @@ class Engine:
         if self.has_work or self.scheduler.holders:
             raise EngineError("hooks are set before the first request")
         self._arrivals.transfers = transfers
-        self.scheduler.progress = progress
-        self._follower = None if progress is None else Follower(progress)
+        self._follower = self.scheduler.follower = None if progress is None else Follower(progress)
         if isinstance(self.runner, HostRunner):
             self.runner.on_mark = None if progress is None else progress.mark
 
@@ -439,7 +438,7 @@ class Engine:
         self._stalled = False
         self._ended[reason] += 1
         if request.keep and self._follower is not None:
-            self._follower.progress.ended(request, keeps)
+            self._follower.ended(request, kept=keeps)
         if begun and self._arrivals.transfers is not None:
             self._arrivals.transfers.ended(request.id)
         end = request.ended(reason, stop_token=stop_token, error=error)

@@ -27,6 +27,23 @@ class Follower:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
+        self._fresh: set[Request] = set()
+        """Admitted, and not in any step yet."""
+
+    def admitted(self, request: Request) -> None:
+        """It has its slot."""
+        self._fresh.add(request)
+        self.progress.admitted(request)
+
+    def preempted(self, request: Request) -> None:
+        """Its slot and pages are about to go."""
+        self._fresh.discard(request)
+        self.progress.preempted(request)
+
+    def ended(self, request: Request, *, kept: bool) -> None:
+        """It has ended."""
+        self._fresh.discard(request)
+        self.progress.ended(request, kept)
 
     def launching(self, spans: Sequence[Span], lag: int) -> list[Stage]:
         """Before a step is launched. With lag 0, what a request has resumed from is final already."""
@@ -34,8 +51,9 @@ class Follower:
         for span in spans:
             request = span.request
             if request.keep:
-                if lag == 0 and span.start:
+                if lag == 0 and span.start and request in self._fresh:
                     self.progress.computed(request, span.start)
+                self._fresh.discard(request)
                 end = span.end - span.drafts
                 self.progress.launching(request, end)
                 out.append(Stage(request, request.num_preemptions, end))

@@ -29,11 +29,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from dsv4c.errors import ConfigError, EngineError, RequestError
 from dsv4c.runtime.holders import Holders
 from dsv4c.runtime.kvpool import KVPool
-from dsv4c.runtime.moving import Progress
 from dsv4c.runtime.prefix import Pair
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.reuse import Match, PrefixCache
@@ -100,6 +100,14 @@ class Span:
         return self.samples and self.length == 1 + self.drafts and not self.prompt_rows
 
 
+class Watcher(Protocol):
+    """Hears of slots that requests to be kept get and lose."""
+
+    def admitted(self, request: Request) -> None: ...
+
+    def preempted(self, request: Request) -> None: ...
+
+
 class Scheduler:
     """The waiting and the running queue over one KVPool. Not thread-safe; knows no clock and no tensor."""
 
@@ -117,7 +125,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.holders = Holders(pool)
-        self.progress: Progress | None = None
+        self.follower: Watcher | None = None
         self.num_preemptions = 0
         self._wanted = 0
         self._longest = pool.longest()
@@ -401,8 +409,8 @@ class Scheduler:
         self.running.append(request)
         if self.prefix is not None:
             self.prefix.admit(request, match)
-        if request.keep and self.progress is not None:
-            self.progress.admitted(request)
+        if request.keep and self.follower is not None:
+            self.follower.admitted(request)
         return request
 
     def _open(self, match: Match) -> None:
@@ -428,8 +436,8 @@ class Scheduler:
     def preempt_newest(self) -> Request:
         """Takes the pages of the newest running request, and puts it back to the front of the queue."""
         request = self.running.pop()
-        if request.keep and self.progress is not None:
-            self.progress.preempted(request)
+        if request.keep and self.follower is not None:
+            self.follower.preempted(request)
         self._release(request)
         request.status = "waiting"
         request.num_preemptions += 1

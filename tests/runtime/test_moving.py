@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dsv4c.errors import EngineError, RequestError
+from dsv4c.errors import ConfigError, EngineError, RequestError
 from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Event, Request
@@ -57,10 +60,13 @@ class Pair:
 
 
 def engine_of(
-    lag: int = 0, *, pages: float = 1.0, snapshots: int = 8, requests: int = 4, context: int = 256, **options: Any
+    lag: int = 0, *, snapshots: int = 8, requests: int = 4, context: int = 256, pages: int = 0, **options: Any
 ) -> tuple[Engine, StandIn]:
+    """`pages`: of the groups without a horizon, if not as many as all requests need."""
     limits = Limits(max_requests=requests, **{"max_step_tokens": 64, **options})
     sizes = PoolSizes.for_requests(GROUPS, requests, context, limits.max_step_tokens, snapshots)
+    if pages:
+        sizes = replace(sizes, pages={**dict.fromkeys(sizes.pages, pages), "window": sizes.pages["window"]})
     return make_engine(sizes, limits, GROUPS, horizon=HORIZON, lag=lag)
 
 
@@ -172,3 +178,227 @@ def test_generated_tokens_count_as_if_they_had_been_generated_here(lag: int, at:
     assert rest[-1].end == whole[-1].end
     with pytest.raises(RequestError, match="generated so far"):
         engine.submit(Request("c", text(40), params, generated=tokens_of(whole)))
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_moved_is_refused() -> None:
+    pair = Pair()
+    with pytest.raises(EngineError, match="not to be kept"):
+        pair.decode.submit(Request("a", text(9), greedy(2), moving=True, keep=True))
+    with pytest.raises(EngineError, match="has transfers"):
+        pair.prefill.submit(Request("a", text(9), greedy(2), moving=True))
+    pair.decode.submit(Request("a", text(9), greedy(2), moving=True))
+    with pytest.raises(EngineError, match="before the first request"):
+        pair.decode.connect()
+    with pytest.raises(EngineError, match="not on its way in"):
+        pair.decode.arrived("a", Event("a", (1,)))  # its transfer has not begun
+    drain(pair.decode)
+    for name in ("a", "b"):
+        with pytest.raises(EngineError, match="nothing to settle"):
+            pair.decode.settle(name)
+    with pytest.raises(EngineError, match="not on its way in"):
+        pair.decode.lost("b")
+    with pytest.raises(ConfigError, match="`budget_tokens`"):
+        Limits(budget_tokens=-1)
+
+
+@pytest.mark.parametrize("first", [Event("a"), Event("a", (VOCAB,)), Event("a", (-1,)), Event("a", (1, 2))])
+def test_a_request_that_comes_with_nonsense_fails_alone(first: Event) -> None:
+    pair = Pair()
+    pair.decode.submit(Request("a", text(40), greedy(5, logprobs=1), moving=True))
+    pair.decode.submit(Request("b", text(40), greedy(5)))
+    drain(pair.decode)
+    (event,) = pair.decode.arrived("a", first)
+    assert event.end is not None and event.end.reason == "failed" and "came with" in str(event.end.error)
+    pair.audit()
+    assert not any(pair.decode.pool.used_pages().values())
+
+
+@pytest.mark.parametrize("stop", ["token", "text", "hook"])
+def test_generated_tokens_that_end_the_request_are_refused(stop: str) -> None:
+    class Hook:
+        def push(self, token: int) -> bool:
+            if stop == "hook" and token == 3:
+                raise ValueError("no such token")
+            return stop == "text" and token == 3
+
+    engine, _ = engine_of()
+    ids = (3,) if stop == "token" else ()
+    request = Request("a", text(9), greedy(9, stop_token_ids=ids), text_stop=Hook(), generated=[1, 2, 3, 4])
+    with pytest.raises(RequestError, match="the stop hook failed" if stop == "hook" else "at the 3th of 4"):
+        engine.submit(request)
+    assert not engine.has_work
+    for generated in ([VOCAB], [-1], [1] * 9):
+        with pytest.raises(RequestError):
+            engine.submit(Request("a", text(9), greedy(9), generated=generated))
+
+
+# --- who holds what -----------------------------------------------------------------------------------------------
+
+
+@LAGS
+def test_an_engine_waits_for_pages_that_are_kept(lag: int) -> None:
+    pair = Pair(lag, pages=6, requests=3, context=80, snapshots=0)
+    for name in ("a", "b"):
+        pair.prefill.submit(Request(name, text(40, name), greedy(1), keep=True))
+    pair.prefill.submit(Request("c", text(30), greedy(3)))
+    drain(pair.prefill)
+    assert sorted(pair.prefill.kept) == ["a"] and pair.prefill.idle and pair.prefill.has_work, "b needs 3 of 2 pages"
+    assert pair.prefill.step() == [] and pair.prefill.idle
+    assert pair.prefill.let_go("a") and not pair.prefill.idle
+    drain(pair.prefill)
+    assert (sorted(pair.prefill.kept) == ["b"] and not pair.prefill.idle) or pair.prefill.let_go("b")
+    drain(pair.prefill)
+    pair.prefill.let_go("b")
+    assert not pair.prefill.has_work
+    pair.audit()
+
+
+@LAGS
+def test_a_running_request_waits_for_pages_of_one_that_arrives(lag: int) -> None:
+    pair = Pair(lag, pages=6, requests=3, context=80, snapshots=0)
+    pair.decode.submit(Request("b", text(30, "b"), greedy(40)))
+    events = pair.decode.step()
+    pair.decode.submit(Request("a", text(40), greedy(6), moving=True))
+    events += drain(pair.decode)
+    assert pair.decode.idle and list(pair.decode.arriving) == ["a"] and len(pair.decode.scheduler.running) == 1
+    pair.prefill.submit(Request("a", text(40), greedy(1), keep=True))
+    first = drain(pair.prefill)
+    pair.copy("a")
+    events += pair.decode.arrived("a", first[-1])
+    assert not pair.decode.idle
+    events += drain(pair.decode)
+    for name, prompt, count in (("a", text(40), 6), ("b", text(30, "b"), 40)):
+        tokens = tokens_of([e for e in events if e.request_id == name])
+        assert tokens == direct_greedy(prompt, count, HORIZON, WIDE)
+    assert pair.decode.stats().preemptions >= 1, "it could preempt what had arrived"
+    pair.audit()
+
+
+@pytest.mark.parametrize(("budget", "admitted"), [(None, 4), (0, 4), (16, 3), (1000, 2)])
+def test_admission_counts_what_requests_may_yet_generate(budget: int | None, admitted: int) -> None:
+    """A prompt is 2 pages of 16 tokens, the budget of 16 one more, and all 4; there are 9."""
+    for moving in (False, True):
+        pair = Pair(pages=10, requests=4, context=128, snapshots=0, budget_tokens=budget, max_step_tokens=200)
+        for i in range(4):
+            pair.decode.submit(Request(f"{i}", text(30, i), greedy(34), moving=moving))
+        pair.decode.step()
+        held = len(pair.decode.scheduler.running) + len(pair.decode.arriving)
+        assert held == admitted
+        pair.audit()
+
+
+@LAGS
+def test_what_a_prefill_makes_final_is_told(lag: int) -> None:
+    pair = Pair(lag)
+    for turn in range(2):
+        pair.prefill.submit(Request("a", text(150), greedy(1), keep=True))
+        drain(pair.prefill)
+        pair.prefill.let_go("a")
+        ends = [(64, 128, 144, 150), (144, 150)][turn]
+        log = [("computed", "a", end) for end in ends[lag * turn :]]
+        assert pair.progress.log == [("admitted", "a"), *log, ("ended", "a", True)]
+        pair.progress.log.clear()
+    pair.prefill.submit(Request("b", text(90, 1), greedy(9), keep=True))
+    pair.prefill.step()
+    pair.prefill.step()
+    pair.prefill.scheduler.preempt_newest()
+    pair.prefill.step()
+    pair.prefill.cancel("b")
+    kinds = [entry[0] for entry in pair.progress.log]
+    assert (
+        kinds.count("admitted") == 2
+        and kinds.count("preempted") == 1
+        and pair.progress.log[-1] == ("ended", "b", False)
+    )
+    assert not pair.prefill.kept
+    drain(pair.prefill)
+    pair.audit()
+
+
+def test_pages_of_a_request_to_be_kept_are_never_exchanged() -> None:
+    pair = Pair(max_step_tokens=200)
+    for name in ("a", "b"):
+        pair.prefill.submit(Request(name, text(60), greedy(1), keep=True))
+    drain(pair.prefill)
+    one, two = (set(pair.prefill.pool.columns_of(r.slot)["c4"][1]) for r in pair.prefill.kept.values())
+    assert len(one) == len(two) == 4 and not one & two
+    pair.audit()
+    pair.prefill.let_go("a")
+    pair.prefill.submit(Request("c", text(60), greedy(1), keep=True))
+    drain(pair.prefill)
+    pair.audit()
+    assert pair.prefill.let_go("b") and pair.prefill.let_go("c")
+    pair.audit()
+    assert not any(pair.prefill.pool.used_pages().values())
+
+
+# --- in a thread --------------------------------------------------------------------------------------------------
+
+
+@LAGS
+def test_a_loop_sleeps_while_requests_arrive(lag: int) -> None:
+    pair = Pair(lag)
+    pair.prefill.submit(Request("a", text(40), greedy(1), keep=True))
+    first = drain(pair.prefill)[-1]
+    steps, step = [], pair.decode.step
+    pair.decode.step = lambda: steps.append(1) or step()  # type: ignore[method-assign,func-returns-value]
+    begun, done, events = threading.Event(), threading.Event(), []
+    begin = pair.transfers.begin
+    pair.transfers.begin = lambda arrival: (begin(arrival), begun.set())[0]  # type: ignore[method-assign]
+
+    def sink(event: Event) -> None:
+        events.append(event)
+        if event.end is not None:
+            done.set()
+
+    loop = EngineLoop(pair.decode).start()
+    loop.submit(Request("a", text(40), greedy(9), moving=True), sink)
+    assert begun.wait(60)
+    woken = threading.Event()
+    assert loop.call(lambda engine: woken.set())
+    assert woken.wait(60)
+    assert len(steps) <= 4, "it does not spin"
+
+    def arrive(engine: Engine) -> list[Event]:
+        pair.copy("a")
+        return engine.arrived("a", first)
+
+    assert loop.call(arrive)
+    assert done.wait(60)
+    assert tokens_of(events) == direct_greedy(text(40), 9, HORIZON, WIDE)
+    assert loop.close()
+    assert not loop.call(lambda engine: None)
+
+
+@pytest.mark.parametrize("drain_first", [False, True])
+def test_a_loop_that_closes_waits_for_what_arrives_if_it_drains(drain_first: bool) -> None:
+    pair = Pair()
+    begun, events = threading.Event(), []
+    begin = pair.transfers.begin
+    pair.transfers.begin = lambda arrival: (begin(arrival), begun.set())[0]  # type: ignore[method-assign]
+    loop = EngineLoop(pair.decode).start()
+    loop.submit(Request("a", text(40), greedy(9), moving=True), events.append)
+    assert begun.wait(60)
+    if drain_first:
+        threading.Timer(0.2, lambda: loop.call(lambda engine: engine.lost("a"))).start()
+    assert loop.close(drain=drain_first) == drain_first
+    end = events[-1].end
+    assert end is not None and end.reason == ("length" if drain_first else "failed")
+    assert list(pair.decode.unsettled) == ([] if drain_first else ["a"])
+    for name in pair.transfers.abandoned:
+        pair.decode.settle(name)
+    pair.audit()
+    assert not any(pair.decode.pool.used_pages().values())
+
+
+def test_a_task_that_raises_is_a_fault_of_the_engine() -> None:
+    pair = Pair()
+    loop, events = EngineLoop(pair.decode).start(), []
+    loop.submit(Request("a", text(40), greedy(9), moving=True), events.append)
+    assert loop.call(lambda engine: engine.settle("nobody"))
+    loop.close()
+    assert loop.failure is not None and "nothing to settle" in loop.failure.message
+    assert events[-1].end is not None and events[-1].end.reason == "failed"
