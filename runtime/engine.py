@@ -254,21 +254,19 @@ class Engine:
         Returns what was collected or failed, at most one event a request; nothing to do gives none.
         """
         began = time.perf_counter()
-        preempted = self.scheduler.num_preemptions
+        preemptions, holders = self.scheduler.num_preemptions, self.scheduler.holders
         spans = self.scheduler.schedule()
-        events = self._open(len(spans) > 0) if self.scheduler.holders.opened else []
+        events = self._open(len(spans) > 0) if holders.opened else []
         if not spans and not self._flights:
-            if not self.scheduler.has_work:
-                return events
-            if not self.scheduler.holders:
+            if self.scheduler.has_work and not holders:
                 raise EngineError("requests wait, but the scheduler gives none of them a token")
-            self._stalled = self.scheduler.num_preemptions == preempted and not events
+            self._stalled = self.scheduler.num_preemptions == preemptions and not events
             return events
         if spans:
             events += self._launch(spans)
         if len(self._flights) > (self.runner.lag if spans else 0):
             events += self._collect()
-            if self.scheduler.holders.opened:
+            if holders.opened:
                 events += self._open()
         self._last_step_s = time.perf_counter() - began
         if spans and self.speculation.max_tokens and all(s.decodes for s in spans):
@@ -463,6 +461,9 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting) + ahead,
+            arriving=len(self.arriving),
+            kept=len(self.kept),
+            unsettled=len(self.unsettled),
             max_waiting=self.scheduler.limits.max_waiting,
             pages_used=self.pool.used_pages(),
             pages_total=self.pool.total_pages(),

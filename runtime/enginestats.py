@@ -14,6 +14,12 @@ class EngineStats:
 
     running: int = 0
     waiting: int = 0
+    arriving: int = 0
+    """Requests whose state is on its way in."""
+    kept: int = 0
+    """Requests that have ended and hold their pages, for others to read."""
+    unsettled: int = 0
+    """Slots that nobody wants and a transfer may still write."""
     max_waiting: int = 0
     """How many may wait; more are refused. 0: not said."""
     pages_used: Mapping[str, int] = field(default_factory=dict)

@@ -31,6 +31,11 @@ class _EngineCollector(Collector):
         stats = self._stats()
         yield GaugeMetricFamily("dsv4c_requests_running", "Sequences in the current batch", value=stats.running)
         yield GaugeMetricFamily("dsv4c_requests_waiting", "Sequences waiting to be admitted", value=stats.waiting)
+        yield GaugeMetricFamily(
+            "dsv4c_requests_arriving", "Sequences whose state is on its way in", value=stats.arriving
+        )
+        yield GaugeMetricFamily("dsv4c_requests_kept", "Sequences that ended and wait to be read", value=stats.kept)
+        yield GaugeMetricFamily("dsv4c_slots_unsettled", "Slots that a lost transfer may write", value=stats.unsettled)
         yield CounterMetricFamily("dsv4c_preemptions", "Sequences put back for lack of pages", value=stats.preemptions)
         for name, text, tokens in (
             ("queries", "Tokens of prompts looked up in the prefix cache", stats.prefix_queried_tokens),
