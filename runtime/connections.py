@@ -75,9 +75,9 @@ class Watch:
     def start(self) -> None:
         """Looks now, and again every second, or sooner where patience is short."""
         loop, patience = asyncio.get_running_loop(), self._patience
-        self.sweep(loop.time())
         shortest = min(patience.head_s, patience.body_s, patience.stall_s)
         self._timer = loop.call_later(min(_SWEEP_S, shortest / 2), self.start)
+        self.sweep(loop.time())
 
     def stop(self) -> None:
         """Looks no more."""

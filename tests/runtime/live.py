@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -163,6 +164,10 @@ class Live:
 
     def pages_used(self) -> int:
         return sum(self.engine.stats().pages_used.values())
+
+    def narrow(self) -> None:
+        """Leaves connections to come little room in the kernel: a client that does not read is felt soon."""
+        self.server._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     def close(self) -> None:
         self.server.should_exit = True

@@ -275,8 +275,9 @@ def test_a_reader_that_takes_nothing_is_given_up(records: list[RequestRecord]) -
     try:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        live.narrow()
         sock.connect(live.address)
-        data = json.dumps({**LONG, "max_tokens": 1000, "n": 8, "stream": True, "logprobs": 20}).encode()
+        data = json.dumps({**LONG, "max_tokens": 400, "n": 2, "stream": True, "logprobs": 20}).encode()
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
         wait_for(lambda: bool(records))
         assert records[0].error == "stalled" and records[0].status == 499

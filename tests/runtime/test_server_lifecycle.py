@@ -138,10 +138,11 @@ def test_a_reader_that_stalls_does_not_hold_up_the_end(
 ) -> None:
     live, executor = slow
     executor.step_s = 0.0
+    live.narrow()
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect(live.address)
-    data = json.dumps({**LONG, "n": 16, "stream": True, "logprobs": 20}).encode()
+    data = json.dumps({**LONG, "n": 2, "max_tokens": 300, "stream": True, "logprobs": 20}).encode()
     sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
     app_server = live.server.config.app.state.server  # type: ignore[union-attr]
     wait_for(lambda: any(group.sending and live.loop.stats().waiting == 0 for group in app_server._groups))
