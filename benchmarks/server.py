@@ -3,7 +3,8 @@
 usage: python benchmarks/server.py [--streams 64] [--tokens 400] [--step-ms 20] [--rounds 5] [--rows FILE] [--pure]
 
 The server is a process of its own, as `dsv4c run` starts it: real loop, tokenizer and app, over a null engine that
-gives every stream a token a step. The clients are in this process and are not counted. Microseconds of CPU a token:
+gives every stream a token a step. The clients are in this process and are not counted; what else runs on the machine
+is not either, but slows it down: the rows say the load average of the minute before. Microseconds of CPU a token:
 `engine thread` is what the loop does to hand tokens over, `event loop` all the rest; garbage collection and the
 kernel's share of sending are in both. `--profile` says where the event loop's time goes, and slows it down; `--pure`
 takes asyncio's own loop and h11 in place of uvloop and httptools.
@@ -15,6 +16,7 @@ import argparse
 import cProfile
 import datetime
 import json
+import os
 import pstats
 import resource
 import selectors
@@ -207,7 +209,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             found.append({**spent, "bytes": size / tokens, "tokens/s": tokens / wall})
         row = {name: round(statistics.median(f[name] for f in found), 1) for name in found[0]}
         row["event loop"] = round(row["all"] - row["engine thread"], 1)
-        rows.append({"kind": kind, "streams": args.streams, "step_ms": args.step_ms, **row})
+        load = round(os.getloadavg()[0], 1)
+        rows.append({"kind": kind, "streams": args.streams, "step_ms": args.step_ms, "load average": load, **row})
         spread = f"{min(f['all'] for f in found):.1f} to {max(f['all'] for f in found):.1f}"
         print(
             f"{kind:<11} {args.streams} streams: {row['all']:6.1f} us of CPU a token ({spread}; event loop "

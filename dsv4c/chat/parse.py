@@ -32,6 +32,8 @@ Piece = tuple[Kind, str]
 
 _TAG_START = re.compile(rf"(\n\n)?(<?)(/?){DSML}")
 _MAY_START_TAG = re.compile(r"(?:\n\n?|(?:\n\n)?(?:</?|/|<?/?｜(?:D|DS|DSM|DSML)?))\Z")
+_MAY_MEAN = re.compile(r"[<｜]|[\n/]\Z")
+"""Text without it begins no tag and ends none, and nothing of it is held back."""
 _CALL_START = re.compile(rf"(?:\n\n)?<{DSML}")
 _MAY_START_CALL = re.compile(r"(?:\n\n?|(?:\n\n)?<(?:｜(?:D|DS|DSM|DSML)?)?)\Z")
 _BARE = re.compile(r" ?([A-Za-z_]{1,24})>")
@@ -71,6 +73,12 @@ class AnswerParser:
 
     def push(self, delta: str) -> list[Piece]:
         """The pieces that this delta settles."""
+        if not self._text and self._state == "text" and delta and not _MAY_MEAN.search(delta):  # nearly all
+            if self._verbatim:
+                return [("reasoning", delta)]
+            if self._gap is None and not (self.in_reasoning or self._loose or self._seam):
+                self._said = (self._said + delta)[-len(DSML) :]
+                return [("content", delta)]
         self._pieces = []
         self._text += delta
         while self._text and self._step():
