@@ -24,7 +24,7 @@ from typing import Any, Literal
 from dsv4c.errors import ArtifactError
 from dsv4c.strictjson import decode_object
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 Size = int | str
 Shape = tuple[Size, ...]
@@ -92,6 +92,7 @@ InputKind = Literal[
     "noise_keys", "noise_counters",  # the stream of its request, and how many tokens were drawn from it
     "penalty_seats", "repetition", "frequency", "presence",  # penalties; the slot of its counts, 0: none
     "edit_starts", "edit_stops", "edit_tokens", "edit_values",  # which edits are the row's; [M] token and addend
+    "mask_rows", "masks",  # the row's mask, 0: none; [G, B] int32, a bit a token, 1: allowed. Masks' row 0 is not read
     # of programs that draft:
     "hidden",  # [T, ...] what the main model's step left of each row, or the draft step before; as its dtype says
     "next_ids",  # [T] the token that follows each row's, where no row of logits gives it

@@ -40,6 +40,7 @@ class Bucket:
     def symbols(self, config: ModelConfig, shared: Mapping[str, int]) -> dict[str, int]:
         """Sizes of this program; `shared` holds those of state and page tables."""
         out = {**shared, "T": self.tokens, "S": self.rows, "D": self.requests, "M": EDITS_PER_ROW * self.rows}
+        out["G"] = 1 + self.requests  # a mask each; row 0 is nobody's
         if self.drafts:
             out |= {"T_streams": config.hc_mult * self.tokens, "D_streams": config.hc_mult * self.requests}
         for ratio in config.ratios:  # a chunk completes a window more than its length holds

@@ -30,7 +30,7 @@ from dsv4c.model.state import group_ratios, min_columns, page_tokens, state_tens
 from dsv4c.ops import VIEWS, Op, TensorType
 from dsv4c.passes import default_pipeline
 from dsv4c.passes.append_drafts import CHAIN_INPUTS, DRAFT_INPUTS, graph_name
-from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
+from dsv4c.passes.append_sampling import ROW_INPUTS, shared_inputs
 from dsv4c.pipeline import Pipeline, Step
 from dsv4c.plan import Plan, plan
 from dsv4c.program import Program
@@ -143,15 +143,17 @@ def draft_inputs(config: ModelConfig) -> tuple[artifact.Input, ...]:
     )
 
 
-def sampling_inputs(drafts: int = 0) -> tuple[artifact.Input, ...]:
-    """What a program that samples (and verifies drafts) asks for besides; edits, which most steps lack, come last."""
-    sizes: list[tuple[str, Mapping[str, str]]] = [("S", ROW_INPUTS), ("M", EDIT_INPUTS)]
+def sampling_inputs(vocab_size: int, drafts: int = 0) -> tuple[artifact.Input, ...]:
+    """What a program that samples (and verifies drafts) asks for besides. What most steps lack, edits and masks, comes
+    last.
+    """
+    sizes: list[tuple[str, Mapping[str, str]]] = [("S", ROW_INPUTS)]
     if drafts:
-        sizes = [("T", {"next_ids": "int64"}), ("S", CHAIN_INPUTS), ("D", DRAFT_INPUTS), ("M", EDIT_INPUTS)]
+        sizes = [("T", {"next_ids": "int64"}), ("S", CHAIN_INPUTS), ("D", DRAFT_INPUTS)]
+    kinds = {name: TensorType((size,), dtype) for size, inputs in sizes for name, dtype in inputs.items()}
     return tuple(
-        artifact.Input(name, name, (size,), dtype=dtype)  # type: ignore[arg-type]
-        for size, inputs in sizes
-        for name, dtype in inputs.items()
+        artifact.Input(name, name, kind.shape, dtype=kind.dtype)  # type: ignore[arg-type]
+        for name, kind in {**kinds, **shared_inputs(vocab_size)}.items()
     )
 
 
@@ -201,7 +203,7 @@ def plan_artifact(program: Program, target: Target, options: Options, schedules:
         inputs = (*inputs, *draft_inputs(config))
         block = plan(program, "mtp", "mtp", "draft", target.arch, symbols, inputs, choose_from, hidden=True)
         return Plan.joined((step, block))
-    inputs = (*inputs, *sampling_inputs(drafts))
+    inputs = (*inputs, *sampling_inputs(config.vocab_size, drafts))
     shared = state_symbols(config, layout, options)
     return Plan.joined(
         plan(

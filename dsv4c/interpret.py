@@ -141,6 +141,8 @@ def greedy_sampling(program: Program, rows: int, slots: int) -> tuple[dict[str, 
         if name in values:
             size = rows if name in ROW_INPUTS else 0
             inputs[name] = torch.zeros(size, dtype=getattr(torch, values[name]["type"].dtype))
+    if "masks" in values:
+        inputs["masks"] = torch.zeros(1, values["masks"]["type"].shape[1], dtype=torch.int32)
     for name in ("top_p", "repetition"):
         if name in inputs:
             inputs[name].fill_(1.0)

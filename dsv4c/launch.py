@@ -175,7 +175,8 @@ def launch_engine(
     limits = Limits(
         requests, plan.bounds.tokens, options.max_queue, plan.bounds.rows,
         speculative_tokens=drafts_of(manifest) if drafts is None else drafts,
-        mixed_drafts=manifest.target == "cpu", prefix_cache=options.prefix_cache, budget_tokens=options.budget_tokens,
+        mixed_drafts=manifest.target == "cpu", late_masks=manifest.target != "cpu",
+        prefix_cache=options.prefix_cache, budget_tokens=options.budget_tokens,
     )  # fmt: skip
     if manifest.target == "cpu":
         if options.executor not in ("graph", "shadow") or options.breaks:
@@ -288,7 +289,7 @@ def serve(launched: Launched, sock: socket.socket, options: ServeOptions | None 
     from dsv4c.runtime.serve import serve as serve_app
 
     chosen = options or ServeOptions()
-    grammars = Grammars(launched.codec) if launched.manifest.target == "cpu" else None  # masks are applied on the host
+    grammars = Grammars(launched.codec)
     app_of = partial(app_over, launched.codec, launched.manifest, launched.model_name, grammars, chosen)
     trial = EngineLoop(launched.engine).start()
     try:
@@ -304,8 +305,7 @@ def serve(launched: Launched, sock: socket.socket, options: ServeOptions | None 
         )  # fmt: skip
     finally:
         loop.close(drain=False)
-        if grammars is not None:
-            grammars.close()
+        grammars.close()
 
 
 def app_over(

@@ -138,7 +138,7 @@ def serve_worker(launched: LaunchedWorker, options: WorkerOptions, parent: Paren
     """Serves a router until SIGTERM, until the parent ends, or until the engine fails."""
     logging.config.dictConfig(log_config(options.log_level, options.log_format))
     secret = options.secret.encode()
-    grammars = Grammars(launched.codec) if launched.manifest.target == "cpu" else None
+    grammars = Grammars(launched.codec)
     worker = _worker(
         launched, options, partial(dial, options.router, secret), grammars, None if parent is None else _REDIAL_S
     )
@@ -155,8 +155,7 @@ def serve_worker(launched: LaunchedWorker, options: WorkerOptions, parent: Paren
         worker.run()
     finally:
         launched.node.close(drain=False)
-        if grammars is not None:
-            grammars.close()
+        grammars.close()
 
 
 def serve_router(
@@ -247,7 +246,7 @@ class LocalWorkers:
 
     def _begin(self, chosen: WorkerOptions, hub: Hub) -> None:
         launched = launch_worker(self._directory, self._options, chosen, hub=hub)
-        if launched.manifest.target == "cpu" and self._grammars is None:
+        if self._grammars is None:
             self._grammars = Grammars(launched.codec)
         worker = _worker(launched, chosen, self._call, self._grammars, 0.0)
         launched.node.start()
@@ -273,7 +272,7 @@ def _serve_clients(
     router: Router, directory: Path, options: LaunchOptions, serving: ServeOptions, sock: socket.socket
 ) -> None:
     manifest, codec = load_manifest(directory), codec_of(directory, options)
-    grammars = Grammars(codec) if manifest.target == "cpu" else None
+    grammars = Grammars(codec)
     name = options.model_name or directory.resolve().name
     app = app_over(codec, manifest, name, grammars, serving, router, serving.operations)
     app.state.server.metrics.registry.register(RouterCollector(router))
@@ -283,8 +282,7 @@ def _serve_clients(
             log_level=serving.log_level, log_format=serving.log_format,
         )  # fmt: skip
     finally:
-        if grammars is not None:
-            grammars.close()
+        grammars.close()
 
 
 def _worker(

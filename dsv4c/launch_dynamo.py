@@ -67,7 +67,7 @@ def serve_dynamo(launched: Launched, tokenizer: Path, options: DynamoOptions) ->
     from dsv4c.runtime.dynamo.worker import WorkerOptions, run, worker_config
 
     engine, manifest, codec = launched.engine, launched.manifest, launched.codec
-    grammars = Grammars(codec) if manifest.target == "cpu" else None  # masks are applied on the host
+    grammars = Grammars(codec)
     folder = model_folder(tokenizer, manifest, engine.max_context, codec.eos_token_ids, codec.release)
     meets = options.role == "prefill" and options.hand_over == "bootstrap"
     card = Card(
@@ -99,8 +99,7 @@ def serve_dynamo(launched: Launched, tokenizer: Path, options: DynamoOptions) ->
         run(worker, worker_config(card.model, card.served_model_name, chosen))
     finally:
         node.close(drain=False)
-        if grammars is not None:
-            grammars.close()
+        grammars.close()
 
 
 def node_of(launched: Launched, options: DynamoOptions) -> Node:

@@ -13,7 +13,7 @@ from dsv4c.artifact import Buffer, Call, Contract, IndexRange, Input, Segment
 from dsv4c.ops import Op, TensorType
 from dsv4c.schedules._schedule import Choice
 
-PADDED_KINDS = frozenset({"token_ids", "window_ends", "edit_tokens", "draft_seats"})
+PADDED_KINDS = frozenset({"token_ids", "window_ends", "edit_tokens", "masks", "draft_seats"})
 """Inputs whose size a bucket rounds up. Rows of logits are padded too, with copies of a live row."""
 
 Ranges = tuple[IndexRange, ...]

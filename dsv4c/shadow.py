@@ -161,6 +161,13 @@ class ShadowExecutor(GraphExecutor):
         self._singly = {name: self.calls(name) for name in programs}
 
     def launch(self, name: str) -> dict[str, Tensor]:
+        """Runs one step whole."""
+        return self.finish(name)
+
+    def begin(self, name: str) -> None:
+        """Nothing: a step runs whole, once its masks are there."""
+
+    def finish(self, name: str) -> dict[str, Tensor]:
         """Runs one step and waits for it."""
         bound = self._bound[name]
         self.shadow.step(self.programs[name], self._singly[name], bound.values)

@@ -65,7 +65,8 @@ class Sizes:
                 f"a context of {self.context:,} tokens is more than the model's {config.max_position_embeddings:,}"
             )
         rows = self.requests if self.rows is None else self.rows
-        out = {"T": self.tokens, "R": self.requests, "S": rows, "Z": self.requests + 1, "M": 0, "context": self.context}
+        out = {"T": self.tokens, "R": self.requests, "S": rows, "Z": self.requests + 1, "context": self.context}
+        out |= {"M": 0, "G": 0}
         for ratio in config.ratios:
             out[f"E_{ratio}"] = -(-self.tokens // ratio)
         for group, ratio in group_ratios(config).items():

@@ -25,7 +25,7 @@ from dsv4c.errors import PassError
 from dsv4c.facts import COUNTS, LENGTH, PENDING, STREAM_ROWS
 from dsv4c.ops import Op, TensorType
 from dsv4c.passes._rewriting import call_before, output_of
-from dsv4c.passes.append_sampling import EDIT_INPUTS, ROW_INPUTS
+from dsv4c.passes.append_sampling import ROW_INPUTS, shared_inputs
 from dsv4c.pipeline import Pass
 from dsv4c.program import Program, Value, is_op, results_of
 
@@ -101,9 +101,11 @@ class _Builder:
 
     def build(self, drafts: int) -> fx.Graph:
         vocab = self.program.config.vocab_size
-        for size, inputs in (("S", CHAIN_INPUTS), ("M", EDIT_INPUTS), ("D", DRAFT_INPUTS)):
+        for size, inputs in (("S", CHAIN_INPUTS), ("D", DRAFT_INPUTS)):
             for name, dtype in inputs.items():
                 self.placeholder(Value("input", name), TensorType((size,), dtype))
+        for name, kind in shared_inputs(vocab).items():
+            self.placeholder(Value("input", name), kind)
         self.placeholder(Value("input", "next_ids"), TensorType(("T",), "int64"))
         self.placeholder(Value("state", COUNTS), TensorType(("Z", vocab), "int16"))
         self.placeholder(Value("state", PENDING), TensorType(("Z", 1 + self.max_tokens), "int64"))
@@ -178,9 +180,8 @@ class _Builder:
         drafted, counters = self.several(end, scope, "row_facts", args, (row, row))
         counts = self.state(COUNTS)
         asked = [self.input(name) for name in ("temperature", "top_k", "top_p", "min_p", "noise_keys")]
-        penalties = [self.input(name) for name in ("repetition", "frequency", "presence")]
-        args = (results["logits"], *asked, counters, self.input("penalty_seats"), counts, *penalties,
-                self.input("chain"), drafted)  # fmt: skip
+        behind = [self.input(name) for name in ("repetition", "frequency", "presence", "mask_rows", "masks", "chain")]
+        args = (results["logits"], *asked, counters, self.input("penalty_seats"), counts, *behind, drafted)
         results["tokens"] = self.call(end, scope, "sample_drafted", args, row)
         places = tuple(self.input(f"draft_{name}") for name in ("starts", "limits", "seats"))
         pending, length = self.state(PENDING), self.state(LENGTH)

@@ -27,9 +27,16 @@ ROW_INPUTS = {
     "edit_starts": "int64", "edit_stops": "int64", "temperature": "float32", "top_k": "int32", "top_p": "float32",
     "min_p": "float32", "noise_keys": "int64", "noise_counters": "int64", "penalty_seats": "int64",
     "repetition": "float32", "frequency": "float32", "presence": "float32", "token_seats": "int64",
+    "mask_rows": "int64",
 }  # fmt: skip
 """What sampling asks for each row of logits."""
 EDIT_INPUTS = {"edit_tokens": "int64", "edit_values": "float32"}
+
+
+def shared_inputs(vocab_size: int) -> dict[str, TensorType]:
+    """What rows of logits refer to: edits, and masks of 32 tokens a word."""
+    edits = {name: TensorType(("M",), dtype) for name, dtype in EDIT_INPUTS.items()}
+    return {**edits, "masks": TensorType(("G", -(-vocab_size // 32)), "int32")}
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,8 @@ class AppendSampling(Pass):
             if name not in given:
                 raise PassError(f"the step has no input `{name}`")
         place = list(given.values())[-1]
-        for name, dtype in (ROW_INPUTS | EDIT_INPUTS).items():
-            kind = TensorType(("S" if name in ROW_INPUTS else "M",), dtype)
+        rows = {name: TensorType(("S",), dtype) for name, dtype in ROW_INPUTS.items()}
+        for name, kind in {**rows, **shared_inputs(vocab)}.items():
             place = given[name] = _placeholder(graph, place, Value("input", name), kind)
         for name, kind in ((COUNTS, TensorType(("Z", vocab), "int16")), (LAST_TOKENS, TensorType(("Z",), "int64"))):
             place = given[name] = _placeholder(graph, place, Value("state", name), kind)
@@ -69,7 +76,7 @@ class AppendSampling(Pass):
         edit = call_before(end, "edit_logits", (logits, *edits), {}, kinds)
         results["logits"], results["replaced"] = output_of(edit, 0, end), output_of(edit, 1, end)
         asked = ("temperature", "top_k", "top_p", "min_p", "noise_keys", "noise_counters", "penalty_seats", COUNTS,
-                 "repetition", "frequency", "presence")  # fmt: skip
+                 "repetition", "frequency", "presence", "mask_rows", "masks")  # fmt: skip
         tokens = TensorType(("S",), "int64")
         args = (results["logits"], *(given[name] for name in asked))
         drawn = call_before(end, "sample_penalised", args, {}, (tokens, given[COUNTS].meta["type"]))

@@ -3,8 +3,8 @@
     every step: inputs as check_step wants them; then each call twice, over two arenas of different bytes, and
     live rows compared bit for bit, floats no NaN, integers in the ranges of the segment's contract
 
-What nobody may read is poisoned before a step, in one run with 0xFF (NaN, -1) and in the other with 0x7E (huge
-values): the whole arena, the null page and the null slot, padded token ids, unused edits. A kernel that reads padding,
+What nobody may read is poisoned before a step, in one run with 0xFF (NaN, -1) and in the other with 0x7E (huge values):
+the whole arena, the null page and the null slot, padded token ids, unused edits and masks. A kernel that reads padding,
 or what no call of the step has written, gives different live rows, and is named. The first run's results are the
 step's. Twice the memory of arena and state, and a wait for the device at every call: for debugging.
 """
@@ -29,7 +29,7 @@ from dsv4c.runtime.live import declared_shapes, live_part, live_sizes
 from dsv4c.runtime.step_check import StepBounds, check_step
 
 POISONS = (0xFF, 0x7E)
-_TWIN_INPUTS = frozenset({"token_ids", "edit_tokens", "edit_values"})
+_TWIN_INPUTS = frozenset({"token_ids", "edit_tokens", "edit_values", "masks"})
 """Inputs whose padding may hold anything valid."""
 
 
@@ -99,6 +99,13 @@ class ContractExecutor(GraphExecutor):
                 )
 
     def launch(self, name: str) -> dict[str, Tensor]:
+        """Runs one step whole."""
+        return self.finish(name)
+
+    def begin(self, name: str) -> None:
+        """Nothing: a step runs whole, once its masks are there."""
+
+    def finish(self, name: str) -> dict[str, Tensor]:
         """Runs one step, checked. Raises ContractError."""
         program, bound, twins = self.programs[name], self._bound[name], self._twins[name]
         given = {i.name: bound.values[i.name].cpu().numpy() for i in program.inputs}

@@ -2,6 +2,8 @@
 
     launch   pick the smallest program that holds the step, fill its inputs, send them with what changed in the page
              tables, replay, start the copy of the tokens to the host; nothing here waits for the device
+    finish   where masks of grammars depend on tokens in flight, `launch` leaves the sampling out: it follows when
+             these tokens are collected, and their masks filled, while the device computes the logits
     collect  wait for that copy
 
 What a request asks of sampling is kept by slot, so that a step gathers it; penalties count tokens on the device. Only
@@ -11,7 +13,8 @@ edits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from dsv4c.artifact import Program
 from dsv4c.errors import EngineError, RunnerBroken
+from dsv4c.runtime.grammar import Cursor, fill_wide
 from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.request import Request
@@ -50,6 +54,8 @@ class _Step:
     """Most drafts to verify or to make."""
     scored: bool
     """Whether any row asks for log-probabilities."""
+    ruled: bool
+    """Whether any row has a grammar."""
     single: bool
     """Whether every span is one token with its drafts, and samples: a decode step."""
 
@@ -67,6 +73,7 @@ class _Step:
             tuple(spans), starts, lengths, np.cumsum(lengths) - lengths, slots, chosen + prompt, chosen,
             floating.astype(bool), int(max(drafts.max(), wanted.max())),
             bool(prompt.any() or (scored & samples).any()),
+            any(s.samples and s.request.params.grammar is not None for s in spans),
             bool((lengths == 1 + drafts).all() and samples.all() and not prompt.any()),
         )  # fmt: skip
 
@@ -95,16 +102,27 @@ class _Scores:
 
 
 @dataclass(frozen=True)
-class Launched:
-    """A step on its way: its tokens' place on the host, which rows are sampled ones, and when they are there."""
+class _Results:
+    """What a step gives, on its way to the host, and when it is there."""
 
-    spans: tuple[Span, ...]
     tokens: Tensor
-    sampled: Int64Array
     accepted: Tensor | None
     """[D] tokens of each span that samples; None: one of each."""
     scores: _Scores | None
     done: torch.cuda.Event | None
+
+
+@dataclass
+class Launched:
+    """A step on its way: its program and inputs, which rows are sampled, those with a grammar in the order of masks."""
+
+    name: str
+    step: _Step
+    views: Mapping[str, npt.NDArray[Any]]
+    sampled: Int64Array
+    ruled: tuple[Request, ...]
+    results: _Results | None = None
+    """None until all of it is launched."""
 
 
 class DeviceRunner:
@@ -120,6 +138,7 @@ class DeviceRunner:
         self._pool = pool
         self._states = tuple(states)
         self._seats = Seats(pool.sizes.slots, vocab_size)
+        self._vocab_size = vocab_size
         self._decode = _sorted(executor.programs, "decode")
         self._drafts = {name: _drafts_of(program) for name, program in executor.programs.items()}
         self._prefill = _sorted(executor.programs, "prefill")
@@ -147,32 +166,54 @@ class DeviceRunner:
         self._changes.clear()
 
     def check(self, request: Request, /) -> None:
-        """Raises RequestError (400) for what the device's buffers cannot hold."""
+        """Raises RequestError (400) for what the device's buffers cannot hold, EngineError for another's grammar."""
+        grammar = request.params.grammar
+        if grammar is not None and grammar.vocab_size > self._vocab_size:
+            raise EngineError(f"the grammar knows {grammar.vocab_size} tokens, the model {self._vocab_size}")
         self._seats.check(request)
 
     def launch(self, spans: Sequence[Span], /) -> Launched:
         """See StepRunner. Raises EngineError if no bucket holds the step."""
         step = _Step.of(spans)
         name = self._program(step)
-        try:
-            return self._launch(name, step)
-        except torch.OutOfMemoryError as error:
-            raise EngineError(f"the device is out of memory: {_first_line(error)}") from error
-        except torch.AcceleratorError as error:
-            raise RunnerBroken(f"the device failed: {_first_line(error)}", hint="restart the server") from error
+        known = not step.ruled or not any(s.request.num_inflight for s in spans if s.request.params.grammar is not None)
+        with _telling():
+            ticket = self._begin(name, step)
+            if known:
+                self._finish(ticket)
+        return ticket
 
-    def _launch(self, name: str, step: _Step) -> Launched:
+    def finish(self, ticket: Launched, /) -> None:
+        """See StepRunner."""
+        if ticket.results is None:
+            with _telling():
+                self._finish(ticket)
+
+    def _begin(self, name: str, step: _Step) -> Launched:
+        """Sends the inputs and, where masks are still to come, launches what does not read them."""
         views = self.executor.staging.begin(name)
         self._fill_tokens(views, step)
         sampled = self._fill_rows(views, step)
         edits = self._seats.fill(views, step.spans, sampled)
-        count = int(step.rows.sum())
+        ruled = _number_masks(views, step, sampled) if step.ruled else ()
         with self.executor.on_stream():
             self.executor.staging.send(name, edits)
             self._update_tables()
             for slot, counts in self._seats.fresh_counts():
                 self.executor.states["sampling.counts"][slot].copy_(torch.from_numpy(counts), non_blocking=True)
-            outputs = self.executor.launch(name)
+            if ruled:
+                self.executor.begin(name)
+        return Launched(name, step, views, sampled, ruled)
+
+    def _finish(self, ticket: Launched) -> None:
+        """Launches the rest: masks, sampling, copies to the host."""
+        step, name, count = ticket.step, ticket.name, int(ticket.step.rows.sum())
+        if ticket.ruled:
+            self._fill_masks(ticket)
+        with self.executor.on_stream():
+            if ticket.ruled:
+                self.executor.staging.send_masks(name, len(ticket.ruled))
+            outputs = self.executor.finish(name) if ticket.ruled else self.executor.launch(name)
             self._turn = (self._turn + 1) % len(self._hosts)
             tokens = self._hosts[self._turn][:count]
             tokens.copy_(outputs["tokens"][:count], non_blocking=True)
@@ -181,27 +222,45 @@ class DeviceRunner:
                 asking = int(np.count_nonzero(step.sampled))
                 accepted = self._hosts[self._turn][self.max_rows : self.max_rows + asking]
                 accepted.copy_(outputs["accepted"][:asking], non_blocking=True)
-            scores = self._scores(step, views, outputs) if step.scored else None
+            scores = self._scores(step, ticket.views, outputs) if step.scored else None
             done = torch.cuda.Event() if self._pinned else None
             if done is not None:
                 done.record()
-        return Launched(step.spans, tokens, sampled, accepted, scores, done)
+        ticket.results = _Results(tokens, accepted, scores, done)
+
+    @staticmethod
+    def _fill_masks(ticket: Launched) -> None:
+        """What may follow in each row; anything, for requests that ended meanwhile."""
+        cursors: list[Cursor | None] = []
+        withheld: dict[int, list[int]] = {}
+        for row, request in enumerate(ticket.ruled):
+            state = request.sampler
+            assert state is not None
+            cursors.append(None if request.status == "ended" else state.grammar)
+            if state.masks:
+                withheld[row] = state.stop_ids.tolist()
+        grammar = ticket.ruled[0].params.grammar
+        assert grammar is not None  # an engine has one vocabulary
+        masks = ticket.views["masks"][1 : 1 + len(cursors)]
+        fill_wide(masks, cursors, grammar.vocab_size, withheld)
 
     def collect(self, ticket: Launched, /) -> Chosen:
         """See StepRunner."""
-        try:
-            if ticket.done is not None:
-                ticket.done.synchronize()
-        except torch.AcceleratorError as error:
-            raise RunnerBroken(f"the device failed: {_first_line(error)}", hint="restart the server") from error
-        found: list[int] = ticket.tokens.numpy()[ticket.sampled].tolist()
+        self.finish(ticket)
+        results = ticket.results
+        assert results is not None
+        with _telling():
+            if results.done is not None:
+                results.done.synchronize()
+        found: list[int] = results.tokens.numpy()[ticket.sampled].tolist()
         tokens = [token if token >= 0 else None for token in found]
         logprobs: list[TokenLogprob | None] = [None] * len(tokens)
         prompt: dict[str, list[TokenLogprob]] = {}
-        if ticket.scores is not None:
-            self._read_scores(ticket.spans, ticket.scores, logprobs, prompt)
-        sampling = [span for span in ticket.spans if span.samples]
-        counts = [1] * len(sampling) if ticket.accepted is None else ticket.accepted.tolist()
+        spans = ticket.step.spans
+        if results.scores is not None:
+            self._read_scores(spans, results.scores, logprobs, prompt)
+        sampling = [span for span in spans if span.samples]
+        counts = [1] * len(sampling) if results.accepted is None else results.accepted.tolist()
         kept, first = [], 0
         for span, count in zip(sampling, counts, strict=True):
             kept.append(slice(first, first + count))
@@ -358,6 +417,30 @@ class DeviceRunner:
             else:
                 logprobs[order[i]] = entry
                 order[i] += 1
+
+
+def _number_masks(views: Mapping[str, npt.NDArray[Any]], step: _Step, sampled: Int64Array) -> tuple[Request, ...]:
+    """Gives every row with a grammar its mask's number, in order. Their requests."""
+    out, first = [], 0
+    for span in step.spans:
+        if span.samples and span.request.params.grammar is not None:
+            if span.drafts:
+                raise EngineError(f"the masks behind the drafts of {span.request} are not known")
+            out.append(span.request)
+            views["mask_rows"][sampled[first]] = len(out)
+        first += 1 + span.drafts if span.samples else 0
+    return tuple(out)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Turns what a device raises into errors that say what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(f"the device is out of memory: {_first_line(error)}") from error
+    except torch.AcceleratorError as error:
+        raise RunnerBroken(f"the device failed: {_first_line(error)}", hint="restart the server") from error
 
 
 def _drafts_of(program: Program) -> int:

@@ -41,7 +41,7 @@ from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.limits import limits_for
 from dsv4c.runtime.moving import First, Progress, Transfers
 from dsv4c.runtime.poolsizes import PoolSizes, snapshot_states
-from dsv4c.runtime.request import Event, FinishReason, Request
+from dsv4c.runtime.request import Event, FinishReason, Request, with_ends
 from dsv4c.runtime.runner import Chosen, Executor, HostRunner, StepRunner, Ticket
 from dsv4c.runtime.sampler import TokenLogprob
 from dsv4c.runtime.scheduler import Limits, Scheduler, Span
@@ -266,6 +266,8 @@ class Engine:
             events += self._launch(spans)
         if len(self._flights) > (self.runner.lag if spans else 0):
             events += self._collect()
+            if spans and self._flights:
+                events = self._finish(events)
             if holders.opened:
                 events += self._open()
         self._last_step_s = time.perf_counter() - began
@@ -304,6 +306,17 @@ class Engine:
         self._flights.append(_Flight(spans, ticket, followed))
         self._arrivals.launched += 1
         return []
+
+    def _finish(self, events: list[Event]) -> list[Event]:
+        """Launches what the newest step lacks; `collect` tries again if it fails. The events, with what went wrong."""
+        began, flight = time.perf_counter(), self._flights[-1]
+        try:
+            self.runner.finish(flight.ticket)
+            return events
+        except Exception as error:  # noqa: BLE001  as in _launch
+            return with_ends(events, self._fail_steps([flight.spans], error))
+        finally:
+            self._launch_s += time.perf_counter() - began
 
     def _collect(self) -> list[Event]:
         spans, ticket, followed = self._flights.popleft()
@@ -399,6 +412,9 @@ class Engine:
 
     def _ends(self, request: Request, token: int, given: Event) -> Event | None:
         """The last event of the request if its newest token ends it."""
+        cursor = None if request.sampler is None else request.sampler.grammar
+        if cursor is not None and cursor.fault is not None:  # even if its token ends the request: that was all left
+            return self._end(request, "failed", given, error=cursor.fault)
         if token in request.stop_ids:
             return self._end(request, "stop", given, stop_token=token)
         try:
@@ -407,11 +423,8 @@ class Engine:
             return self._end(request, "failed", given, error=EngineError(f"the stop hook failed: {error}"))
         if stopped and request.num_generated >= request.params.min_tokens:
             return self._end(request, "stop", given)
-        cursor = None if request.sampler is None else request.sampler.grammar
         if cursor is not None and cursor.over:
-            if cursor.fault is None:
-                return self._end(request, "stop", given)
-            return self._end(request, "failed", given, error=cursor.fault)
+            return self._end(request, "stop", given)
         if request.num_tokens >= request.max_tokens_total:
             return self._end(request, "length", given)
         return None
@@ -459,30 +472,16 @@ class Engine:
         """A snapshot for metrics; safe from any thread. `ahead` more requests wait outside."""
         prefix = self.scheduler.prefix
         return EngineStats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting) + ahead,
-            arriving=len(self.arriving),
-            kept=len(self.kept),
-            unsettled=len(self.unsettled),
-            max_waiting=self.scheduler.limits.max_waiting,
-            pages_used=self.pool.used_pages(),
-            pages_total=self.pool.total_pages(),
-            pages_cached=self.pool.idle_pages(),
-            preemptions=self.scheduler.num_preemptions,
-            steps=self._steps,
-            step_tokens=self._step_tokens,
-            prompt_tokens=self._prompt_tokens,
-            prefix_queried_tokens=0 if prefix is None else prefix.num_queried,
-            prefix_hit_tokens=0 if prefix is None else prefix.num_hit,
-            generated_tokens=self._generated,
-            failed_steps=self._failed_steps,
-            step_s=self._step_s,
-            launch_s=self._launch_s,
-            wait_s=self._wait_s,
-            last_step_s=self._last_step_s,
-            speculation=self.speculation.stats(),
-            ended=dict(self._ended),
-        )
+            running=len(self.scheduler.running), waiting=len(self.scheduler.waiting) + ahead,
+            arriving=len(self.arriving), kept=len(self.kept), unsettled=len(self.unsettled),
+            max_waiting=self.scheduler.limits.max_waiting, pages_used=self.pool.used_pages(),
+            pages_total=self.pool.total_pages(), pages_cached=self.pool.idle_pages(),
+            preemptions=self.scheduler.num_preemptions, steps=self._steps, step_tokens=self._step_tokens,
+            prompt_tokens=self._prompt_tokens, prefix_queried_tokens=0 if prefix is None else prefix.num_queried,
+            prefix_hit_tokens=0 if prefix is None else prefix.num_hit, generated_tokens=self._generated,
+            failed_steps=self._failed_steps, step_s=self._step_s, launch_s=self._launch_s, wait_s=self._wait_s,
+            last_step_s=self._last_step_s, speculation=self.speculation.stats(), ended=dict(self._ended),
+        )  # fmt: skip
 
     def audit(self) -> None:
         """Proves that every page, slot, request and token in flight is accounted for. Raises EngineError."""

@@ -193,6 +193,41 @@ class Masking:
         return self._thread.submit(fill_masks, cursors, width)
 
 
+def fill_wide(
+    masks: Masks, cursors: Sequence[Cursor | None], width: int, withheld: Mapping[int, Sequence[int]]
+) -> None:
+    """Fills `masks`, a row a cursor, which may have more words than the grammars' vocabulary of `width` tokens.
+
+    Rows without a cursor are all ones. `withheld`: of some rows, tokens that are masked too, unless nothing else is
+    left. In this thread: beside a step of 18 ms, 64 rows of 129,280 tokens take 1.4 ms, and llguidance's executor takes
+    1.5 to 1.7 ms with 2 to 8 threads.
+    """
+    words = -(-width // 32)
+    for row, cursor in zip(masks, cursors, strict=True):
+        if cursor is None or cursor.over:
+            row.fill(-1)
+        else:
+            cursor.fill(row[:words])
+            if row.size > words or width % 32:
+                _beyond(row, width)
+    for at, tokens in withheld.items():
+        left = masks[at].view(np.uint32).copy()
+        for token in tokens:
+            left[token // 32] &= ~np.uint32(1 << token % 32)
+        if left.any():
+            masks[at] = left.view(np.int32)
+
+
+def _beyond(row: npt.NDArray[np.int32], width: int) -> None:
+    """Lets tokens from `width` on follow if all before may, as the host's sampler does."""
+    known, last = row[: -(-width // 32)].view(np.uint32), np.uint32((1 << width % 32) - 1 if width % 32 else 0xFFFFFFFF)
+    if (known[:-1] == 0xFFFFFFFF).all() and known[-1] & last == last:
+        row.fill(-1)
+    else:
+        known[-1] &= last
+        row[known.size :] = 0
+
+
 class Grammars:
     """Compiles grammars for one vocabulary, in threads, and keeps the latest."""
 

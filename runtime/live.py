@@ -1,8 +1,8 @@
 """The live part of a padded step: how many rows of each size are real, and tensors cut down to them.
 
 A GPU program runs at the sizes of its bucket. A step's tokens come first, then padding of slot 0; entries that windows
-complete (or may, where a span floats) come first, then ends of -1; edits are those that a row of logits names. For
-checks and references, which look at the values: the launched kernels never need the counts.
+complete (or may, where a span floats) come first, then ends of -1; edits and masks are those that a row of logits
+names. For checks and references, which look at the values: the launched kernels never need the counts.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def live_sizes(program: Program, values: Mapping[str, Tensor]) -> dict[str, int]
         elif item.kind == "edit_stops":
             edits = next(i for i in program.inputs if i.kind == "edit_tokens")
             out[str(edits.shape[0])] = int(values[item.name].max())
+        elif item.kind == "mask_rows":
+            masks = next(i for i in program.inputs if i.kind == "masks")
+            out[str(masks.shape[0])] = 1 + int(values[item.name].max())
         elif item.kind == "draft_seats":
             out[size] = max(1, int((values[item.name] != 0).sum()))
     for name, rows in program.symbols.items():  # of the streams of each row

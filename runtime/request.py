@@ -80,6 +80,13 @@ class Event:
     end: End | None = None
 
 
+def with_ends(events: Sequence[Event], ends: Sequence[Event]) -> list[Event]:
+    """Events of a step, and ends that came behind: still at most one a request."""
+    late = {event.request_id: event for event in ends}
+    told = [dataclasses.replace(e, end=late.pop(e.request_id).end) if e.request_id in late else e for e in events]
+    return [*told, *late.values()]
+
+
 class Request:
     """A prompt with its parameters, and everything the engine knows of it. `choice` is its number among `n`.
 

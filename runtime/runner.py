@@ -1,6 +1,7 @@
-"""Who computes a step: spans in, chosen tokens out, in two halves so that a device can work while the host plans.
+"""Who computes a step: spans in, chosen tokens out, in halves so that a device can work while the host plans.
 
     launch(spans) -> ticket     the step is on its way; launched steps and copies run in the order they were given
+    finish(ticket)              all of it is, once the step before was collected
     collect(ticket) -> Chosen   waits for it and reads it; every ticket once, oldest first
 
 `lag` is how many steps the host may be ahead. 0: `launch` computes. 1: step n + 1 is launched before the tokens of
@@ -65,6 +66,12 @@ class StepRunner(Protocol):
     def launch(self, spans: Sequence[Span], /) -> Ticket:
         """Starts a step of at least one span; at most one a request."""
 
+    def finish(self, ticket: Ticket, /) -> None:
+        """Launches what `launch` may have left out as it depends on tokens of the step before: masks, and sampling.
+
+        Called after that step was collected, before the next is launched.
+        """
+
     def collect(self, ticket: Ticket, /) -> Chosen:
         """Waits for the step and returns what it chose."""
 
@@ -127,6 +134,9 @@ class HostRunner:
     def launch(self, spans: Sequence[Span], /) -> Chosen:
         states = [s.request.sampler for s in spans if s.samples and s.request.sampler is not None]
         return self.compute(spans, self._batch.build(spans), states)
+
+    def finish(self, ticket: Chosen, /) -> None:
+        """Nothing is left out."""
 
     def collect(self, ticket: Chosen, /) -> Chosen:
         return ticket

@@ -52,13 +52,13 @@ def no_drafts(requests: int) -> int:
     return 0
 
 
-def _awaits(request: Request) -> bool:
+def _awaits(request: Request, late_masks: bool) -> bool:
     """Whether nothing can be planned for a request before its tokens in flight are known.
 
     They are its last, or may be; or the number of its next token decides what is masked, and is not known; or they
-    decide it themselves, by a grammar.
+    decide it themselves, by a grammar, and masks cannot be late.
     """
-    if request.num_inflight and request.params.grammar is not None:
+    if request.num_inflight and request.params.grammar is not None and not late_masks:
         return True
     if request.num_total + request.num_uncertain >= request.max_tokens_total:
         return True
@@ -240,7 +240,7 @@ class Scheduler:
     def schedule(self) -> list[Span]:
         """The spans of the next step, with their pages in place; at most one a request; empty: nothing to do yet."""
         spans: dict[str, Span] = {}
-        preempted = self.num_preemptions
+        preempted, late = self.num_preemptions, self.limits.late_masks
         self._tokens_left = self.limits.max_step_tokens
         self._prompt_rows_left = self.limits.prompt_rows
         if self.prefix is not None:
@@ -249,7 +249,7 @@ class Scheduler:
                     self.prefix.advance(request)
         # decoding before prefilling, oldest first in both
         for request in self._decode(spans) + [r for r in self.running if r.pending > 1]:
-            if request.status == "running" and self._tokens_left and not _awaits(request):
+            if request.status == "running" and self._tokens_left and not _awaits(request, late):
                 self._extend(request, spans)
         while self.waiting and self.num_preemptions == preempted:
             first = self.waiting[0]
@@ -305,25 +305,31 @@ class Scheduler:
         What `_extend` does, in few words: with hundreds of requests most of the host's time is spent here.
         """
         covers, lacking, tokens = self.pool.covers, [], 0
-        decoding = [r for r in self.running if r.pending == 1 and not _awaits(r)]
+        late = self.limits.late_masks
+        decoding = [r for r in self.running if r.pending == 1 and not _awaits(r, late)]
         most = self._wanted = self._lengths(max(1, len(decoding)))
         for request in decoding:
             start, end = request.num_computed, request.num_total
             floating = request.num_uncertain > 0
             # the last token that can be chosen is not computed: it ends the request
-            drafts = min(most, request.num_drafts, request.max_tokens_total - 1 - end - request.num_uncertain)
-            if most:
-                drafts = self._room_for_drafts(request, end + request.num_uncertain, drafts, most)
+            wanted = most if self._drafted(request) else 0
+            drafts = min(wanted, request.num_drafts, request.max_tokens_total - 1 - end - request.num_uncertain)
+            if wanted:
+                drafts = self._room_for_drafts(request, end + request.num_uncertain, drafts, wanted)
             if not covers(request.slot, end + request.num_uncertain):
                 if not floating:  # else where it stands will be known after this step, and need fewer pages
                     lacking.append(request)
             elif request.params.prompt_logprobs is None or request.num_prompt < end:
-                spans[request.id] = Span(request, start, end + drafts, True, _NO_ROWS, drafts, floating, most)
+                spans[request.id] = Span(request, start, end + drafts, True, _NO_ROWS, drafts, floating, wanted)
                 tokens += 1 + (drafts if self.limits.mixed_drafts else 0)
             else:
                 lacking.append(request)
         self._tokens_left -= tokens
         return lacking
+
+    def _drafted(self, request: Request) -> bool:
+        """Whether drafts are made for a request."""
+        return not self.limits.late_masks or request.params.grammar is None
 
     def _room_for_drafts(self, request: Request, end: int, drafts: int, wanted: int) -> int:
         """Pages for drafts behind `end` tokens, if they are to be had; how many drafts can be verified.
@@ -358,10 +364,11 @@ class Scheduler:
         if self.prefix is not None:
             self.prefix.make_room(request, fit)
         self.pool.grow(request.slot, fit)
-        if fit == request.num_total and self.limits.speculative_tokens:
+        drafted = self._drafted(request)
+        if fit == request.num_total and self.limits.speculative_tokens and drafted:
             self._room_for_drafts(request, fit, 0, self.limits.speculative_tokens)
         rows = request.prompt_logprob_rows(start, fit)
-        spans[request.id] = Span(request, start, fit, fit == request.num_total, rows, wanted=self._wanted)
+        spans[request.id] = Span(request, start, fit, fit == request.num_total, rows, wanted=self._wanted * drafted)
         self._tokens_left -= fit - start
         self._prompt_rows_left -= len(rows)
 

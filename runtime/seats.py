@@ -40,18 +40,8 @@ class Seats:
         self._fresh: list[int] = []
 
     def check(self, request: Request) -> None:
-        """Raises RequestError (400) if the request edits more logits than a row has room for, or has a grammar."""
-        grammar = request.params.grammar
-        if grammar is not None:
-            raise RequestError(
-                f"`{grammar.param}` cannot be enforced: a GPU artifact samples on the card, which takes no masks",
-                param=grammar.param,
-                code="unsupported",
-                hint="serve an artifact for `cpu`, or ask for the format in the prompt",
-            )
-        edits = len(request.params.logit_bias) + (
-            len(request.params.stop_token_ids) if request.params.min_tokens else 0
-        )
+        """Raises RequestError (400) if the request edits more logits than a row has room for."""
+        edits = len(request.params.logit_bias) + (len(request.params.stop_token_ids) if _masks_by_edits(request) else 0)
         if edits > MAX_ASKED:
             raise RequestError(
                 f"`logit_bias` and masked stop tokens are {edits} together, at most {MAX_ASKED} are served",
@@ -122,7 +112,7 @@ class Seats:
         arrays["repetition"][slot] = params.repetition_penalty
         arrays["frequency"][slot], arrays["presence"][slot] = params.frequency_penalty, params.presence_penalty
         arrays["penalty_seats"][slot] = slot if sampler.penalises else 0
-        self._edits[slot] = bool(params.logit_bias) or params.min_tokens > 0
+        self._edits[slot] = bool(params.logit_bias) or _masks_by_edits(request)
         if sampler.penalises:
             self._fresh.append(slot)
 
@@ -142,6 +132,11 @@ class Seats:
         return out
 
 
+def _masks_by_edits(request: Request) -> bool:
+    """Whether stop tokens are ever masked by edits; a grammar's mask does it itself."""
+    return request.params.min_tokens > 0 and request.params.grammar is None
+
+
 def _edits(request: Request, number: int) -> tuple[Int64Array, npt.NDArray[np.float32]]:
     """Distinct tokens and what is added to their logits: biases, and -inf for stop tokens until `min_tokens`.
 
@@ -150,7 +145,7 @@ def _edits(request: Request, number: int) -> tuple[Int64Array, npt.NDArray[np.fl
     sampler = request.sampler
     assert sampler is not None
     tokens, values = sampler.bias
-    if number >= request.params.min_tokens or not sampler.stop_ids.size:
+    if number >= request.params.min_tokens or not sampler.stop_ids.size or not _masks_by_edits(request):
         return tokens, values
     kept = ~np.isin(tokens, sampler.stop_ids)
     masks = np.full(sampler.stop_ids.size, -np.inf, dtype=np.float32)

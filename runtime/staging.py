@@ -32,21 +32,23 @@ _PADDING: Mapping[str, int | float] = {
     "window_ends": -1, "temperature": 0.0, "top_p": 1.0, "repetition": 1.0, "draft_top_p": 1.0
 }  # fmt: skip
 _EDITS = frozenset({"edit_tokens", "edit_values"})
+_SHARED = _EDITS | {"masks"}
+"""Kinds that rows of logits refer to, of which only what is used is sent."""
 
 
 class _Layout:
-    """Where each input of a program lies, and the bytes of all but the edits and of all."""
+    """Where each input of a program lies, and the bytes of all but edits and masks and of all."""
 
     def __init__(self, program: Program, rows: Mapping[str, int]) -> None:
         self.places: dict[str, tuple[Input, tuple[int, ...], int]] = {}
         at = self.plain_bytes = 0
         staged = [item for item in program.inputs if item.kind not in RESIDENT]
-        for item in sorted(staged, key=lambda i: i.kind in _EDITS):  # a stable sort: edits last
+        for item in sorted(staged, key=lambda i: i.kind in _SHARED):  # a stable sort: they come last
             sizes = sizes_of(item.shape, {**program.symbols, **rows})
             size = int(np.prod(sizes)) * getattr(torch, item.dtype).itemsize
             self.places[item.name] = item, sizes, at
             at += -(-size // ALIGNMENT) * ALIGNMENT
-            if item.kind not in _EDITS:
+            if item.kind not in _SHARED:
                 self.plain_bytes = at
         self.total_bytes = at
 
@@ -94,7 +96,7 @@ class Staging:
         return out
 
     def begin(self, name: str) -> dict[str, npt.NDArray[Any]]:
-        """Views of the next buffer, by input: a step of nobody. Edits are left as they are."""
+        """Views of the next buffer, by input: a step of nobody. Edits and masks are left as they are."""
         self._turn = (self._turn + 1) % len(self._hosts)
         views, layout = self._views[self._turn][name], self._layouts[name]
         self._bytes[self._turn][: layout.plain_bytes] = 0
@@ -114,3 +116,10 @@ class Staging:
             if item.kind in _EDITS:
                 stop = at + edits * getattr(torch, item.dtype).itemsize
                 self._device[at:stop].copy_(host[at:stop], non_blocking=True)
+
+    def send_masks(self, name: str, count: int) -> None:
+        """Copies masks 1 to `count`. They may be written, and sent, behind all else that `begin` gave."""
+        item, sizes, at = self._layouts[name].places["masks"]
+        row = sizes[1] * getattr(torch, item.dtype).itemsize
+        stop = at + row * (1 + count)
+        self._device[at + row : stop].copy_(self._hosts[self._turn][at + row : stop], non_blocking=True)

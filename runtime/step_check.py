@@ -173,6 +173,8 @@ class _Check:
             return
         for name, low, high in (("repetition", 0.0, np.inf), ("frequency", -2.0, 2.0), ("presence", -2.0, 2.0)):
             self.numbers(name, low, high)
+        if "masks" in self.by_kind:
+            self.inside("mask_rows", self.one("mask_rows"), 0, len(self.one("masks")))
         starts, stops, tokens = self.one("edit_starts"), self.one("edit_stops"), self.one("edit_tokens")
         self.all("edit_starts", starts, (starts >= 0) & (starts <= stops), "at most its stop")
         self.inside("edit_stops", stops, 0, tokens.size + 1)

@@ -23,6 +23,11 @@ class Limits:
     """Most drafts of a request that a step verifies."""
     mixed_drafts: bool = True
     """Whether a step that computes prompts verifies drafts too."""
+    late_masks: bool = False
+    """Whether a step with a grammar can be launched before the tokens are known on which its masks depend.
+
+    The runner fills them when they are. Drafts, which such a runner does not tell, are then made for others alone.
+    """
     prefix_cache: bool = True
     """Whether requests share the prefixes they have computed; needs `PoolSizes.snapshots`."""
     budget_tokens: int | None = None

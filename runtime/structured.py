@@ -127,8 +127,7 @@ async def answer_grammar(
         if forced and not strict:
             return None  # the prompt forces the call; its arguments are the model's
         refuse(
-            f"`{param}` asks for a grammar, which this server cannot enforce: a GPU artifact samples on the card, "
-            "which takes no masks",
+            f"`{param}` asks for a grammar, which this server cannot enforce",
             param, code="unsupported", hint=_UNFORCED if param.startswith("response_format") else "leave it out",
         )  # fmt: skip
     if content is not None and "ebnf" in content[1]:

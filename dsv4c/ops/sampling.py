@@ -3,8 +3,9 @@
 The same function as runtime/sampler.py computes on the host, with what an engine keeps on the device: a table of how
 often each seat's request generated each token, a 64-bit noise key and a counter a row. Order of operations:
 
-    edit_logits (bias, masks) -> repetition, frequency, presence penalties -> greedy: the most likely, lowest id first
-    | / temperature -> min_p -> top_k -> top_p -> draw: the token that arrives first
+    edit_logits (bias, masked stop tokens) -> repetition, frequency, presence penalties -> the grammar's mask
+    -> greedy: the most likely, lowest id first | / temperature -> min_p -> top_k -> top_p
+    -> draw: the token that arrives first
 
 A draw is an exponential race. Token v arrives at E_v / p_v, with p_v its weight among the kept and E_v a number of
 its own from an exponential distribution of rate 1; v is the first to arrive with probability p_v / sum(p), exactly.
@@ -15,7 +16,7 @@ float64 inside, but for where float32 defines the noise.
 A step need not wait for the host to know a token: `keep_tokens` leaves each drawn token with its request's seat, and
 `feed_tokens` reads it in the next step where the host gave none.
 
-Legend: T tokens of the step, S rows of logits, V vocabulary, Z seats, M edits.
+Legend: T tokens of the step, S rows of logits, V vocabulary, Z seats, M edits, G masks of B words of 32 tokens.
 """
 
 from __future__ import annotations
@@ -69,6 +70,16 @@ def penalise(
     repeated = torch.where(logits_SV > 0, logits_SV / repetition, logits_SV * repetition)
     logits_SV = torch.where(counts_SV != 0, repeated, logits_SV)
     return logits_SV - frequency_S.unsqueeze(1) * generated - presence_S.unsqueeze(1) * (generated > 0)
+
+
+def mask(logits_SV: Tensor, mask_rows_S: Tensor, masks_GB: Tensor) -> Tensor:
+    """The logits with -inf for tokens that row mask_rows[s] of the masks forbids; 0 masks nothing.
+
+    masks: int32 [G, ceil(V / 32)], token v is bit v % 32 of word v // 32, 1: allowed. Its row 0 is never read.
+    """
+    tokens = torch.arange(logits_SV.shape[1], device=logits_SV.device)
+    allowed_SV = (masks_GB[mask_rows_S][:, tokens // 32] >> (tokens % 32)) & 1
+    return torch.where((allowed_SV == 0) & (mask_rows_S != 0).unsqueeze(1), -torch.inf, logits_SV)
 
 
 def exponentials(keys_S: Tensor, counters_S: Tensor, vocab: int) -> Tensor:
@@ -160,16 +171,19 @@ def sample_penalised(
     repetition_S: Tensor,
     frequency_S: Tensor,
     presence_S: Tensor,
+    mask_rows_S: Tensor,
+    masks_GB: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`sample` of the penalised logits, and the counts with each drawn token counted (in place on a device).
+    """`sample` of the penalised, masked logits; and the counts with each drawn token counted (in place on a device).
 
     counts: int16 [Z, V], row `slots[s]` for row s: how often the request generated the token, plus IN_PROMPT if its
     prompt holds it. Seat 0 is nobody's: rows on it are neither penalised nor counted. Penalties float32, slots int64;
-    no two rows share another seat.
+    no two rows share another seat. Masks as in `mask`.
     """
     nobody_S1 = (slots_S == 0).unsqueeze(1)
     penalised_SV = penalise(logits_SV, counts_ZV[slots_S], repetition_S, frequency_S, presence_S)
     penalised_SV = torch.where(nobody_S1, logits_SV, penalised_SV)
+    penalised_SV = mask(penalised_SV, mask_rows_S, masks_GB)
     tokens_S = sample(penalised_SV, temperature_S, top_k_S, top_p_S, min_p_S, keys_S, counters_S)
     counts_ZV = counts_ZV.clone()
     live = (slots_S != 0) & (tokens_S >= 0)
@@ -190,6 +204,6 @@ OPS = (
     Op("sample", sample, indices={0: _TOKEN}),
     Op(
         "sample_penalised", sample_penalised, outputs=2, in_place={1: "counts_ZV"},
-        indices={0: _TOKEN, "slots_S": Index("counts_ZV")},
+        indices={0: _TOKEN, "slots_S": Index("counts_ZV"), "mask_rows_S": Index("masks_GB")},
     ),
 )  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.ops._op import Index, Op
-from dsv4c.ops.sampling import IN_PROMPT, penalise, sample
+from dsv4c.ops.sampling import IN_PROMPT, mask, penalise, sample
 
 MOST = IN_PROMPT - 1
 """Of a token's count."""
@@ -92,10 +92,12 @@ def sample_drafted(
     repetition_S: Tensor,
     frequency_S: Tensor,
     presence_S: Tensor,
+    mask_rows_S: Tensor,
+    masks_GB: Tensor,
     chain_S: Tensor,
     drafted_S: Tensor,
 ) -> Tensor:
-    """int64 [S]: `sample` of the penalised logits. Row s lies behind `chain[s]` drafts of its request.
+    """int64 [S]: `sample` of the penalised, masked logits. Row s lies behind `chain[s]` drafts of its request.
 
     Penalties count them, drafted[s], drafted[s - 1], ..., as generated besides counts[slots[s]]; seat 0 is not
     penalised. Nothing is counted here: which rows stay is known later.
@@ -103,6 +105,7 @@ def sample_drafted(
     counts_SV = counts_behind(counts_ZV, slots_S, chain_S, drafted_S)
     penalised_SV = penalise(logits_SV, counts_SV, repetition_S, frequency_S, presence_S)
     penalised_SV = torch.where((slots_S == 0).unsqueeze(1), logits_SV, penalised_SV)
+    penalised_SV = mask(penalised_SV, mask_rows_S, masks_GB)
     return sample(penalised_SV, temperature_S, top_k_S, top_p_S, min_p_S, keys_S, counters_S)
 
 
@@ -186,7 +189,7 @@ OPS = (
     Op(
         "sample_drafted", sample_drafted,
         indices={0: Index("logits_SV", dims=(1,), low=-1), "slots_S": Index("counts_ZV"),
-                 "drafted_S": Index("logits_SV", dims=(1,))},
+                 "mask_rows_S": Index("masks_GB"), "drafted_S": Index("logits_SV", dims=(1,))},
     ),
     Op(
         "accept_drafts", accept_drafts, outputs=7, in_place={4: "pending_ZK", 5: "length_Z", 6: "counts_ZV"},

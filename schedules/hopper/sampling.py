@@ -17,6 +17,7 @@ BINS = 128  # of a quarter nat each
 LISTED = 1024  # of a chunk's tokens: 32 chunks make 64 candidates a thread of the drawing block
 _KERNELS = "dsv4c.schedules.triton.sampling"
 _PENALTIES = ("slots", "counts", "repetition", "frequency", "presence")
+_MASKS = ("mask_rows", "masks")
 _DRAFTS = ("chain", "drafted")
 _PENALISED = {"sample": 0, "sample_penalised": 1, "sample_drafted": 2}
 """Op -> what the kernels call PENALISED: none, COUNTED, DRAFTED."""
@@ -69,7 +70,7 @@ def _build(node: OpNode, config: Config) -> Build:
     )
     constants: dict[str, Any] = {"V": vocab, "C": chunks, "W": CHUNK, "PENALISED": _PENALISED[node.op]}
     rows: dict[str, LaunchArg] = {"logits": ptr(0)}
-    for i, name in enumerate((*_PENALTIES, *_DRAFTS), 7):
+    for i, name in enumerate((*_PENALTIES, *_MASKS, *_DRAFTS), 7):
         if i < inputs:
             rows[name] = ptr(i)
         else:

@@ -38,16 +38,20 @@ SHORT: tl.constexpr = tl.constexpr(64)  # listed tokens of a chunk, up to which 
 
 @triton.jit
 def _logits(
-    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at,
+    logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted, s, at,
     V: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
-    """Logits `at` of row s, less what counts of their tokens cost; -inf beyond the vocabulary.
+    """Logits `at` of row s, less what counts of their tokens cost; -inf beyond the vocabulary and where masked.
 
     If PENALISED is DRAFTED, the chain[s] drafts before the row, drafted[s] and back, count too.
     """
     live = at < V
     x = tl.load(logits + s * V + at, live, float("-inf"))
     if PENALISED:
+        ruled = tl.load(mask_rows + s)
+        if ruled != 0:  # else no word is read; penalties leave -inf as it is, and so need fewer registers behind
+            words = tl.load(masks + ruled * ((V + 31) // 32) + at // 32, live, 0)
+            x = tl.where(((words >> (at % 32)) & 1) != 0, x, float("-inf"))
         slot = tl.load(slots + s)
         count = tl.load(counts + slot * V + at, live & (slot != 0), 0)
         if PENALISED == DRAFTED:
@@ -84,7 +88,7 @@ def _filtered(temperature, top_k, top_p, min_p, V: tl.constexpr):
 @triton.jit
 def scan_rows(
     logits, temperature, top_k, top_p, min_p, keys, counters, slots, counts, repetition, frequency, presence,
-    chain, drafted,
+    mask_rows, masks, chain, drafted,
     bests, sums, bins, times, firsts,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, B: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +98,10 @@ def scan_rows(
     gdc_wait()
     gdc_launch_dependents()
     at = c * W + tl.arange(0, W)
-    x = _logits(logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at, V, PENALISED)
+    x = _logits(
+        logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
+        s, at, V, PENALISED,
+    )  # fmt: skip
     best = tl.max(x, 0)
     degree = tl.load(temperature + s)
     tl.store(bests + s * C + c, best)
@@ -194,7 +201,8 @@ def _enough(ends, number, heaviest, depth, by_count, k, tail):
 
 @triton.jit
 def list_rows(
-    logits, slots, counts, repetition, frequency, presence, chain, drafted, bounds, modes, listed, places, numbers,
+    logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
+    bounds, modes, listed, places, numbers,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, L: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
     """listed float32 and places int32 [T, C, L]: logits and ids; numbers int32 [T, C]: how many there are, L or not."""
@@ -204,7 +212,10 @@ def list_rows(
     gdc_launch_dependents()
     if tl.load(modes + s) == LISTED:
         at = c * W + tl.arange(0, W)
-        x = _logits(logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at, V, PENALISED)
+        x = _logits(
+            logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
+            s, at, V, PENALISED,
+        )  # fmt: skip
         keep = (x >= tl.load(bounds + s)) & (x > float("-inf"))
         order = tl.cumsum(keep.to(tl.int32), 0)
         to = (s * C + c) * L + order - 1
@@ -228,7 +239,8 @@ def _above(p, cut):
 
 @triton.jit
 def _above_all(
-    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, best, degree, least, cut,
+    logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
+    s, best, degree, least, cut,
     V: tl.constexpr, C: tl.constexpr, W: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
     """`_above` of all weights of a row, read again."""
@@ -236,7 +248,10 @@ def _above_all(
     mass = 0.0
     for first in range(0, C * W, 4 * W):
         at = first + tl.arange(0, 4 * W)
-        x = _logits(logits, slots, counts, repetition, frequency, presence, chain, drafted, s, at, V, PENALISED)
+        x = _logits(
+            logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
+            s, at, V, PENALISED,
+        )  # fmt: skip
         p = _weight(x, best, degree)
         more, weighing = _above(tl.where(p < least, 0.0, p), cut)
         count += more
@@ -312,7 +327,7 @@ def _draw_listed(
 @triton.jit
 def draw_rows(
     logits, temperature, top_k, top_p, min_p, keys, counters, slots, counts, repetition, frequency, presence,
-    chain, drafted,
+    mask_rows, masks, chain, drafted,
     bests, times, firsts, best_in, total_in, modes, listed, places, numbers, out,
     V: tl.constexpr, C: tl.constexpr, PC: tl.constexpr, W: tl.constexpr, L: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
@@ -353,6 +368,8 @@ def draw_rows(
             repetition,
             frequency,
             presence,
+            mask_rows,
+            masks,
             chain,
             drafted,
             s,
@@ -373,7 +390,8 @@ def draw_rows(
                 middle = low + (high - low) // 2
                 cut = middle.to(tl.float32, bitcast=True)
                 more, weighing = _above_all(
-                    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, best, degree, least, cut,
+                    logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
+                    s, best, degree, least, cut,
                     V, C, W, PENALISED,
                 )  # fmt: skip
                 if more >= k:
@@ -394,7 +412,8 @@ def draw_rows(
                 middle = low + (high - low) // 2
                 cut = middle.to(tl.float32, bitcast=True)
                 more, weighing = _above_all(
-                    logits, slots, counts, repetition, frequency, presence, chain, drafted, s, best, degree, least, cut,
+                    logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
+                    s, best, degree, least, cut,
                     V, C, W, PENALISED,
                 )  # fmt: skip
                 if weighing >= wanted:
@@ -408,7 +427,7 @@ def draw_rows(
         i = tl.arange(0, W)
         for chunk in range(C):
             x = _logits(
-                logits, slots, counts, repetition, frequency, presence, chain, drafted,
+                logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
                 s, chunk * W + i, V, PENALISED,
             )  # fmt: skip
             p = _weight(x, best, degree)

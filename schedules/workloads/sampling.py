@@ -3,7 +3,7 @@
 A draw is right if its token arrives first of those that the filters keep, in float64; the error is by how much it is
 late, as the logarithm of a ratio of times.
 
-Legend: T rows, V vocabulary, Z seats, M edits.
+Legend: T rows, V vocabulary, Z seats, M edits, G masks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.config import preset
-from dsv4c.ops.sampling import IN_PROMPT, exponentials, kept, penalise
+from dsv4c.ops.sampling import IN_PROMPT, exponentials, kept, mask, penalise
 from dsv4c.ops.speculation import counts_behind
 from dsv4c.schedules._schedule import OpNode, Value
 from dsv4c.schedules._workload import Args, Workload
@@ -37,6 +37,8 @@ class Kind:
     min_p: tuple[float, ...] = (0.0,)
     hard: bool = False
     """With rows of equal logits, infinities and NaN."""
+    ruled: float = 0.0
+    """The share of rows that a mask rules."""
 
 
 KINDS = (
@@ -47,9 +49,10 @@ KINDS = (
     Kind("both", top_k=(50,), top_p=(0.95,)),
     Kind(
         "mixed", (0.0, 1e-6, 0.3, 1.0, 2.0), (0, 0, -1, 1, 2, 50, 1000, 10**6), (1.0, 1.0, 0.9, 0.5, 1e-6),
-        (0.0, 0.0, 0.05, 1.0), hard=True,
+        (0.0, 0.0, 0.05, 1.0), hard=True, ruled=0.4,
     ),
 )  # fmt: skip
+RULED = Kind("ruled", ruled=1.0)
 
 
 def _pick(values: Sequence[float], rows: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -107,8 +110,27 @@ def make(kind: Kind, rows: int, vocab: int, op: str, generator: torch.Generator)
     counts[:, 0] = IN_PROMPT - 1  # the most a count can hold
     args += [
         slots, counts.to(torch.int16), pick((1.0, 1.3, 0.8)), pick((0.0, 0.4, -0.5)), pick((0.0, 1.5, -1.0)),
+        *_masks(kind, rows, vocab, generator),
     ]  # fmt: skip
     return args if op == "sample_penalised" else _in_chains(args, generator)
+
+
+def _masks(kind: Kind, rows: int, vocab: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each ruled row's mask, and masks that allow much, little, one token or none; row 0 is nobody's."""
+    device = generator.device
+    ruled = torch.rand(rows, generator=generator, device=device) < kind.ruled
+    own = torch.randperm(rows, generator=generator, device=device) + 1
+    words = torch.randint(-(2**31), 2**31, (rows + 1, -(-vocab // 32)), generator=generator, device=device)
+    words = words.to(torch.int32)
+    for row in range(rows + 1):
+        which = row % 6
+        if which == 1:
+            words[row] = -1
+        elif which > 2:
+            words[row] = 0
+            for token in torch.randint(0, vocab, ((0, 1, 40)[which - 3],), generator=generator, device=device).tolist():
+                words[row, token // 32] |= (1 << token % 32) - (1 << 32) * (token % 32 == 31)
+    return torch.where(ruled, own, 0), words
 
 
 def _in_chains(args: Args, generator: torch.Generator) -> Args:
@@ -137,10 +159,10 @@ def judged_by(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What a draw is judged by: times of arrival, sound rows; and the seats and counts, if it is counted."""
     logits, temperature, top_k, top_p, min_p, keys, counters, *rest = tensors
     if rest:
-        slots, counts, repetition, frequency, presence, *behind = rest
+        slots, counts, repetition, frequency, presence, mask_rows, masks, *behind = rest
         counts_SV = counts_behind(counts, slots, *behind) if behind else counts[slots]
         penalised = penalise(logits, counts_SV, repetition, frequency, presence)
-        logits = torch.where((slots == 0).unsqueeze(1), logits, penalised)
+        logits = mask(torch.where((slots == 0).unsqueeze(1), logits, penalised), mask_rows, masks)
         rest = [] if behind else rest[:2]  # nothing is counted behind drafts
     p, sound = kept(logits, temperature, top_k, top_p, min_p)
     return exponentials(keys, counters, p.shape[1]).div_(p), sound, *rest
@@ -173,7 +195,8 @@ def _node(vocab: int, op: str) -> OpNode:
     out = (Value(("T",), "int64"),)
     if op == "sample":
         return OpNode(op, {}, tuple(inputs), out)
-    inputs += [row["int64"], Value((SEATS, vocab), "int16", "pool"), *3 * (row["float32"],)]
+    inputs += [row["int64"], Value((SEATS, vocab), "int16", "pool"), *3 * (row["float32"],), row["int64"]]
+    inputs += [Value(("G", -(-vocab // 32)), "int32", "input")]
     if op == "sample_penalised":
         return OpNode(op, {}, tuple(inputs), out, mutates=(8,))
     return OpNode(op, {}, (*inputs, row["int64"], row["int64"]), out)
@@ -211,7 +234,7 @@ def workload(
     return Workload(
         label=f"{model} {kind.name} {rows}",
         node=_node(vocab, op),
-        symbols={"T": rows},
+        symbols={"T": rows, "G": rows + 1},
         make=lambda generator: make(kind, rows, vocab, op, generator),
         bytes_moved=rows * (vocab * (4.0 if op == "sample" else 6.0) + 56),
         unit="fp32",
@@ -287,4 +310,6 @@ def workloads() -> tuple[Workload, ...]:
     out += [workload("flash", kind, rows) for kind in KINDS for rows in (1, 64)]
     out += [workload("flash", kind, 256) for kind in (plain, mixed)]
     out += [workload("flash", kind, rows, op) for op in DRAWS[1:] for kind in (plain, mixed) for rows in (1, 64)]
+    out += [workload("flash", plain, 256, "sample_penalised")]
+    out += [workload("flash", RULED, rows, "sample_penalised") for rows in (1, 64, 256)]
     return tuple(out)

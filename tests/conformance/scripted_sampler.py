@@ -42,6 +42,9 @@ class Scripted:
     def launch(self, spans: Sequence[Span], /) -> tuple[Any, list[Request]]:
         return self.inner.launch(spans), [span.request for span in spans if span.samples]
 
+    def finish(self, ticket: tuple[Any, list[Request]], /) -> None:
+        self.inner.finish(ticket[0])
+
     def collect(self, ticket: tuple[Any, list[Request]], /) -> Chosen:
         chosen, requests = self.inner.collect(ticket[0]), ticket[1]
         tokens, logprobs, drafts = list(chosen.tokens), list(chosen.logprobs), list(chosen.drafts)

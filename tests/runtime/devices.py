@@ -121,8 +121,9 @@ def device_engine(
     pool = KVPool(manifest.kv_groups, sizes, track=True)
     made = runner(executor, pool, vocab_size=manifest.vocab_size)
     limits = limits or Limits(
-        max_requests=requests, max_step_tokens=bounds.tokens, max_logit_rows=bounds.rows, mixed_drafts=False
-    )
+        max_requests=requests, max_step_tokens=bounds.tokens, max_logit_rows=bounds.rows, mixed_drafts=False,
+        late_masks=True,
+    )  # fmt: skip
     speculation = Speculation(limits.speculative_tokens, fixed=True)
     return Engine(made, pool=pool, vocab_size=manifest.vocab_size, limits=limits, speculation=speculation)
 

@@ -77,7 +77,7 @@ def test_every_segment_of_a_plan_has_a_contract(nano_planned: Planned) -> None:
         strided = {b.name: b.strides for b in program.buffers if b.of is not None}
         for segment in program.segments:
             contract = segment.contract
-            assert contract.padded == ("E_128", "E_4", "M", "T") and contract.strides == strided
+            assert contract.padded == ("E_128", "E_4", "G", "M", "T") and contract.strides == strided
             named = {(r.value, r.low, r.below) for r in contract.ranges}
             assert {("request_rows", 0, ("R",)), ("ends_4", -1, ("T",)), ("logit_rows", 0, ("T",))} <= named
             below = {below for _, low, below in named if low == -1}
@@ -185,6 +185,7 @@ INPUTS: Mapping[str, tuple[Change, str]] = {
     "edits that end before they begin": (_set("edit_starts", 0, 4), "at most its stop"),
     "an edit outside the vocabulary": (_set("edit_tokens", 1, 47), "`edit_tokens` row 1 is 47"),
     "a token edited twice": (_set("edit_tokens", 1, 2), "edits a token twice"),
+    "a mask that is none": (_set("mask_rows", 1, 99), "`mask_rows` row 1 is 99"),
     "an edit that is no number": (_set("edit_values", 0, np.nan), "wanted: numbers"),
 }  # fmt: skip
 

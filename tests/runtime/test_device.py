@@ -131,11 +131,13 @@ def test_a_step_of_nobody_changes_nothing_that_is_somebodys(nano_planned: Planne
 
 def test_scopes_are_broken_out_of_the_graphs(nano_planned: Planned) -> None:
     program = nano_planned.manifest.programs["decode.4"]
-    (whole,) = pieces_of(program)
-    assert whole.why == "" and len(whole.calls) == sum(len(s.calls) for s in program.segments)
+    model, drawn = pieces_of(program)
+    assert not model.why and not drawn.why and drawn.masked and {call.scope for call in drawn.calls} == {"sampling"}
+    whole = tuple(call for segment in program.segments for call in segment.calls)
+    assert (*model.calls, *drawn.calls) == whole
     pieces = pieces_of(program, ["L02.*"])
-    assert [piece.why for piece in pieces] == ["", "--break L02.*", ""]
-    assert tuple(call for piece in pieces for call in piece.calls) == whole.calls
+    assert [piece.why for piece in pieces] == ["", "--break L02.*", "", ""]
+    assert tuple(call for piece in pieces for call in piece.calls) == whole
     assert {call.scope for call in pieces[1].calls} == {"L02.attn", "L02.ffn"}
     with pytest.raises(ConfigError, match="no call is in `L77"):
         device_engine(nano_planned, breaks=["L77.*"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from dsv4c.chat.codec import ChatCodec
 from dsv4c.compile import Options
 from dsv4c.errors import ContractError
 from dsv4c.runtime.contracts import ContractExecutor
 from dsv4c.runtime.engine import Engine
+from dsv4c.runtime.grammar import Grammars, GrammarSource
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import Request
 from dsv4c.runtime.scheduler import Limits
@@ -33,7 +38,12 @@ def planned(nano_dir: Path) -> Planned:
 
 def engine_of(planned: Planned, drafts: int, **options: Any) -> Engine:
     limits = Limits(
-        max_requests=2, max_step_tokens=64, max_logit_rows=64, speculative_tokens=drafts, mixed_drafts=False
+        max_requests=2,
+        max_step_tokens=64,
+        max_logit_rows=64,
+        speculative_tokens=drafts,
+        mixed_drafts=False,
+        late_masks=True,
     )
     return device_engine(planned, requests=2, context=256, limits=limits, **options)
 
@@ -88,6 +98,30 @@ def test_contracts_hold_and_change_nothing(planned: Planned, nano_prompts: list[
     )
     contracts = [s.contract for p in planned.manifest.programs.values() for s in p.segments]
     assert all({"D", "T"} <= set(contract.padded) for contract in contracts)
+
+
+def test_only_requests_without_a_grammar_verify_drafts(
+    planned: Planned, nano_dir: Path, nano_prompts: list[list[int]]
+) -> None:
+    """One that has one, with nobody and with a neighbour that drafts: the same tokens as without speculation."""
+    source = json.dumps({"grammars": [{"lark_grammar": "start: /([a-z]{2,6} )+/"}]})
+    codec = ChatCodec.from_folder(nano_dir)
+    grammar = Grammars(codec).build(GrammarSource(source, "regex"))
+
+    def asked() -> list[Request]:
+        first, *others = requests(nano_prompts, temperature=0.8, logit_bias={260: 2.0})
+        ruled = dataclasses.replace(first.params, grammar=grammar, max_tokens=20, min_tokens=4)
+        return [Request(first.id, first.tokens(), ruled), *others]
+
+    binder = {"binder": planned.references(RowByRow)}
+    expected = gathered(drain(engine_of(planned, 0, **binder), asked()))
+    engine = engine_of(planned, DRAFTS, **binder)
+    assert gathered(drain(engine, asked())) == expected
+    assert re.fullmatch("([a-z]{2,6} )+[a-z]{0,6}", codec.decode(expected["0"][0]))
+    assert engine.stats().speculation.drafted > 0
+    alone = engine_of(planned, DRAFTS, **binder)
+    assert gathered(drain(alone, asked()[:1]))["0"] == expected["0"]
+    assert alone.stats().speculation.drafted == 0
 
 
 def test_the_compiler_predicts_what_drafts_cost(planned: Planned) -> None:

@@ -20,7 +20,6 @@ from dsv4c.runtime.grammar import Grammar, Grammars, GrammarSource, fill_masks
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.request import Request, expand
 from dsv4c.runtime.sampler import SamplerState, sample
-from dsv4c.runtime.seats import Seats
 from tests.runtime.live import EOS, TOKENS, ToyCodec
 from tests.runtime.oracle import Oracle
 from tests.runtime.standin import VOCAB
@@ -189,13 +188,6 @@ def test_tokens_beyond_the_grammars_vocabulary_are_masked() -> None:
     logits = torch.zeros(1, VOCAB + 3)
     logits[0, VOCAB:] = 9.0
     assert sample(logits, [state_of("a", temperature=0.0)])[0] == ids("a")
-
-
-def test_devices_refuse() -> None:
-    request = Request("a", [5], SamplingParams(grammar=regex("a")))
-    with pytest.raises(RequestError, match="samples on the card") as caught:
-        Seats(4, VOCAB).check(request)
-    assert (caught.value.status, caught.value.param) == (400, "regex")
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ def device(
     make = ContractExecutor(*given, rows=rows, manifest=MANIFEST) if checked else GraphExecutor(*given, rows=rows)
     pool = KVPool(MANIFEST.kv_groups, sizes, track=True)
     made = runner(make, pool, vocab_size=toy.VOCAB)
-    return Engine(made, pool=pool, vocab_size=toy.VOCAB, limits=LIMITS, eos_token_ids=(EOS,))
+    limits = dataclasses.replace(LIMITS, late_masks=True)
+    return Engine(made, pool=pool, vocab_size=toy.VOCAB, limits=limits, eos_token_ids=(EOS,))
 
 
 def host(seed: int = 0, sizes: PoolSizes | None = None) -> Engine:

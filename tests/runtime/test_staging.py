@@ -38,7 +38,7 @@ def nobody(tensors: dict[str, torch.Tensor]) -> None:
             assert (tensor == 1).all()
         elif name == "seq_ends":
             assert tensor.tolist() == [FAR, 0, 0, 0, 0]
-        elif not name.startswith("edit_"):
+        elif not name.startswith("edit_") and name != "masks":
             assert not tensor.any(), name
 
 
@@ -61,9 +61,11 @@ def test_what_is_written_arrives_and_the_next_step_starts_from_nobody() -> None:
                 view.fill(turn + i)
                 assert view.shape == tuple(tensors[key].shape) and tensors[key].data_ptr() % 64 == 0
             made.send(name, edits=3)
+            made.send_masks(name, 1)
             for i, (key, view) in enumerate(views.items()):
                 sent = 3 if key in ("edit_tokens", "edit_values") else view.shape[0]
-                assert (tensors[key][:sent] == turn + i).all(), key
+                part = tensors[key][1:2] if key == "masks" else tensors[key][:sent]
+                assert (part == turn + i).all(), key
 
 
 def test_a_buffer_is_left_alone_while_two_more_are_built() -> None:
@@ -83,6 +85,17 @@ def test_only_the_edits_of_the_step_are_sent() -> None:
     made.send("decode.2", edits=2)
     assert tensors["edit_tokens"][:5].tolist() == [3, 3, 0, 0, 0]
     assert tensors["edit_values"][:5].tolist() == [0.5, 0.5, 0, 0, 0]
+
+
+def test_only_the_masks_of_the_step_are_sent_and_they_may_be_late() -> None:
+    made = staging()
+    tensors, views = made.tensors("decode.4"), made.begin("decode.4")
+    views["mask_rows"][:3] = 1, 0, 2
+    made.send("decode.4")
+    views["masks"][:] = 7
+    made.send_masks("decode.4", 2)
+    assert tensors["mask_rows"].tolist() == [1, 0, 2, 0]
+    assert tensors["masks"][:, 0].tolist() == [0, 7, 7, 0, 0]
 
 
 COLUMNS = {"window": 5, "c4": 3, "index": 40}

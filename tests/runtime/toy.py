@@ -85,25 +85,26 @@ def _program(phase: str, tokens: int, rows: int, slots: int) -> Program:
         Call("edit_logits", ("logits", "edit_starts", "edit_stops", "edit_tokens", "edit_values", "replaced"), 1,
              "sampling"),
         Call("sample_penalised", ("logits", "temperature", "top_k", "top_p", "min_p", "noise_keys", "noise_counters",
-                                  "penalty_seats", "sampling.counts", "repetition", "frequency", "presence", "tokens"),
+                                  "penalty_seats", "sampling.counts", "repetition", "frequency", "presence",
+                                  "mask_rows", "masks", "tokens"),
              1, "sampling"),
         Call("keep_tokens", ("sampling.last_tokens", "token_seats", "tokens"), 0, "sampling"),
     )  # fmt: skip
     contract = Contract(
-        ("E_128", "E_4", "M", "T"),
+        ("E_128", "E_4", "G", "M", "T"),
         {},
         (IndexRange("fed", 0, (VOCAB,)), IndexRange("logit_rows", 0, ("T",)), IndexRange("tokens", -1, (VOCAB,))),
     )
     buffers = tuple(_buffers(tokens, rows, edits))
     symbols = {
-        "T": tokens, "S": rows, "M": edits, "E_4": min(tokens, tokens // 4 + rows),
+        "T": tokens, "S": rows, "M": edits, "G": 1 + rows, "E_4": min(tokens, tokens // 4 + rows),
         "E_128": min(tokens, tokens // 128 + rows), "R": slots, "Z": slots,
         "P_window": 64, "P_c4": 16, "P_c128": 2, "P_index": 16,
     }  # fmt: skip
     last = buffers[-1]
     arena = (last.offset or 0) + -(-8 * rows // 256) * 256
     return Program(
-        "decode" if phase == "decode" else "prefill", symbols, (*STEP_INPUTS, *sampling_inputs()), buffers,
+        "decode" if phase == "decode" else "prefill", symbols, (*STEP_INPUTS, *sampling_inputs(VOCAB)), buffers,
         (Segment("graph", calls, "", contract),), {n: n for n in ("logits", "tokens", "replaced")}, arena,
     )  # fmt: skip
 

@@ -18,10 +18,11 @@ from dsv4c.schedules.workloads.sampling import DRAWS, Kind, workload
 assert interpret_sampling
 BATCHES = (
     (1, 2, Kind("one token", (1.0, 0.0), (0, 1), (1.0, 0.5))),
-    (7, 6, Kind("mixed", (0.0, 0.3, 1.0), (0, 0, 2, 10), (1.0, 1.0, 0.9), (0.0, 0.0, 0.05), hard=True)),
-    (9001, 5, Kind("no filter", (0.0, 0.3, 1.0), hard=True)),  # three chunks, the last one short, an odd token
-    (9001, 2, Kind("min_p", min_p=(0.02,))),
-    (2049, 2, Kind("flat", top_k=(1500,), hard=True)),  # row 1 has equal logits, more than a chunk lists
+    (7, 6, Kind("mixed", (0.0, 0.3, 1.0), (0, 0, 2, 10), (1.0, 1.0, 0.9), (0.0, 0.0, 0.05), hard=True, ruled=0.7)),
+    # three chunks, the last one short, an odd token
+    (9001, 5, Kind("no filter", (0.0, 0.3, 1.0), hard=True, ruled=0.5)),
+    (9001, 2, Kind("min_p", min_p=(0.02,), ruled=1.0)),
+    (2049, 2, Kind("flat", top_k=(1500,), hard=True, ruled=0.5)),  # row 1 has equal logits, more than a chunk lists
 )
 
 

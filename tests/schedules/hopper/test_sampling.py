@@ -51,6 +51,10 @@ def of(states: list[host.SamplerState], name: str) -> torch.Tensor:
     return torch.tensor([getattr(s.params, name) for s in states], dtype=torch.float32)
 
 
+def unmasked(rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(rows, dtype=torch.int64), torch.zeros(1, -(-vocab // 32), dtype=torch.int32)
+
+
 def test_the_device_draws_what_the_host_draws() -> None:
     rows = states()
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(2)) * 3
@@ -64,7 +68,7 @@ def test_the_device_draws_what_the_host_draws() -> None:
     tokens, after = sample_penalised(
         logits, of(rows, "temperature"), top_k, of(rows, "top_p"), of(rows, "min_p"), keys, counters,
         torch.arange(1, ROWS + 1), counts, of(rows, "repetition_penalty"), of(rows, "frequency_penalty"),
-        of(rows, "presence_penalty"),
+        of(rows, "presence_penalty"), *unmasked(ROWS, VOCAB),
     )  # fmt: skip
     assert tokens.tolist() == host.sample(logits, rows)[0]
     assert int((after != counts).sum()) == ROWS
@@ -182,7 +186,8 @@ def chained(kind: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["repetition", "frequency", "presence", "all"])
 def test_a_row_behind_drafts_draws_as_if_they_had_been_generated(kind: str) -> None:
     args = chained(kind)
-    chain, drafted = args[12:]
+    chain, drafted = args[14:]
+    masks = args[13]
     tokens = sample_drafted(*args)
     for s in range(len(tokens)):
         counts = args[8].clone()
@@ -190,7 +195,7 @@ def test_a_row_behind_drafts_draws_as_if_they_had_been_generated(kind: str) -> N
         for token in behind:
             counts[args[7][s], token] += int(counts[args[7][s], token]) & (IN_PROMPT - 1) < IN_PROMPT - 1
         one = [a[s : s + 1] for a in args[:8]]
-        expected, _ = sample_penalised(*one, counts, *(a[s : s + 1] for a in args[9:12]))
+        expected, _ = sample_penalised(*one, counts, *(a[s : s + 1] for a in args[9:13]), masks)
         assert tokens[s] == expected[0]
     for fewer in (torch.zeros_like(chain), (chain - 1).clamp(min=0)):
-        assert not torch.equal(tokens, sample_drafted(*args[:12], fewer, drafted)), "each draft matters"
+        assert not torch.equal(tokens, sample_drafted(*args[:14], fewer, drafted)), "each draft matters"
