@@ -41,19 +41,30 @@ class Clock:
     """Events around every launch of the executor: device time of steps, and the gaps between them."""
 
     def __init__(self, executor: Any) -> None:
-        self._launch = executor.launch
+        self._begin, self._finish, self._launch = executor.begin, executor.finish, executor.launch
         self._stream = executor.stream
         self.events: list[tuple[Any, Any]] = []
         self.names: list[str] = []
-        executor.launch = self.launch
+        executor.begin, executor.finish, executor.launch = self.begin, self.finish, self.launch
 
     def launch(self, name: str) -> Any:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record(self._stream)
-        out = self._launch(name)
-        end.record(self._stream)
-        self.events.append((begin, end))
+        self._mark(name)
+        return self._ended(self._launch(name))
+
+    def begin(self, name: str) -> None:
+        self._mark(name)
+        self._begin(name)
+
+    def finish(self, name: str) -> Any:
+        return self._ended(self._finish(name))
+
+    def _mark(self, name: str) -> None:
+        self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
         self.names.append(name)
+        self.events[-1][0].record(self._stream)
+
+    def _ended(self, out: Any) -> Any:
+        self.events[-1][1].record(self._stream)
         return out
 
     def take(self) -> tuple[list[float], list[float], list[str]]:

@@ -32,7 +32,7 @@ def main() -> None:
     options = Options(max_context=131072, max_tokens=8192, max_requests=256)
     target = Target("sm_90a")
     source = lower(config, options, arch=target.arch)
-    inputs = (*artifact_inputs(config, source.layout), *sampling_inputs())
+    inputs = (*artifact_inputs(config, source.layout), *sampling_inputs(config.vocab_size))
     shared = state_symbols(config, source.layout, options)
     table = Table("program", "calls", "in lanes", "waits", "chain us", "lanes us", "gain us", "arena MB")
     for bucket in gpu_buckets(options.max_tokens, options.max_requests):

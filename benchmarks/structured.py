@@ -27,7 +27,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import torch
 
@@ -182,6 +181,8 @@ def grammar_of(grammars: Grammars, codec: Any, schema: dict[str, Any]) -> Gramma
 
 def judge(schema: dict[str, Any], text: str) -> str:
     """Why the text does not match the schema, or nothing."""
+    import jsonschema  # structured_card.py judges elsewhere than it generates
+
     try:
         value = json.loads(text)
         kind = jsonschema.Draft202012Validator
