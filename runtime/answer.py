@@ -211,8 +211,7 @@ class Answer(Response):
             group.abort = None if connection is None else connection.transport.abort
             watch = asyncio.create_task(_watch(receive, group))
             try:
-                # a task of its own: every wake-up would else pass through all the layers around this
-                await asyncio.create_task(self._answer(group, send, scope.get(_DIRECT, send)))
+                await self._answer(group, send, scope.get(_DIRECT, send))
             except Dsv4cError as error:
                 await self._fail(error, scope, receive, send)
             finally:
@@ -231,17 +230,22 @@ class Answer(Response):
                 part.choice.end("length")
             else:
                 group.submit(part.prompt, part.params, index)
+        # a task of its own: every wake-up would else pass through all the layers around this
+        await asyncio.create_task(self._relay(group, stream))
+        self._begun = True
+        if stream is not None:
+            await stream.close(self._job.usage())
+            return
+        await self._send_whole(send)
+
+    async def _relay(self, group: Group, stream: _Stream | None) -> None:
+        """Takes what comes, and passes it on to a stream, until all sequences have ended."""
         while batch := await group.take():
             for index, output in batch:
                 self._take(index, output, group)
             if stream is not None:
                 self._begun = True
                 await stream.relay({index for index, _ in batch})
-        self._begun = True
-        if stream is not None:
-            await stream.close(self._job.usage())
-            return
-        await self._send_whole(send)
 
     def _take(self, index: int, output: Output, group: Group) -> None:
         """Feeds one output of the engine to its choice."""

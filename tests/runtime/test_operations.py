@@ -96,6 +96,7 @@ def test_the_official_client_sends_the_key(served: tuple[Live, Paced], records: 
     assert client.models.list().data[0].id == MODEL
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
+    wait_for(lambda: len(records) == 2)
     assert records[0].key and records[1].key is None and KEYS[1] not in str(records)
 
 
@@ -157,6 +158,7 @@ def test_every_response_has_an_id(served: tuple[Live, Paced], records: list[Requ
     lost = httpx.get(f"{live.url}/nothing", headers={"x-api-key": KEYS[0]})
     ids = [r.headers["x-request-id"] for r in (given, made, nasty, lost)]
     assert ids[0] == "mine-1" and ids[1] == made.json()["id"] and ids[2] == nasty.json()["id"]
+    wait_for(lambda: len(records) == len(ids))  # told of a request when its client has all of the answer
     assert ids[3].startswith("req-") and [r.request_id for r in records] == ids
     assert records[0].response_id == given.json()["id"]
 
@@ -237,6 +239,7 @@ def test_a_body_that_never_comes_is_given_up(records: list[RequestRecord]) -> No
         sock = socket.create_connection(live.address)
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
         answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        wait_for(lambda: bool(records))
         assert b" 408 " in answer and b"request_timeout" in answer and records[0].status == 408
         sock.close()
     finally:
@@ -253,6 +256,7 @@ def test_a_request_has_its_time(served: tuple[Live, Paced], records: list[Reques
     assert whole.status_code == 504 and whole.json()["error"]["code"] == "deadline_exceeded"
     stream = post(live, {**LONG, "stream": True}, **{"x-request-timeout": "0.1"})
     assert stream.status_code == 200 and "deadline_exceeded" in stream.text and "[DONE]" not in stream.text
+    wait_for(lambda: len(records) == 2)
     assert [r.error for r in records] == ["deadline_exceeded"] * 2 and records[0].status == 504
     wait_for(lambda: not live.pages_used())
     live.engine.audit()
@@ -411,6 +415,7 @@ def test_bad_certificates_are_refused_at_once(certificate: tuple[Path, Path], tm
 def test_a_record_says_how_it_went(served: tuple[Live, Paced], records: list[RequestRecord]) -> None:
     live, _ = served
     post(live, {**SHORT, "prompt": "a secret", "stream": True, "n": 2})
+    wait_for(lambda: bool(records))
     record = records[-1]
     assert (record.method, record.path, record.status, record.model) == ("POST", "/v1/completions", 200, MODEL)
     assert record.stream and record.prompt_tokens == 8 and record.completion_tokens == 6
@@ -440,6 +445,7 @@ def test_spans_have_the_caller_as_parent(served: tuple[Live, Paced], records: li
     post(served[0], traceparent=f"00-{trace}-{parent}-01")
     exporter = InMemorySpanExporter()
     observe = trace_to(exporter, batched=False)
+    wait_for(lambda: bool(records))
     observe(records[0])
     observe(replace(records[0], status=500, error="engine_error", traceparent="nonsense"))
     observe(replace(records[0], path="/health"))
