@@ -14,6 +14,7 @@ import pytest
 from dsv4c.errors import ConfigError, EngineError, RequestError
 from dsv4c.runtime.engine import Engine
 from dsv4c.runtime.loop import EngineLoop
+from dsv4c.runtime.moving import Arrival
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.request import Event, Request
@@ -333,6 +334,79 @@ def test_pages_of_a_request_to_be_kept_are_never_exchanged() -> None:
     assert pair.prefill.let_go("b") and pair.prefill.let_go("c")
     pair.audit()
     assert not any(pair.prefill.pool.used_pages().values())
+
+
+# --- when a transfer may begin ------------------------------------------------------------------------------------
+
+
+class AtOnce(Copying):
+    """Transfers that are over as soon as they are begun."""
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def begin(self, arrival: Arrival, /) -> None:
+        super().begin(arrival)
+        self.pair.copy(arrival.request.id)
+
+
+class EndsAt:
+    """A stop hook that nobody can foresee."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def push(self, token: int) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("length", [24, 33, 40])
+def test_no_step_in_flight_writes_what_has_arrived(others: int, length: int) -> None:
+    pair = Pair(1, requests=2, snapshots=0)
+    pair.transfers = AtOnce(pair)
+    pair.decode.connect(transfers=pair.transfers)
+    pair.prefill.submit(Request("a", text(length), greedy(1), keep=True))
+    first = drain(pair.prefill)[-1]
+    if others:
+        pair.decode.submit(Request("y", text(9, "y"), greedy(60)))
+        pair.decode.step()
+    # it ends where `a` will stand, with a step in flight that writes its place in the ring and on the window's page
+    pair.decode.submit(Request("x", text(length - 4, "x"), greedy(60), text_stop=EndsAt(4)))
+    events = []
+    while not any(e.end for e in events):
+        events += pair.decode.step()
+    assert len(pair.decode._flights) == 1
+    pair.decode.submit(Request("a", text(length), greedy(9), moving=True))
+    while "a" not in pair.transfers.begun:
+        events += pair.decode.step()
+    events += pair.decode.arrived("a", first)
+    events += drain(pair.decode)
+    assert tokens_of([e for e in events if e.request_id == "a"]) == direct_greedy(text(length), 9, HORIZON, WIDE)
+    pair.audit()
+
+
+@LAGS
+def test_copies_of_states_are_made_before_a_transfer_writes_the_row(lag: int) -> None:
+    pair = Pair(lag, requests=1)
+    pair.transfers = AtOnce(pair)
+    pair.decode.connect(transfers=pair.transfers)
+    pair.prefill.submit(Request("a", text(41), greedy(1), keep=True))
+    first = drain(pair.prefill)[-1]
+    pair.decode.submit(Request("x", text(20, "x"), greedy(13)))
+    answer = tokens_of(drain(pair.decode))
+    assert pair.decode.scheduler.copies_due, "it left a snapshot at 32 tokens, which is still to be copied"
+    pair.decode.submit(Request("a", text(41), greedy(9), moving=True))
+    drain(pair.decode)
+    events = [*pair.decode.arrived("a", first), *drain(pair.decode)]
+    assert tokens_of(events) == direct_greedy(text(41), 9, HORIZON, WIDE)
+    more = [*text(20, "x"), *answer, 1, 2, 3]
+    pair.decode.submit(Request("z", more, greedy(9)))
+    events = drain(pair.decode)
+    assert sum(e.cached_tokens for e in events) == 32
+    assert tokens_of(events) == direct_greedy(more, 9, HORIZON, WIDE)
 
 
 # --- in a thread --------------------------------------------------------------------------------------------------
