@@ -162,6 +162,24 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]  # Dynamo is not installed 
         """A request of one token, sent when nothing else has come for a while."""
         return dict(build_health_check_payload(bos_token_id=self._card.bos_token_id))
 
+    # what operators ask
+
+    def supported_controls(self) -> set[str]:
+        """`POST /engine/control/audit`."""
+        return {"audit"}
+
+    async def engine_control(self, control: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Proves that pages, slots, leases and moves agree, between two steps; says what does not."""
+        if control != "audit":
+            return {"status": "error", "message": f"there is no control `{control}`"}
+        try:
+            await asyncio.to_thread(self._node.audit)
+        except Dsv4cError as error:
+            return {"status": "error", "message": error.message}
+        stats = self._node.stats()
+        held = {name: count for name, count in stats.engine.pages_used.items() if count}
+        return {"status": "ok", "pages_used": held, "leases": stats.leases, "moving": stats.moving}
+
     # the end
 
     async def is_quiescent(self) -> bool:

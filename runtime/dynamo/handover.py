@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from dsv4c.errors import HandleError
+from dsv4c.errors import HandleError, RequestError
 from dsv4c.runtime.transfer.node import Granted, Prefilled
 
 VERSION = 1
@@ -36,16 +36,27 @@ def to_params(granted: Granted, prefilled: Prefilled) -> dict[str, Any]:
     return {"version": VERSION, "handle": dict(granted.handle), "first": msgspec.to_builtins(prefilled)}
 
 
+def refusal_params(error: RequestError) -> dict[str, Any]:
+    """The same of a request at fault: its client is to hear it, and from a prefill worker would hear of a 500 alone."""
+    return {"version": VERSION, "refused": error.message}
+
+
 def read_params(request: Mapping[str, Any]) -> tuple[Granted, Prefilled] | None:
-    """What a prefill worker has handed over with a decode request; None if there was none. Raises HandleError."""
+    """What a prefill worker has handed over with a decode request; None if there was none.
+
+    Raises HandleError, and RequestError (400) for what the prefill worker has refused.
+    """
     result = request.get("prefill_result")
     params = result.get("disaggregated_params") if isinstance(result, Mapping) else None
     if not params:
         return None
-    if not isinstance(params, Mapping) or params.get("version") != VERSION or not isinstance(params["handle"], Mapping):
+    if isinstance(params, Mapping) and isinstance(params.get("refused"), str):
+        raise RequestError(params["refused"])
+    handle = params.get("handle") if isinstance(params, Mapping) else None
+    if not isinstance(handle, Mapping) or params.get("version") != VERSION:
         raise HandleError("the prefill worker's answer is not understood", hint="run the same dsv4c in every role")
     try:
-        return Granted(dict(params["handle"])), msgspec.convert(params.get("first"), Prefilled)
+        return Granted(dict(handle)), msgspec.convert(params.get("first"), Prefilled)
     except msgspec.ValidationError as error:
         raise HandleError(f"the prefill worker's answer is malformed: {error}") from error
 

@@ -21,7 +21,7 @@ from dsv4c.errors import EngineError, RequestError, TransferError
 from dsv4c.runtime.dynamo.asked import Asked, read_request
 from dsv4c.runtime.dynamo.chunks import Chunk, apart, chunk_of, failure_of, usage
 from dsv4c.runtime.dynamo.clock import RequestClock
-from dsv4c.runtime.dynamo.handover import Bootstrap, read_bootstrap, read_params, to_params
+from dsv4c.runtime.dynamo.handover import Bootstrap, read_bootstrap, read_params, refusal_params, to_params
 from dsv4c.runtime.dynamo.mail import Mailbox
 from dsv4c.runtime.dynamo.publish import Publishing
 from dsv4c.runtime.dynamo.rendezvous import Rendezvous, Room, meet
@@ -106,7 +106,13 @@ class Serving:
 
         `probe`: a sign of life is wanted; no other worker is asked.
         """
-        asked = await self._read(request)
+        try:
+            asked = await self._read(request)
+        except RequestError as error:
+            if self._role != "prefill" or error.status >= 500:
+                raise
+            yield self._refused(request, error)
+            return
         if context.is_stopped():  # its client has left on the way here
             yield _cancelled(asked)
             return
@@ -282,6 +288,9 @@ class Serving:
             job.submitted.add(one.id)
             first = await _first_of(done, job.mailbox.failure())
         except (RequestError, EngineError) as error:
+            if isinstance(error, RequestError) and error.status < 499:
+                yield self._refused(request, error)
+                return
             if room is not None:
                 room.failed(error.message)
             raise
@@ -294,6 +303,14 @@ class Serving:
             "completion_usage": usage(len(asked.prompt), len(asked.generated) + len(first.tokens), first.cached_tokens),
             "disaggregated_params": to_params(granted[0], first),
         }
+
+    def _refused(self, request: Mapping[str, Any], error: RequestError) -> Chunk:
+        """Hands a request at fault over to the decode worker, who will say so."""
+        where = read_bootstrap(request)
+        if where is not None and self._rendezvous is not None:
+            self._rendezvous.room(where.room).failed(error.message)
+        params = refusal_params(error)
+        return {"token_ids": [], "index": 0, "finish_reason": "length", "disaggregated_params": params}
 
     def _hear(
         self, message: object, granted: list[Granted], done: asyncio.Future[Prefilled], room: Room | None

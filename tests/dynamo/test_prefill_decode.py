@@ -41,6 +41,9 @@ def test_two_hundred_requests_say_what_one_engine_says(
         moved = sum(p.metric("dsv4c_transfer_moved_total") for p in deployment.processes[1:])
         recomputed = sum(p.metric("dsv4c_transfer_recomputed_total") for p in deployment.processes[1:])
         assert (moved, recomputed) == (len(asked), 0)
+        for wrong in ({"prompt": [5] * 2100}, {"prompt": [5] * 40, "max_tokens": 5000}, {"prompt": [5], "best_of": 3}):
+            refused = deployment.post("/v1/completions", {"max_tokens": 4, **wrong})
+            assert refused.get("status") == 400, refused
         for process in deployment.processes[1:]:
             assert process.metric("dsv4c_transfer_leases") == 0, process.name
 

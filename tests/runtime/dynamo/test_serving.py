@@ -254,6 +254,22 @@ def test_refusals() -> None:
     asyncio.run(run())
 
 
+def test_a_prefill_worker_leaves_refusals_to_the_decode_worker() -> None:
+    """The frontend makes a 500 of whatever a prefill worker raises."""
+
+    async def run() -> None:
+        with pair() as nodes:
+            first, then = serving(nodes.prefill, "prefill"), serving(nodes.decode, "decode")
+            for asked in (body(text(256)), body([100_000])):
+                (prefill,) = await all_of(first, asked)
+                assert prefill["token_ids"] == []
+                with pytest.raises(RequestError):
+                    await all_of(then, {**asked, "prefill_result": prefill})
+            nodes.assert_empty()
+
+    asyncio.run(run())
+
+
 def test_rooms() -> None:
     async def run() -> None:
         rendezvous = Rendezvous()
