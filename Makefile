@@ -3,12 +3,13 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check bench bench-gpu format clean
+.PHONY: help run test check bench bench-gpu dynamo-demo test-dynamo format clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+DYNAMO ?= .venv-dynamo
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 TESTS  ?= tests
@@ -22,7 +23,7 @@ MODEL    := examples/nano
 ARTIFACT := build/nano-cpu
 # An artifact is stale when the model or anything on the compile side changed.
 SOURCES  := $(wildcard $(MODEL)/*.safetensors $(MODEL)/*.json) \
-            $(shell find dsv4c passes schedules -type f ! -name '*.pyc' ! -path 'dsv4c/chat/*' ! -path dsv4c/cli.py ! -path 'dsv4c/commands/*' ! -path dsv4c/launch.py ! -path dsv4c/describe.py)
+            $(shell find dsv4c passes schedules -type f ! -name '*.pyc' ! -path 'dsv4c/chat/*' ! -path dsv4c/cli.py ! -path 'dsv4c/commands/*' ! -path 'dsv4c/launch*.py' ! -path dsv4c/describe.py)
 
 help:
 	@echo 'make run                 compile the bundled nano model for this CPU and serve it on $(HOST):$(PORT)'
@@ -31,6 +32,8 @@ help:
 	@echo 'make check               format, lint, types, import direction'
 	@echo 'make bench               nano artifact beside transformers on the same weights, on this CPU'
 	@echo 'make bench-gpu           every op on this GPU beside its limit, eager and compiled PyTorch (FAMILY=hyper for one)'
+	@echo 'make dynamo-demo         NVIDIA Dynamo on this host: its frontend, a prefill and a decode worker, one question'
+	@echo 'make test-dynamo         the tests that need Dynamo and NIXL'
 	@echo 'make format              let ruff rewrite the tree'
 	@echo 'make clean               remove $(VENV), build/, dist/ and caches'
 
@@ -91,10 +94,26 @@ bench: $(VENV)/.installed-dev $(ARTIFACT)/manifest.json
 bench-gpu: $(VENV)/.installed-dev
 	@$(BIN)/python benchmarks/gpu.py $(if $(FAMILY),--family $(FAMILY)) --rows benchmarks/gpu.jsonl
 
+# --- NVIDIA Dynamo ---------------------------------------------------------------------------------------------
+
+# An environment of its own: Dynamo pins what the server does not. CONTRIBUTING.md says why --no-deps.
+$(DYNAMO)/.installed: pyproject.toml examples/dynamo/requirements.txt
+	@echo 'installing dsv4c with NVIDIA Dynamo in $(DYNAMO)' >&2
+	@$(PYTHON) -m venv $(DYNAMO)
+	@$(DYNAMO)/bin/python -m pip install -qq --disable-pip-version-check --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1 nixl-cu12==1.5.1
+	@$(DYNAMO)/bin/python -m pip install -qq --disable-pip-version-check --editable . --requirement examples/dynamo/requirements.txt
+	@touch $@
+
+dynamo-demo: $(DYNAMO)/.installed $(ARTIFACT)/manifest.json
+	@$(DYNAMO)/bin/python examples/dynamo/serve.py $(ARTIFACT) --demo
+
+test-dynamo: $(DYNAMO)/.installed
+	@$(DYNAMO)/bin/python -m pytest --quiet tests/dynamo tests/runtime/dynamo tests/runtime/transfer/test_nixl.py
+
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --quiet --fix .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DYNAMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
