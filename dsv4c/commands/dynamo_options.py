@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dsv4c.commands.arguments import not_negative, positive, seconds
+from dsv4c.commands.arguments import not_negative, positive
 from dsv4c.commands.run_options import RUN_OPTIONS
 from dsv4c.commands.settings import Option
 
 _OF_RUN = (
     "artifact", "device", "weights", "load-format", "seed", "tokenizer", "chat-release", "model-name", "max-queue",
     "default-thinking", "max-requests", "max-context", "budget-tokens", "kv-memory", "gpu-memory-utilization",
-    "no-prefix-cache", "speculative-tokens", "threads", "executor", "debug-contracts", "shadow", "break",
+    "no-prefix-cache", "speculative-tokens", "threads", "executor", "debug-contracts", "shadow", "break", "lease-ttl",
+    "transfer-timeout", "nixl-devices", "drain-timeout",
 )  # fmt: skip
 
 DYNAMO_OPTIONS = (
@@ -37,12 +38,6 @@ DYNAMO_OPTIONS = (
     Option("bootstrap-host", "address that decode workers meet a prefill worker at", "127.0.0.1", metavar="ADDRESS"),
     Option("bootstrap-port", "its port; 0: any", 0, type=not_negative, metavar="N"),
     Option("bootstrap-advertise", "what decode workers are told", metavar="HOST", unset="--bootstrap-host"),
-    Option("nixl-devices", "UCX's network devices; `all`: any", "lo", metavar="LIST"),
-    Option("lease-ttl", "seconds that state waits for its reader", 30.0, type=seconds, metavar="S"),
-    Option(
-        "transfer-timeout", "seconds without a byte until a prompt is computed anew", 10.0, type=seconds, metavar="S"
-    ),
     # serving
     Option("stream-interval", "tokens of a chunk; the first comes at once", 1, type=positive, metavar="N"),
-    Option("drain-timeout", "seconds that requests in flight have after SIGTERM", 30.0, type=seconds, metavar="S"),
 )
