@@ -316,3 +316,56 @@ def test_what_is_no_prefill_is_refused() -> None:
     with pytest.raises(RequestError):
         pair.prefill.prefill(Request("a", [], prefill_params(greedy(1)), keep=True), lambda said: None)
     pair.close()
+
+
+@LAGS
+@pytest.mark.parametrize("seed", range(3))
+def test_everything_at_once(lag: int, seed: int) -> None:
+    """Reads that hang and fail, leases that expire, peers said to be gone, cancellations, steps that fail."""
+    draw = random.Random(seed)
+    made: list[Slow] = []
+
+    def wrap(backend: Backend) -> Backend:
+        made.append(Slow(backend))
+        return made[0]
+
+    pair = Pair(lag, wrap=wrap, deadline_s=0.03, ttl_s=0.1, requests=(4, 5))
+    (backend,) = made
+    backend.go.set()
+    clients = []
+    for i in range(60):
+        n = draw.choice((1, 7, 16, 40, 64, 120, 200))
+        client = pair.serve(f"r{i}", text(n, draw.randrange(3)), greedy(12), first=draw.random() < 0.9)
+        clients.append((f"r{i}", n, client))
+        what = draw.random()
+        if what < 0.1:
+            backend.go.clear()
+        elif what < 0.3:
+            backend.go.set()
+        elif what < 0.4:
+            backend.fails = not backend.fails
+        elif what < 0.5:
+            draw.choice((pair.prefill, pair.decode)).cancel(f"r{draw.randint(0, i)}")
+        elif what < 0.6 and pair.handles:
+            pair.decode.peer_gone(next(iter(pair.handles.values()))["peer"])
+        elif what < 0.65:
+            pair.engines[0][1].fail_at.add(pair.engines[0][1].steps + 2)
+        elif what < 0.8:
+            time.sleep(0.02 * draw.random())
+        elif what < 0.85:
+            pair.audit()
+    backend.go.set()
+    for _, _, client in clients:
+        if not client.never_began():
+            client.wait()
+            reasons = {e.end.reason for e in client.events if e.end is not None}
+            assert reasons <= {"length", "cancelled"}
+    until(pair.prefill.quiescent)
+    until(lambda: not pair.decode.stats().moving)
+    pair.assert_empty()
+    stats = pair.decode.stats()
+    assert stats.moved + stats.recomputed > 20
+    pair.close()
+    right = {n: [expected(text(n, s), 12) for s in range(3)] for n in {n for _, n, _ in clients}}
+    for name, n, client in clients:
+        assert any(client.tokens == tokens[: len(client.tokens)] for tokens in right[n]), name
