@@ -42,10 +42,13 @@ from dsv4c.runtime.cluster.reception import Reception
 from dsv4c.runtime.cluster.router import Router
 from dsv4c.runtime.cluster.wire import Role
 from dsv4c.runtime.cluster.worker import Worker, hello_of
+from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.grammar import Grammars
+from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.logs import LogFormat, log_config
 from dsv4c.runtime.poolsizes import PoolSizes, block_tokens
 from dsv4c.runtime.serve import serve as serve_app
+from dsv4c.runtime.transfer.layout import weights_sha256
 from dsv4c.runtime.transfer.local import Hub
 from dsv4c.runtime.transfer.nixl import nixl_node
 from dsv4c.runtime.transfer.node import Node
@@ -117,14 +120,17 @@ def launch_worker(
     try:
         launched = launch(directory, options, progress, planned, loaded, memory if transfer == "shm" else None)
         engine = launched.engine
-        pools = engine.runner.executor.states  # type: ignore[attr-defined]
+        executor: ArtifactExecutor | GraphExecutor = engine.runner.executor  # type: ignore[attr-defined]
+        pools, extra = executor.states, {"weights": weights_sha256(executor.weights)}
         ttl_s, deadline_s = worker.lease_ttl_s, worker.transfer_timeout_s
         if transfer == "shm":
-            node = shm_node(engine, manifest, pools, segments[0], ttl_s=ttl_s, deadline_s=deadline_s)
+            node = shm_node(engine, manifest, pools, segments[0], extra=extra, ttl_s=ttl_s, deadline_s=deadline_s)
         elif transfer == "nixl":
-            node = nixl_node(engine, manifest, pools, devices=worker.nixl_devices, ttl_s=ttl_s, deadline_s=deadline_s)
+            node = nixl_node(
+                engine, manifest, pools, devices=worker.nixl_devices, extra=extra, ttl_s=ttl_s, deadline_s=deadline_s
+            )
         elif hub is not None:
-            node = local_node(engine, manifest, pools, hub, ttl_s=ttl_s, deadline_s=deadline_s)
+            node = local_node(engine, manifest, pools, hub, extra=extra, ttl_s=ttl_s, deadline_s=deadline_s)
         else:
             raise ConfigError("`local` moves state within one process", hint="use `shm` or `nixl`")
     except BaseException:

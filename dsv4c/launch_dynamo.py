@@ -20,9 +20,12 @@ from dsv4c.runtime.dynamo.publish import Publishing
 from dsv4c.runtime.dynamo.rendezvous import Rendezvous
 from dsv4c.runtime.dynamo.serving import Role, Serving
 from dsv4c.runtime.dynamo.version import check_installed
+from dsv4c.runtime.executor import ArtifactExecutor
 from dsv4c.runtime.grammar import Grammars
+from dsv4c.runtime.graphs import GraphExecutor
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.poolsizes import block_tokens
+from dsv4c.runtime.transfer.layout import weights_sha256
 from dsv4c.runtime.transfer.nixl import nixl_node
 from dsv4c.runtime.transfer.node import Node
 
@@ -106,9 +109,9 @@ def node_of(launched: Launched, options: DynamoOptions) -> Node:
     """The engine as a node: of both roles it computes alone, of one it moves state through NIXL."""
     if options.role == "both":
         return Node(launched.engine)
-    pools = launched.engine.runner.executor.states  # type: ignore[attr-defined]
+    executor: ArtifactExecutor | GraphExecutor = launched.engine.runner.executor  # type: ignore[attr-defined]
     return nixl_node(
-        launched.engine, launched.manifest, pools,
+        launched.engine, launched.manifest, executor.states, extra={"weights": weights_sha256(executor.weights)},
         devices=options.nixl_devices, ttl_s=options.lease_ttl_s, deadline_s=options.transfer_timeout_s,
     )  # fmt: skip
 

@@ -191,7 +191,7 @@ class HostShadowExecutor(ArtifactExecutor):
 
     def beside(self, program: Program) -> HostShadowExecutor:
         """See ArtifactExecutor."""
-        return HostShadowExecutor(program, self._kernels, self._weights, self.states, shadow=self.shadow)
+        return HostShadowExecutor(program, self._kernels, self.weights, self.states, shadow=self.shadow)
 
     def outputs(
         self, inputs: Mapping[str, Tensor], on_mark: Callable[[int], None] | None = None

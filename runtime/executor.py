@@ -52,7 +52,7 @@ class ArtifactExecutor:
         self._device = device
         self.states = dict(states)
         self._kernels = kernels
-        self._weights = dict(weights)
+        self.weights = dict(weights)
         self._arena = Arena(program, device)
         self._calls = [call for segment in program.segments for call in segment.calls]
         self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
@@ -65,7 +65,7 @@ class ArtifactExecutor:
 
     def beside(self, program: Program) -> ArtifactExecutor:
         """An executor of the same kind for another program over the same weights and state."""
-        return ArtifactExecutor(program, self._kernels, self._weights, self.states, self._device)
+        return ArtifactExecutor(program, self._kernels, self.weights, self.states, self._device)
 
     def step(self, inputs: Mapping[str, Tensor], on_mark: Callable[[int], None] | None = None) -> Tensor:
         """Logits [S, vocab_size] float32 of one step, valid until the next. `inputs` as the manifest's Inputs say.
@@ -178,7 +178,7 @@ class ArtifactExecutor:
             item.name: torch.empty(sizes_of(item.shape, symbols), dtype=getattr(torch, item.dtype), device=self._device)
             for item in self.program.inputs
         }
-        values = {**self._arena.views(symbols), **self._weights, **self.states, **inputs}
+        values = {**self._arena.views(symbols), **self.weights, **self.states, **inputs}
         outputs = {meaning: values[value] for meaning, value in self.program.outputs.items()}
         return _Binding(inputs, values, self._kernels.bind_calls(self.program, self._calls, values), outputs)
 

@@ -113,7 +113,7 @@ class GraphExecutor:
         groups = {i.group: rows[str(i.shape[1])] for p in programs.values() for i in p.inputs if i.kind == "page_table"}
         self.tables = PageTables(rows["R"], {str(group): width for group, width in groups.items()}, device)
         self._slots = torch.arange(rows["R"], device=device)
-        self._weights = dict(weights)
+        self.weights = dict(weights)
         self._bound = {
             name: self._bind(program, self._tensors(name, self.arena, self.states), pieces_of(program, breaks))
             for name, program in programs.items()
@@ -132,7 +132,7 @@ class GraphExecutor:
             for i in program.inputs
             if i.kind in ("page_table", "state_slots")
         }
-        return {**views, **self._weights, **states, **resident, **self.staging.tensors(name)}
+        return {**views, **self.weights, **states, **resident, **self.staging.tensors(name)}
 
     def _bind(self, program: Program, values: dict[str, Tensor], pieces: tuple[Piece, ...]) -> _Bound:
         runs = [self._kernels.bind_calls(program, piece.calls, values) for piece in pieces]

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from dsv4c.artifact import KVGroup, Manifest, StateGroup
 from dsv4c.errors import HandleError
@@ -161,6 +163,26 @@ class Layout:
             (unit * to).reshape(-1),
             np.broadcast_to(unit * count, shape).reshape(-1),
         )
+
+
+SAMPLES = 64
+"""Values of every weight that say which one it is: training changes nearly all of them."""
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """Which weights these are: of each its name, dtype, shape and a sample of its values, spread over all of it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name]
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)} ".encode())
+        if weight.numel():
+            plain = weight.detach().view(_SAME_SIZE[weight.element_size()])
+            at = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
+            index = torch.unravel_index(at, weight.shape) if weight.dim() else (at,)
+            found = (plain if weight.dim() else plain.reshape(1))[tuple(i.to(weight.device) for i in index)]
+            digest.update(found.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _hash(values: object) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4c.errors import HandleError, LeaseLost
 from dsv4c.runtime.transfer.handle import Handle, tokens_sha256
-from dsv4c.runtime.transfer.layout import Layout, Ranges, merge
+from dsv4c.runtime.transfer.layout import Layout, Ranges, merge, weights_sha256
 from dsv4c.runtime.transfer.local import Hub, LocalBackend
 from dsv4c.runtime.transfer.pull import PullSteps, Steps
 from tests.runtime.transfer.sides import COLUMNS, GROUPS, LAYOUT, MARKS, STATES, Side, Taker
@@ -248,3 +249,21 @@ def test_malformed_handles(change: dict[str, object], said: str) -> None:
     assert Handle.from_json(good).to_json() == good
     with pytest.raises(HandleError, match=said):
         Handle.from_json({**good, **change})
+
+
+def test_weights_are_told_apart() -> None:
+    def made() -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(1)
+        matrix = torch.randn(40, 30, generator=draw)
+        return {
+            "a": matrix, "b": matrix.t()[:, ::2], "c": matrix.to(torch.bfloat16), "d": torch.tensor(3.0),
+            "e": torch.zeros(0, 4), "f": matrix.to(torch.float8_e4m3fn), "g": torch.arange(5),
+        }  # fmt: skip
+
+    one = weights_sha256(made())
+    assert one == weights_sha256(made())
+    for name in "abcdfg":
+        other = made()
+        other[name] = (other[name].float() * 2).to(other[name].dtype)
+        assert weights_sha256(other) != one, name
+    assert weights_sha256({**made(), "h": torch.zeros(1)}) != one
