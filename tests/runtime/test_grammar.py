@@ -297,6 +297,22 @@ def test_a_request_with_a_grammar_waits_for_its_token_others_do_not() -> None:
     assert standin.steps <= 17
 
 
+@LAGS
+@pytest.mark.parametrize("pattern", [r"[a-z]{4,9}", r"([0-9]{2}:)+", r"日(é)+"])
+def test_a_grammar_goes_on_behind_what_another_engine_has_generated(lag: int, pattern: str) -> None:
+    def ask(generated: Sequence[int] = ()) -> Request:
+        params = SamplingParams(max_tokens=9, grammar=regex(pattern), seed=4)
+        return Request("a", text(5), params, generated=generated)
+
+    engine, _ = engine_of(0, lag)
+    whole = serve(engine, [ask()])["a"]
+    for count in range(1, len(whole.tokens)):
+        rest = serve(engine, [ask(whole.tokens[:count])])["a"]
+        assert (rest.tokens, rest.reason) == (whole.tokens[count:], whole.reason)
+    with pytest.raises(RequestError, match="generated so far"):
+        engine.submit(ask([*whole.tokens[:1], TOKENS.index(b"\n")]))
+
+
 def test_a_fault_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = engine_of(0, 0)
     ruled = Request("a", text(5), SamplingParams(max_tokens=8, temperature=0.0, grammar=regex("[a-z]+")))
