@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from dsv4c.errors import ConfigError, EngineError
 
 _LOG = logging.getLogger("dsv4c")
-_TERM_S = 5.0  # for a child to end when it is told to
+_TERM_S = 10.0  # for a child to end when it is told to; an interpreter with torch takes a second to end
 _AGAIN_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a child that died is started again: the first time, the second...
 _LONG_S = 60.0  # a child that lived for so long is started as if for the first time
 
