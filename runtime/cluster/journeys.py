@@ -157,8 +157,7 @@ class Journeys:
         """Its claim moves along with the tokens it has, if it was given room for some of them only."""
         budget, task, member = self.policy.budget_tokens, attempt.task, attempt.decode
         if budget is not None and len(task.delivered) % 32 == 0 and attempt.id in member.given:
-            member.take(attempt.id)
-            member.give(attempt.id, member.claim_of(task.held_tokens(budget, self.longest)))
+            member.rebook(attempt.id, member.claim_of(task.held_tokens(budget, self.longest)))
 
     def _prefill_failed(self, attempt: Attempt, error: Dsv4cError | None) -> None:
         """A prefill worker ended a prompt before it was computed."""

@@ -1,4 +1,4 @@
-"""Where a request goes: the workers that can hold it, and of these the one with the least to do before its next token.
+"""Where a request goes: of the workers that can hold it, the one with the least to do before its next token.
 
     prefill worker   has a slot and pages for the prompt, which it keeps until they are pulled. Cost: tokens of prompts
                      that it has yet to compute, and of this one those that its prefix cache does not have
@@ -50,6 +50,8 @@ class Member:
     heard_s: float = 0.0
     leaving: bool = False
     lost: bool = False
+    num_given: int = 0
+    """Requests that it was ever given: of equals, whoever has had fewest is next."""
     refuses_until_s: float = 0.0
     """It has refused what it should hold: it is given nothing before."""
     beat: Beat = field(default_factory=Beat)
@@ -89,11 +91,18 @@ class Member:
 
     def give(self, attempt: str, claim: Claim, uncomputed: int = 0) -> None:
         """Books a request."""
+        self.num_given += 1
         self.given[attempt] = claim
         for i, pages in enumerate(claim):
             self._claimed[i] += pages
         if uncomputed:
             self.uncomputed[attempt] = uncomputed
+
+    def rebook(self, attempt: str, claim: Claim) -> None:
+        """Changes the claim of a request that is booked."""
+        for i, (pages, before) in enumerate(zip(claim, self.given[attempt], strict=True)):
+            self._claimed[i] += pages - before
+        self.given[attempt] = claim
 
     def take(self, attempt: str) -> None:
         """Books it out; does nothing if it is not booked."""
@@ -150,8 +159,8 @@ def place(members: Iterable[Member], need: Need, now_s: float) -> Place | None:
     pairs = [
         (d, [p for p in computing if p.facts.transfer and p.facts.transfer == d.facts.transfer]) for d in generating
     ]
-    found: list[tuple[float, int, Place]] = []
-    for number, (decode, peers) in enumerate(pairs):
+    found: list[tuple[float, Place]] = []
+    for decode, peers in pairs:
         open_peers = [p for p in peers if p.has_room(p.claim_of(need.tokens + 1), now_s)]
         if peers and not open_peers:
             continue  # it waits for a prefill worker: decoding goes before
@@ -159,12 +168,11 @@ def place(members: Iterable[Member], need: Need, now_s: float) -> Place | None:
         cost = float(_RUNNING_TOKENS * len(decode.given))
         if not peers:
             cost += sum(decode.uncomputed.values()) + local
-            found.append((cost, number, Place(decode, None, need.tokens - local)))
+            found.append((cost, Place(decode, None, need.tokens - local)))
             continue
-        peer, to_compute = min(((p, _to_compute(p, need)) for p in open_peers), key=lambda item: item[1])
-        cost += _PULLED_SHARE * local + to_compute
-        found.append((cost, number, Place(decode, peer, _cached(peer, need))))
-    return min(found, key=lambda item: item[:2])[2] if found else None
+        peer, to_compute = min(((p, _to_compute(p, need)) for p in open_peers), key=lambda x: (x[1], x[0].num_given))
+        found.append((cost + _PULLED_SHARE * local + to_compute, Place(decode, peer, _cached(peer, need))))
+    return min(found, key=lambda item: (item[0], item[1].decode.num_given))[1] if found else None
 
 
 def _cached(member: Member, need: Need) -> int:
