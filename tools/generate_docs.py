@@ -17,9 +17,11 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dsv4c
+from dsv4c.artifact import KVGroup, Pool
 from dsv4c.commands.dynamo_options import DYNAMO_OPTIONS
 from dsv4c.commands.run_options import RUN_OPTIONS
 from dsv4c.commands.settings import option_table
@@ -27,6 +29,10 @@ from dsv4c.dashboard import dashboard
 from dsv4c.describe_numerics import markdown_tables
 from dsv4c.passes import FUSE, RAISE, STORE, WIDEN, CheckLowered, Quantise
 from dsv4c.pipeline import Pass, order
+from dsv4c.runtime.cluster.figures import RouterCollector
+from dsv4c.runtime.cluster.placement import Member
+from dsv4c.runtime.cluster.router import Router
+from dsv4c.runtime.cluster.wire import Beat, Facts
 from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.metrics import Metrics
 from dsv4c.runtime.metrics_vllm import ALIASES
@@ -234,7 +240,26 @@ there once an engine has verified one. `docs/grafana.json` is a dashboard for Gr
         names = ", ".join(f"`{label}`" for label in labels[family.name]) or "-"
         others = ", ".join(f"`{name}`" for name in seconds.get(family.name, ())) or "-"
         lines.append(f"| `{family.name}` | {family.type} | {names} | {family.documentation} | {others} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *router_metrics()]) + "\n"
+
+
+def router_metrics() -> list[str]:
+    """What a router says besides, from one with a worker."""
+    group = KVGroup("c4", 4, 256, None, (Pool("c4", (1,), "float32"),))
+    manifest: Any = SimpleNamespace(kv_groups=(group,), vocab_size=1, max_context=256)
+    router = Router(manifest, 256, lambda tokens: ())
+    wire: Any = SimpleNamespace()
+    member = Member("decode-0", "decode", 1, Facts(256, 256, 1, {"c4": 1}), wire, (group,))
+    member.beat = Beat(transfers={"pulled": 1})
+    router.members.append(member)
+    router.losses["decode"] += 1
+    about = """What a router (`dsv4c run --decode-workers D`) says besides. The engine's families above are then sums
+over its workers; those of a server are its own."""
+    lines = ["", "## Of a router", "", about, "", "| name | type | labels | |", "| --- | --- | --- | --- |"]
+    for family in RouterCollector(router).collect():
+        names = ", ".join(f"`{label}`" for label in sorted({k for s in family.samples for k in s.labels})) or "-"
+        lines.append(f"| `{family.name}` | {family.type} | {names} | {family.documentation} |")
+    return lines
 
 
 def configuration() -> str:
