@@ -6,7 +6,6 @@ run --decode-workers D: router | processes: run --role ... -> Launched -> Node -
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import logging.config
 import signal
@@ -37,7 +36,7 @@ from dsv4c.runtime.cluster.address import Address
 from dsv4c.runtime.cluster.figures import RouterCollector
 from dsv4c.runtime.cluster.lifecycle import Policy
 from dsv4c.runtime.cluster.link import Link, Port, dial, pair
-from dsv4c.runtime.cluster.processes import Child, Parent, Processes
+from dsv4c.runtime.cluster.processes import Parent, Processes
 from dsv4c.runtime.cluster.reception import Reception
 from dsv4c.runtime.cluster.router import Router
 from dsv4c.runtime.cluster.wire import Role
@@ -70,6 +69,7 @@ class ClusterOptions:
     transfer: str
     silence_s: float = 5.0
     budget_tokens: int | None = None
+    max_queue: int = 512
 
 
 @dataclass(frozen=True)
@@ -170,27 +170,25 @@ def serve_router(
     serving: ServeOptions,
     cluster: ClusterOptions,
     sock: socket.socket,
-    children: Sequence[Child],
+    listener: socket.socket,
+    processes: Processes,
 ) -> None:
-    """Serves clients on a bound socket over these children and whoever joins, until a signal comes."""
+    """Serves clients on a bound socket over these processes and whoever joins, until a signal comes.
+
+    `listener`: listens at the cluster's address already, so that workers may start meanwhile.
+    """
     logging.config.dictConfig(log_config(serving.log_level, serving.log_format))
     router, reception = _router(directory, cluster)
-    port = Port(cluster.address, cluster.secret.encode(), reception.serve).start()
+    processes.joined = router.knows
+    port = Port(cluster.address, cluster.secret.encode(), reception.serve, listener).start()
     if cluster.address.name[:1] != "\0":
         _LOG.info("workers join at %s; the link is authenticated, not encrypted", port.address)
     if not port.address.on_this_machine:
         _LOG.warning("%s can be reached from other machines: keep it in a private network", port.address)
     router.start()
-    at = ("--router", str(port.address))
-    children = [dataclasses.replace(child, command=(*child.command, *at)) for child in children]
     try:
-        with Processes(children, cluster.secret, router.knows) as processes:
-            processes.await_all()
-            try:
-                _serve_clients(router, directory, options, serving, sock)
-            finally:
-                port.close()
-                router.close()
+        processes.await_all()
+        _serve_clients(router, directory, options, serving, sock)
     finally:
         port.close()
         router.close()
@@ -269,7 +267,7 @@ class LocalWorkers:
 def _router(directory: Path, cluster: ClusterOptions) -> tuple[Router, Reception]:
     manifest = load_manifest(directory)
     block = block_tokens(manifest.kv_groups)
-    policy = Policy(silence_s=cluster.silence_s, budget_tokens=cluster.budget_tokens)
+    policy = Policy(cluster.max_queue, cluster.silence_s, budget_tokens=cluster.budget_tokens)
     router = Router(manifest, block, lambda tokens: block_hashes(tokens, block), policy)
     return router, Reception(router, layout_of(manifest).fields)
 

@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def with_progress(launch: Callable[[Progress, PlanWatch, LoadWatch], LaunchedT]) -> LaunchedT:
-    """What `launch` gives, told what to report to; bars on a terminal, and lines on stderr."""
+def with_progress(launch: Callable[[Progress, PlanWatch, LoadWatch], LaunchedT], *, brief: bool = False) -> LaunchedT:
+    """What `launch` gives, told what to report to; bars on a terminal, and lines on stderr, one of them if `brief`."""
     from dsv4c.describe_memory import memory_summary
 
     with progress_bars("{task.fields[amount]}") as progress:
@@ -88,13 +88,16 @@ def with_progress(launch: Callable[[Progress, PlanWatch, LoadWatch], LaunchedT])
             progress.update(tasks[phase], completed=done, total=total, detail=name, amount=amount)
 
         def planned(plan: MemoryPlan, room: Room, sizes: PoolSizes) -> None:
-            progress.console.print(memory_summary(plan, room, sizes))
+            if not brief:
+                progress.console.print(memory_summary(plan, room, sizes))
 
         def loaded(report: LoadReport) -> None:
-            progress.console.print(str(report), soft_wrap=True, highlight=False)
+            if not brief:
+                progress.console.print(str(report), soft_wrap=True, highlight=False)
 
         launched = launch(watch, planned, loaded)
-        progress.console.print(_chat(launched.codec), soft_wrap=True, highlight=False)
+        if not brief:
+            progress.console.print(_chat(launched.codec), soft_wrap=True, highlight=False)
         progress.console.print(_split(began, ends), highlight=False)
     return launched
 

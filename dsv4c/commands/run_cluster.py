@@ -18,6 +18,7 @@ from dsv4c.errors import ConfigError
 
 if TYPE_CHECKING:
     from dsv4c.artifact import Manifest
+    from dsv4c.runtime.cluster.address import Address
     from dsv4c.runtime.cluster.processes import Child
 
 _FROM_PARENT = "-"
@@ -33,25 +34,33 @@ _PASSED_ON = (
 def run_router(args: argparse.Namespace, settings: Sequence[Setting], directory: Path) -> None:
     """Serves clients over workers, its own and those that join. Raises ConfigError for what makes no sense."""
     _check_router(args)
+    # these import no torch: workers start while this process does
     from dsv4c.artifact import load_manifest
-    from dsv4c.launch_cluster import ClusterOptions, serve_local, serve_router
-    from dsv4c.runtime.cluster.address import Address, read_secret
-    from dsv4c.runtime.serve import bind
+    from dsv4c.runtime.cluster.address import Address, listen, read_secret
+    from dsv4c.runtime.cluster.processes import Processes
 
-    options, serving = launch_options(args), serve_options(args)
     manifest = load_manifest(directory)
     transfer = args.transfer or ("shm" if manifest.target == "cpu" else "nixl")
     secret = secrets.token_hex(32) if args.secret_file is None else read_secret(Path(args.secret_file)).decode()
     address = Address.parse(args.router_address or f"abstract:dsv4c-{secrets.token_hex(8)}")
-    cluster = ClusterOptions(
-        address, secret, args.prefill_workers, args.decode_workers, transfer, args.worker_timeout, args.budget_tokens
-    )
-    sock = bind(args.host, args.port)
-    if transfer == "local":
-        serve_local(directory, options, serving, cluster, sock)
-        return
-    children = _children(args, settings, directory, manifest, transfer)
-    serve_router(directory, options, serving, cluster, sock, children)
+    listener = listen(address)
+    address = address.bound(listener)
+    children = [] if transfer == "local" else _children(args, settings, directory, manifest, transfer, address)
+    with Processes(children, secret) as processes:
+        from dsv4c.launch_cluster import ClusterOptions, serve_local, serve_router
+        from dsv4c.runtime.serve import bind
+
+        options, serving = launch_options(args), serve_options(args)
+        cluster = ClusterOptions(
+            address, secret, args.prefill_workers, args.decode_workers, transfer, args.worker_timeout,
+            args.budget_tokens, args.max_queue,
+        )  # fmt: skip
+        sock = bind(args.host, args.port)
+        if transfer == "local":
+            listener.close()
+            serve_local(directory, options, serving, cluster, sock)
+        else:
+            serve_router(directory, options, serving, cluster, sock, listener, processes)
 
 
 def run_worker(args: argparse.Namespace, directory: Path) -> None:
@@ -73,7 +82,7 @@ def run_worker(args: argparse.Namespace, directory: Path) -> None:
         args.transfer_timeout, args.nixl_devices, args.drain_timeout, args.log_level, args.log_format,
     )  # fmt: skip
     options = launch_options(args)
-    launched = with_progress(partial(launch_worker, directory, options, worker))
+    launched = with_progress(partial(launch_worker, directory, options, worker), brief=parent is not None)
     serve_worker(launched, worker, parent)
 
 
@@ -93,7 +102,12 @@ def _check_router(args: argparse.Namespace) -> None:
 
 
 def _children(
-    args: argparse.Namespace, settings: Sequence[Setting], directory: Path, manifest: Manifest, transfer: str
+    args: argparse.Namespace,
+    settings: Sequence[Setting],
+    directory: Path,
+    manifest: Manifest,
+    transfer: str,
+    address: Address,
 ) -> list[Child]:
     """The worker processes that the options ask for."""
     from dsv4c.runtime.cluster.processes import Child
@@ -101,7 +115,7 @@ def _children(
     count = args.prefill_workers + args.decode_workers
     given = {setting.option.name: setting for setting in settings}
     common = [sys.executable, "-m", "dsv4c.cli", "run", str(directory), "--config", os.devnull]
-    common += ["--secret-file", _FROM_PARENT, "--transfer", transfer]
+    common += ["--router", str(address), "--secret-file", _FROM_PARENT, "--transfer", transfer]
     for name in _PASSED_ON:
         common += _arguments(given[name])
     if manifest.target == "cpu":

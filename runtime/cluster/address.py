@@ -16,6 +16,7 @@ from pathlib import Path
 from dsv4c.errors import ConfigError, InputError
 
 SHORTEST_SECRET = 16  # bytes
+_BACKLOG = 64  # workers that call before anybody answers
 _MAKE_ONE = "make one with `(umask 077; openssl rand -hex 32 > FILE)`"
 
 
@@ -74,13 +75,13 @@ class Address:
             Path(self.name).unlink(missing_ok=True)
 
 
-def listen(address: Address, backlog: int) -> socket.socket:
+def listen(address: Address) -> socket.socket:
     """A socket that listens there. Raises InputError."""
     try:
         if address.host:
             family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][0]
-            return socket.create_server((address.host, address.port), family=family, backlog=backlog)
-        return _listen_unix(address, backlog)
+            return socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
+        return _listen_unix(address)
     except socket.gaierror as error:
         raise InputError(f"`{address.host}` is not a host name or address") from error
     except OSError as error:
@@ -89,13 +90,13 @@ def listen(address: Address, backlog: int) -> socket.socket:
         raise InputError(f"cannot listen at `{address}`: {error.strerror or error}") from error
 
 
-def _listen_unix(address: Address, backlog: int) -> socket.socket:
+def _listen_unix(address: Address) -> socket.socket:
     _remove_left_over(Path(address.name))
     sock = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)  # a socket's file is for its owner alone
     try:
         sock.bind(address.name)
-        sock.listen(backlog)
+        sock.listen(_BACKLOG)
     except OSError:
         sock.close()
         raise

@@ -129,12 +129,14 @@ def pair() -> tuple[Link, Link]:
 class Port:
     """Where workers call. `accepted` gets the link of each that has proven itself, in a thread of its own."""
 
-    def __init__(self, address: Address, secret: bytes, accepted: Callable[[Link], None]) -> None:
-        """Binds and listens. Raises InputError if it cannot."""
+    def __init__(
+        self, address: Address, secret: bytes, accepted: Callable[[Link], None], sock: socket.socket | None = None
+    ) -> None:
+        """Binds and listens, unless `sock` does so already. Raises InputError if it cannot."""
         self._secret = secret
         self._accepted = accepted
         self._callers = threading.Semaphore(_CALLERS)
-        self._socket = listen(address, _CALLERS)
+        self._socket = sock or listen(address)
         self._closing = False
         self.address = address.bound(self._socket)
         """Where it listens: with the port that was free, if none was named."""

@@ -40,11 +40,13 @@ class Child:
 class Processes:
     """The worker processes of a router. Use as a context: leaving it ends them all."""
 
-    def __init__(self, children: Sequence[Child], secret: str, joined: Callable[[str], bool]) -> None:
-        """`joined`: whether a worker of this name has ever joined the router."""
+    def __init__(
+        self, children: Sequence[Child], secret: str, joined: Callable[[str], bool] = lambda name: False
+    ) -> None:
         self._children = children
         self._secret = secret
-        self._joined = joined
+        self.joined = joined
+        """Whether a worker of this name has ever joined the router; may be set while they start."""
         self._lock = threading.Lock()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._failed: tuple[str, int] | None = None
@@ -71,7 +73,7 @@ class Processes:
 
     def await_all(self) -> None:
         """Waits until every child has joined. Raises ConfigError or EngineError, as its code says, if one ends."""
-        while self._failed is None and not all(self._joined(child.name) for child in self._children):
+        while self._failed is None and not all(self.joined(child.name) for child in self._children):
             self._changed.wait(0.02)
             self._changed.clear()
         if self._failed is None:
@@ -105,7 +107,7 @@ class Processes:
             code = self._run(child)
             if self._closing.is_set():
                 return
-            if not self._joined(child.name):
+            if not self.joined(child.name):
                 self._failed = (child.name, code)
                 self._changed.set()
                 return
