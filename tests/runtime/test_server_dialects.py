@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anthropic
@@ -20,6 +21,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/responses": {"model": MODEL, "input": "hi", "max_output_tokens": 400, **EXTRA},
     "/v1/messages": {"model": MODEL, "messages": TURNS, "max_tokens": 400, **EXTRA},
 }
+
+LONE: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +98,35 @@ def test_refusals_have_the_clients_own_shape() -> None:
     finally:
         executor.gate.set()
         live.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1/chat/completions"])
+def test_the_gate_speaks_as_the_endpoint_does(path: str) -> None:
+    """401 and 503 before anything of the request is read: Anthropic's body around OpenAI's fields, or OpenAI's."""
+    live, executor = start_toy(operations=Operations(api_keys=("a secret key",), max_inflight=1))
+    said = {"model": MODEL, "messages": TURNS, "input": "hi", "max_tokens": 4}
+    key = {"authorization": "Bearer a secret key"}
+    try:
+        locked = httpx.post(live.url + path, json=said)
+        executor.gate.clear()
+        with ThreadPoolExecutor(1) as threads:
+            first = threads.submit(httpx.post, f"{live.api}/completions", json=LONE, headers=key, timeout=60)
+            wait_for(lambda: live.engine.stats().running > 0)
+            full = httpx.post(live.url + path, json=said, headers=key)
+            executor.gate.set()
+            assert first.result().status_code == 200
+    finally:
+        executor.gate.set()
+        live.close()
+    anthropics = "messages" in path
+    kinds = ("authentication_error", "overloaded_error")
+    if not anthropics:
+        kinds = ("invalid_request_error", "service_unavailable_error")
+    codes = ("invalid_api_key", "overloaded")
+    assert (locked.status_code, locked.headers["www-authenticate"]) == (401, "Bearer")
+    assert (full.status_code, full.headers["retry-after"]) == (503, "1")
+    for response, kind, code in zip((locked, full), kinds, codes, strict=True):
+        body = response.json()
+        assert body.get("type") == ("error" if anthropics else None) and response.headers["x-request-id"]
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert (body["error"]["type"], body["error"]["code"]) == (kind, code)
