@@ -1,4 +1,4 @@
-"""Fuzzing: bodies from the OpenAPI document (schemathesis), and valid bodies with a few fields gone wrong.
+"""Fuzzing: bodies from the OpenAPI document (schemathesis), and valid bodies gone wrong in a few places, or as bytes.
 
 Whatever comes, the answer is 2xx or an error body of 4xx, and nothing is left running. 5,000 requests of each kind, the
 same every time, with a count of what was answered where at the end:
@@ -8,6 +8,7 @@ same every time, with a count of what was answered where at the end:
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conformance.conftest import FUZZED, start_nano
-from tests.conformance.dsml import ANTHROPIC_TOOLS, RESPONSES_TOOLS, TOOLS
+from tests.conformance.dsml import ANTHROPIC_TOOLS, RESPONSES_TOOLS, SCHEMA, TOOLS
 from tests.runtime.live import Live, wait_for
 
 schemathesis = pytest.importorskip("schemathesis", reason="it is in the extra `dev`")
@@ -39,6 +40,104 @@ VALID: dict[str, dict[str, Any]] = {
     "/tokenize": {"messages": TURNS, "tools": TOOLS},
     "/detokenize": {"tokens": [5, 6]},
 }
+
+ANSWER: Any = {"role": "assistant", "reasoning_content": "a", "content": None}
+ANSWER["tool_calls"] = [
+    {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo", "days": [1]}'}}
+]
+SAMPLED: dict[str, Any] = {"logit_bias": {"5": 1.0}, "stop_token_ids": [7], "temperature": 0.5, "seed": 1}
+STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+NAMED: Any = {"type": "function", "function": {"name": "get_time"}}
+ALLOWED: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
+FORM: Any = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": SCHEMA}}
+CALL: Any = {"type": "function_call", "call_id": "1", "name": "get_time", "arguments": "{}"}
+USED: Any = {"type": "tool_use", "id": "1", "name": "get_time", "input": {"city": "Oslo"}}
+DEEP: list[tuple[str, dict[str, Any]]] = [  # valid bodies that go deep
+    ("/v1/completions", {**VALID["/v1/completions"], **SAMPLED, **STREAMED, "prompt": [[5, 6], [7]], "n": 2}),
+    ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2, "response_format": FORM}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 2, "structured_outputs": {"choice": ["a", "b"]}, "logprobs": 1}),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [
+                {"role": "system", "content": "a"},
+                TURNS[0],
+                ANSWER,
+                {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "a"}]},
+            ],
+            **{"tools": TOOLS[:1], "max_tokens": 2, "tool_choice": "auto", **SAMPLED, **STREAMED},
+        },
+    ),
+    ("/v1/chat/completions", {"messages": TURNS[:1], "tools": TOOLS, "tool_choice": NAMED, "max_tokens": 2}),
+    ("/v1/chat/completions", {"messages": TURNS[:1], "tools": TOOLS, "tool_choice": ALLOWED, "max_tokens": 2}),
+    (
+        "/v1/chat/completions",
+        {
+            **{"messages": TURNS[:1], "response_format": FORM, "thinking": {"type": "enabled"}, "max_tokens": 2},
+            "chat_template_kwargs": {"thinking": True, "reasoning_effort": "high", "drop_thinking": False},
+        },
+    ),
+    (
+        "/v1/responses",
+        {
+            "input": [
+                {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+                {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "a"}], "summary": []},
+                CALL,
+                {"type": "function_call_output", "call_id": "1", "output": "noon"},
+            ],
+            **{"tools": RESPONSES_TOOLS[:1], "tool_choice": "auto", "reasoning": {"effort": "high"}},
+            **{"max_output_tokens": 2, "include": ["message.output_text.logprobs"], "metadata": {"a": "b"}},
+        },
+    ),
+    (
+        "/v1/responses",
+        {
+            "input": "a",
+            "max_output_tokens": 2,
+            "text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}},
+        },
+    ),
+    (
+        "/v1/responses",
+        {
+            **{"input": "a", "max_output_tokens": 2, "tools": RESPONSES_TOOLS, "stream": True},
+            "tool_choice": {
+                **{"type": "allowed_tools", "mode": "auto"},
+                "tools": [{"type": "function", "name": "get_time"}],
+            },
+        },
+    ),
+    (
+        "/v1/messages",
+        {
+            "messages": [
+                TURNS[0],
+                {"role": "assistant", "content": [{"type": "thinking", "thinking": "a", "signature": ""}, USED]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "noon"}]},
+            ],
+            **{"system": [{"type": "text", "text": "a"}], "tools": ANTHROPIC_TOOLS[:1], "max_tokens": 2},
+            **{"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "stop_sequences": ["a"]},
+            **{"thinking": {"type": "enabled", "budget_tokens": 1024}, "stream": True},
+        },
+    ),
+    (
+        "/v1/messages",
+        {
+            **{"messages": TURNS[:1], "max_tokens": 2, "tools": ANTHROPIC_TOOLS},
+            "tool_choice": {"type": "tool", "name": "get_time"},
+        },
+    ),
+    (
+        "/v1/messages",
+        {
+            **{"messages": TURNS[:1], "max_tokens": 2},
+            "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": SCHEMA}},
+        },
+    ),
+    ("/v1/messages/count_tokens", {**VALID["/v1/messages/count_tokens"], "thinking": {"type": "adaptive"}}),
+    ("/tokenize", {"messages": [*TURNS[:1], ANSWER, TURNS[0]], "tools": TOOLS[:1], "reasoning_effort": "high"}),
+]
 KNOBS = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("logit_bias", "seed", "n", "best_of", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "max_tokens"),
@@ -135,6 +234,50 @@ def test_valid_bodies_gone_wrong(
     check(response.status_code, response.text, (path, change))
 
 
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value inside of this one."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield (*at, key)
+        yield from places(inner, (*at, key))
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A deep body with one to three values replaced, left out or put in."""
+    path, body = copy.deepcopy(draw(st.sampled_from(DEEP)))
+    for _ in range(draw(st.integers(1, 3))):
+        *way, key = draw(st.sampled_from(list(places(body))))
+        holder: Any = body
+        for step in way:
+            holder = holder[step]
+        what = draw(st.sampled_from(["replace", "replace", "leave out", "put in"]))
+        if what == "leave out" and len(body) > 1:
+            del holder[key]
+        elif what == "put in" and isinstance(holder, dict):
+            holder[draw(KEYS)] = copy.deepcopy(draw(JUNK | PLAUSIBLE))
+        else:
+            holder[key] = copy.deepcopy(draw(JUNK | PLAUSIBLE))
+    return path, body
+
+
+@pytest.mark.parametrize(("path", "body"), [*VALID.items(), *DEEP])
+def test_the_bodies_are_valid(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    response = http.post(path, json={"model": "nano", **body})
+    assert response.status_code == 200, response.text
+
+
+@RELAXED
+@given(damaged())
+def test_deep_bodies_gone_wrong(
+    http: httpx.Client, answered: Counter[tuple[str, str, int]], sent: tuple[str, dict[str, Any]]
+) -> None:
+    path, body = sent
+    response = http.post(path, content=json.dumps({"model": "nano", **body}).encode())
+    answered["places gone wrong", f"POST {path}", response.status_code] += 1
+    check(response.status_code, response.text, sent)
+
+
 @RELAXED
 @given(st.sampled_from(sorted(VALID)), st.binary(max_size=60), st.integers(0, 200), st.integers(0, 4))
 def test_damaged_bytes(
@@ -185,7 +328,7 @@ def test_all_was_asked_for(live: Live, answered: Counter[tuple[str, str, int]]) 
     asked = Counter[str]()
     for (kind, _, _), count in answered.items():
         asked[kind] += count
-    assert len(asked) == 3 and min(asked.values()) >= settings().max_examples, asked
+    assert len(asked) == 4 and min(asked.values()) >= settings().max_examples, asked
     if settings().max_examples < 1000:
         return
     document = httpx.get(f"{live.url}/openapi.json").json()
