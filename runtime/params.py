@@ -11,6 +11,7 @@ from dsv4c.errors import RequestError
 from dsv4c.runtime.grammar import Grammar
 
 MAX_LOGPROBS = 20  # OpenAI's limit for chat
+MAX_TEMPERATURE = 1e6  # all tokens are as likely long before; beyond float32 a masked logit would be NaN
 MAX_REPETITION_PENALTY = 1000.0  # logits times more, or by less, may leave float32
 MAX_CHOICES = 128  # OpenAI's limit for n
 
@@ -31,7 +32,7 @@ class SamplingParams:
     min_tokens: int = 0
     """No stop token, and no stop string, ends the request before this many tokens."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy; 1,000,000 at most."""
     top_p: float = 1.0
     top_k: int = 0
     """0 and -1 keep all tokens."""
@@ -60,7 +61,7 @@ class SamplingParams:
             if isinstance(value, float) and not math.isfinite(value):
                 raise _refuse(f.name, f"must be finite, not {value}")
         self._check_lengths()
-        self._range("temperature", 0.0, math.inf)
+        self._range("temperature", 0.0, MAX_TEMPERATURE)
         if not 0.0 < self.top_p <= 1.0:
             raise _refuse("top_p", f"must be above 0 and at most 1, not {self.top_p}", "use 1 to keep all tokens")
         if self.top_k < -1:
@@ -91,8 +92,7 @@ class SamplingParams:
         value = getattr(self, name)
         if low <= value <= high:
             return
-        wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise _refuse(name, f"must be {wanted}, not {value}")
+        raise _refuse(name, f"must be between {low:,} and {high:,}, not {value}")
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raises RequestError (400) if a token id lies outside the vocabulary."""

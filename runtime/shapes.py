@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4c.runtime.params import MAX_REPETITION_PENALTY
+from dsv4c.runtime.params import MAX_REPETITION_PENALTY, MAX_TEMPERATURE
 
 Schema = dict[str, Any]
 Shapes = Mapping[str, Schema]
@@ -92,7 +92,7 @@ def sampling(vocab_size: int) -> Shapes:
             _known(("regex",), regex=_TEXT),
             _known(("json_object",), json_object=_only(True)),
         ),
-        "temperature": {"type": "number", "minimum": 0},
+        "temperature": {"type": "number", "minimum": 0, "maximum": MAX_TEMPERATURE},
         "top_k": {"type": "integer", "minimum": -1, "maximum": 2**31 - 1},
         "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     }

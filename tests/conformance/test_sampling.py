@@ -53,6 +53,14 @@ def test_filters_that_leave_one_token_are_greedy(say: Say, only_one: dict[str, A
     assert say(**{"temperature": 1.5, "seed": 1, **only_one}) == say(temperature=0)
 
 
+def test_a_mask_holds_at_any_temperature(host: Host, ask: Callable[..., Any]) -> None:
+    """The end of the answer is masked up to `min_tokens`, and so is what a grammar does not allow."""
+    answer = ask(temperature=1e6, min_tokens=LENGTH, ignore_eos=False, seed=1)
+    assert answer.usage.completion_tokens == LENGTH
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        ask(temperature=3.5e38)
+
+
 @pytest.mark.parametrize("all_of_them", [{"top_k": -1}, {"top_k": 0}, {"top_p": 1.0}, {"min_p": 0.0}, {"top_k": 10**6}])
 def test_filters_that_leave_all_tokens_change_nothing(say: Say, all_of_them: dict[str, Any]) -> None:
     assert say(temperature=1, seed=2, **all_of_them) == say(temperature=1, seed=2)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4c.errors import RequestError
-from dsv4c.runtime.params import SamplingParams
+from dsv4c.runtime.params import MAX_TEMPERATURE, SamplingParams
 from dsv4c.runtime.sampler import SamplerState, log_uniforms, logprobs_of, noise_key, sample
 from tests.chances import chance
 
@@ -263,7 +263,7 @@ def test_no_bits_make_noise_that_is_0_or_infinite(number: int) -> None:
 
 def test_extreme_values_never_give_nan() -> None:
     logits = torch.tensor([[1e30, -1e30, 0.0], [3e38, 3e38, -3e38], [-torch.inf, 0.0, -torch.inf]])
-    for temperature in (1e-4, 1.0, 1e6):
+    for temperature in (1e-4, 1.0, MAX_TEMPERATURE):
         tokens, _ = sample(logits, [state(temperature=temperature, seed=i) for i in range(3)])
         assert tokens[0] == 0 and tokens[1] in (0, 1) and tokens[2] == 1
     assert sample(torch.tensor([[0.0, 1e-3]]), [state(temperature=1e-30, seed=1)])[0] == [1]

@@ -57,6 +57,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str | None]] = [
     ({"top_k": 0.5}, 400, "top_k"),
     ({"min_p": 1.5}, 400, "min_p"),
     ({"presence_penalty": 3}, 400, "presence_penalty"),
+    ({"temperature": 1.1e6}, 400, "temperature"),
+    ({"temperature": 3.4028235677973366e38}, 400, "temperature"),  # infinite as float32
     ({"frequency_penalty": -3}, 400, "frequency_penalty"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty"),
     ({"repetition_penalty": 5e-324}, 400, "repetition_penalty"),
