@@ -19,6 +19,7 @@ import ctypes
 import datetime
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import threading
@@ -54,6 +55,7 @@ from dsv4c.runtime.transfer.pull import Place, PullSteps
 from dsv4c.runtime.transfer.setup import layout_of, make_node, make_segment, shm_node
 from dsv4c.runtime.transfer.shm import Segment, ShmBackend
 
+Times = tuple[float, float]
 ROUNDS = 21
 CONTEXT = 1 << 17
 LENGTHS = (2048, 8192, 32768, 131071)
@@ -187,30 +189,37 @@ def bandwidth(backend: str, scattered: bool) -> list[dict[str, Any]]:
         for tokens in LENGTHS:
             sha = tokens_sha256(np.zeros(tokens, np.int64))
             place = place_in(pool, tokens)
-            pulls, copies, alone, moved = [], [], [], None
+            pulls: list[Times] = []
+            copies: list[Times] = []
+            alone: list[Times] = []
+            moved = None
             for _ in range(ROUNDS + 1):
                 row, lease = kept(tokens)
                 handle = Handle(
                     own.kind, peer_id, row, lease, tokens, sha, COLUMNS, LAYOUT.fingerprint, LAYOUT.fields, at
                 )
-                pull, seconds = timed(connector, handle, place)
+                pull, times = timed(connector, handle, place)
                 moved = pull.moved
-                pulls.append(seconds)
+                pulls.append(times)
                 copies.append(memcpy(connector, own, peer_id, moved.bytes))
                 alone.append(only_copies(connector, peer_id, place, handle))
             pool.release(place.slot)
             assert moved is not None
-            pull_s, copy_s, alone_s = (statistics.median(times[1:]) for times in (pulls, copies, alone))
-            best_s, best_copy_s, best_alone_s = (min(times[1:]) for times in (pulls, copies, alone))
+            middle = {
+                name: [statistics.median(t[i] for t in times[1:]) for i in (0, 1)]
+                for name, times in (("pull", pulls), ("memcpy", copies), ("copies", alone))
+            }
             rows.append({
                 "measures": "bandwidth", "backend": backend, "pages": "scattered" if scattered else "in order",
-                "tokens": tokens, "bytes": moved.bytes, "ranges": moved.ranges, "pull_ms": round(pull_s * 1e3, 3),
-                "memcpy_ms": round(copy_s * 1e3, 3), "pull_gb_s": round(moved.bytes / pull_s / 1e9, 2),
-                "memcpy_gb_s": round(moved.bytes / copy_s / 1e9, 2), "to_memcpy": round(copy_s / pull_s, 3),
-                "copies_ms": round(alone_s * 1e3, 3), "to_copies": round(alone_s / pull_s, 3),
-                "best_pull_ms": round(best_s * 1e3, 3), "best_to_memcpy": round(best_copy_s / best_s, 3),
-                "best_to_copies": round(best_alone_s / best_s, 3),
-                "first_pull_ms": round(pulls[0] * 1e3, 3),
+                "tokens": tokens, "bytes": moved.bytes, "ranges": moved.ranges,
+                **{f"{name}_ms": round(both[0] * 1e3, 3) for name, both in middle.items()},
+                **{f"{name}_cpu_ms": round(both[1] * 1e3, 3) for name, both in middle.items()},
+                "gb_s": round(moved.bytes / middle["pull"][0] / 1e9, 2),
+                "to_memcpy": round(middle["memcpy"][0] / middle["pull"][0], 3),
+                "to_memcpy_cpu": round(middle["memcpy"][1] / middle["pull"][1], 3),
+                "to_copies": round(middle["copies"][0] / middle["pull"][0], 3),
+                "to_copies_cpu": round(middle["copies"][1] / middle["pull"][1], 3),
+                "first_pull_ms": round(pulls[0][0] * 1e3, 3), "load": round(os.getloadavg()[0], 1),
             })  # fmt: skip
             say(rows[-1])
         connector.close()
@@ -220,18 +229,28 @@ def bandwidth(backend: str, scattered: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def timed(connector: Connector, handle: Handle, place: Place) -> tuple[Pull, float]:
+def timed(connector: Connector, handle: Handle, place: Place) -> tuple[Pull, Times]:
     over = threading.Event()
-    began = time.perf_counter()
+    began = clocks()
     pull = connector.pull(handle, place, lambda pull: over.set(), lambda pull: None)
     over.wait()
-    seconds = time.perf_counter() - began
+    times = since(began)
     assert pull.error is None, pull.error
-    return pull, seconds
+    return pull, times
 
 
-def only_copies(connector: Connector, peer_id: str, place: Place, handle: Handle) -> float:
-    """Seconds for the same copies, made one after the other."""
+def clocks() -> Times:
+    """Seconds on the wall's clock, and those that this process has computed: what a busy machine adds to the former."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: Times) -> Times:
+    now = clocks()
+    return now[0] - began[0], now[1] - began[1]
+
+
+def only_copies(connector: Connector, peer_id: str, place: Place, handle: Handle) -> Times:
+    """For the same copies, made one after the other."""
     peer = connector._peers[peer_id]
     made: list[Ranges] = []
 
@@ -246,24 +265,24 @@ def only_copies(connector: Connector, peer_id: str, place: Place, handle: Handle
 
     for step in PullSteps(LAYOUT, handle, place, Noting()).run():
         assert step is not None
-    began = time.perf_counter()
+    began = clocks()
     for ranges in made:
         peer.read(ranges)
-    return time.perf_counter() - began
+    return since(began)
 
 
-def memcpy(connector: Connector, own: Backend, peer_id: str, nbytes: int) -> float:
-    """Seconds for as many bytes from the peer's pools to our own, from the first on: what the machine does at best."""
+def memcpy(connector: Connector, own: Backend, peer_id: str, nbytes: int) -> Times:
+    """For as many bytes from the peer's pools to our own, from the first on: what the machine does at best."""
     peer: Any = connector._peers[peer_id]
     copy = peer._copy if isinstance(own, ShmBackend) else peer._host
     sources, targets, room = copy._from.tolist(), copy._to.tolist(), copy._sizes[0].tolist()
-    began = time.perf_counter()
+    began = clocks()
     for source, target, size in zip(sources, targets, room, strict=True):
         part = min(size, nbytes)
         ctypes.memmove(target, source, part)
         nbytes -= part
     assert not nbytes
-    return time.perf_counter() - began
+    return since(began)
 
 
 # overlap
@@ -400,6 +419,7 @@ def overlap(artifact: Path, delay_us: float, link_mbps: float) -> list[dict[str,
             "bytes": early[beside, n][1], "early_bytes": early[beside, n][0],
             "first_token_ms": round(statistics.median(t[0] for t in times) * 1e3, 2),
             "decoded_token_ms": round(statistics.median(t[1] for t in times) * 1e3, 2),
+            "load": round(os.getloadavg()[0], 1),
         })  # fmt: skip
         say(rows[-1])
     for beside in (True, False):
