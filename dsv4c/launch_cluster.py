@@ -97,6 +97,8 @@ class LaunchedWorker(Launched):
 
     node: Node
     transfer: str
+    layout: dict[str, str]
+    """What peers must have too, by name; its weights among it."""
 
 
 def launch_worker(
@@ -137,7 +139,8 @@ def launch_worker(
         for segment in segments:
             segment.close()
         raise
-    return LaunchedWorker(engine, launched.codec, manifest, launched.model_name, node, transfer)
+    layout = dict(layout_of(manifest, extra).fields)
+    return LaunchedWorker(engine, launched.codec, manifest, launched.model_name, node, transfer, layout)
 
 
 def serve_worker(launched: LaunchedWorker, options: WorkerOptions, parent: Parent | None = None) -> None:
@@ -296,6 +299,7 @@ def _worker(
     grammars: Grammars | None,
     patience_s: float | None,
 ) -> Worker:
-    fields = dict(layout_of(launched.manifest).fields)
-    hello = hello_of(options.role, options.name, fields, launched.engine, launched.transfer, launched.node.peer_id)
+    hello = hello_of(
+        options.role, options.name, launched.layout, launched.engine, launched.transfer, launched.node.peer_id
+    )
     return Worker(launched.node, hello, call, grammars=grammars, patience_s=patience_s, drain_s=options.drain_s)

@@ -15,9 +15,13 @@ class Reception:
     """`serve` is what a Port does with a link that has proven itself."""
 
     def __init__(self, router: Router, layout: Mapping[str, str]) -> None:
-        """`layout`: the fields of the layout of the router's artifact, which a worker must have too."""
+        """`layout`: the fields of the layout of the router's artifact, which a worker must have too.
+
+        What the router does not know of it, its weights, the first worker says, for as long as there is any.
+        """
         self._router = router
         self._layout = layout
+        self._said: dict[str, str] = {}
 
     def serve(self, link: Link) -> None:
         """Serves one worker until its link ends."""
@@ -54,9 +58,13 @@ class Reception:
         if hello.version != wire.VERSION:
             hint = "run the same dsv4c on both sides"
             return wire.Refused(f"the worker speaks version {hello.version}, the router {wire.VERSION}", hint)
-        for name in dict.fromkeys((*self._layout, *hello.layout)):
-            ours, theirs = self._layout.get(name, "nothing"), hello.layout.get(name, "nothing")
+        if not self._router.members:
+            self._said = {name: value for name, value in hello.layout.items() if name not in self._layout}
+        expected = {**self._layout, **self._said}
+        for name in dict.fromkeys((*expected, *hello.layout)):
+            ours, theirs = expected.get(name, "nothing"), hello.layout.get(name, "nothing")
             if ours != theirs:
-                message = f"`{name}` of the worker's artifact is {theirs}, of the router's {ours}"
-                return wire.Refused(message, "give all of them the same artifact")
+                whose = "other workers'" if name in self._said else "the router's"
+                message = f"`{name}` of the worker's artifact is {theirs[:16]}, of {whose} {ours[:16]}"
+                return wire.Refused(message, "give all of them the same artifact, and the same weights")
         return None

@@ -51,7 +51,6 @@ def test_a_worker_of_the_same_artifact_is_welcome(call: Callable[[Any], tuple[St
     [
         ({"layout": {**LAYOUT, "model_sha256": "cc"}}, "`model_sha256`"),
         ({"layout": {"model_sha256": "aa"}}, "`kv_groups`"),
-        ({"layout": {**LAYOUT, "marks": "dd"}}, "`marks`"),
         ({"version": 2}, "version 2"),
     ],
 )
@@ -64,6 +63,24 @@ def test_a_worker_of_another_artifact_is_told_why_not(
     with pytest.raises(LinkError):
         link.receive()
     assert not stage.router.members
+
+
+def test_workers_agree_on_weights_among_themselves() -> None:
+    stage = Stage(0, 0)
+    reception = Reception(stage.router, LAYOUT)
+    first, same, other, none = (
+        hello("both", name, layout={**LAYOUT, **weights})
+        for name, weights in (("a", {"weights": "1"}), ("b", {"weights": "1"}), ("c", {"weights": "2"}), ("d", {}))
+    )
+    assert reception.refusal(first) is None
+    stage.join("both", "a")
+    assert reception.refusal(same) is None
+    for wrong in (other, none):
+        refused = reception.refusal(wrong)
+        assert refused is not None and "`weights`" in refused.message and "other workers'" in refused.message
+    member = stage.router.members[0]
+    stage.router.lose(member, "it leaves")
+    assert reception.refusal(other) is None
 
 
 @pytest.mark.parametrize("first", [b"garbage", wire.Beat()])
