@@ -235,6 +235,7 @@ class Serving:
     def _take_over(self, job: _Job, granted: Granted, first: Prefilled | None) -> None:
         """Has the state of the first choice pulled; the node computes it where the handle is of no use."""
         if job.over:
+            self._node.forgo(granted.handle)
             return
         one = job.requests[0]
         self._node.decode(one, granted.handle, job.mailbox.sink(0), first)
@@ -245,12 +246,12 @@ class Serving:
         request_id = job.requests[0].id
         try:
             async for message in meet(where.host, where.port, where.room):
-                if job.over:
-                    return
                 if isinstance(message, Granted):
                     self._take_over(job, message, None)
-                elif request_id in job.submitted:
+                elif not job.over and request_id in job.submitted:
                     self._node.prefilled(request_id, message)
+                if job.over:
+                    return
         except TransferError as error:
             _LOG.warning("the prompt of a request is computed here: %s", error)
             if request_id in job.submitted:

@@ -224,6 +224,15 @@ class Node:
         if moves is not None:
             self._do(lambda engine: moves.give_up(engine, request_id, TransferError(why)))
 
+    def forgo(self, handle: Mapping[str, Any], /) -> None:
+        """Tells the owner of a handle that it will not be used here. What cannot be told is left to expire."""
+        if self._connector is None:
+            return
+        try:
+            self._connector.forgo(Handle.from_json(handle))
+        except HandleError as error:
+            _LOG.info("a handle is left to expire: %s", error.message)
+
     def peer_gone(self, peer_id: str, /) -> None:
         """Another engine is known to be dead: what was wanted from it is computed here."""
         moves = self._moves

@@ -210,6 +210,25 @@ def test_everything_known_at_once_and_a_handle_used_twice() -> None:
     pair.close()
 
 
+def test_a_handle_that_is_not_used() -> None:
+    pair = Pair()
+    heard: list[Granted | Prefilled | Event] = []
+    pair.prefill.prefill(Request("a", text(50), prefill_params(greedy(9)), keep=True), heard.append)
+    until(lambda: len(heard) == 2)
+    assert isinstance(heard[0], Granted) and not pair.prefill.quiescent()
+    pair.decode.forgo({"version": 99})
+    pair.decode.forgo(heard[0].handle)
+    until(pair.prefill.quiescent)
+    with pytest.raises(RequestError):  # refused: its handle is of no use to it either
+        pair.prefill.prefill(Request("b", text(50), prefill_params(greedy(9)), keep=True), heard.append)
+        until(lambda: len(heard) == 4)
+        assert isinstance(heard[2], Granted)
+        pair.decode.decode(Request("b", text(50), greedy(900)), heard[2].handle, Client())
+    until(pair.prefill.quiescent)
+    pair.assert_empty()
+    pair.close()
+
+
 def test_a_handle_of_another_model() -> None:
     pair = Pair(model="another")
     assert pair.serve("a", text(50), greedy(9)).wait() == expected(text(50), 9)
