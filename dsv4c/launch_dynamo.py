@@ -48,7 +48,7 @@ class DynamoOptions:
     default_thinking: bool = False
     drain_s: float = 30.0
     stream_interval: int = 1
-    hand_over: Literal["completed", "bootstrap"] = "bootstrap"
+    hand_over: Literal["completed", "bootstrap"] = "completed"
     host: str = "127.0.0.1"
     """Of a prefill worker: where it listens for decode workers."""
     advertise: str | None = None

@@ -32,8 +32,8 @@ DYNAMO_OPTIONS = (
     Option(
         "hand-over",
         "of a prefill worker; bootstrap: state moves while the prompt is computed, completed: behind it",
-        "bootstrap",
-        choices=("bootstrap", "completed"),
+        "completed",
+        choices=("completed", "bootstrap"),
     ),
     Option("bootstrap-host", "address that decode workers meet a prefill worker at", "127.0.0.1", metavar="ADDRESS"),
     Option("bootstrap-port", "its port; 0: any", 0, type=not_negative, metavar="N"),

@@ -19,7 +19,7 @@ def test_options_are_all_that_launching_reads() -> None:
     add_options(parser, DYNAMO_OPTIONS)
     args = parser.parse_args(["folder", "--max-requests", "4", "--role", "decode"])
     found = namespace(settle(args, DYNAMO_OPTIONS, "dynamo"))
-    assert launch_options(found).max_requests == 4 and found.role == "decode" and found.hand_over == "bootstrap"
+    assert launch_options(found).max_requests == 4 and found.role == "decode" and found.hand_over == "completed"
 
 
 def test_without_dynamo_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

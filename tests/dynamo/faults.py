@@ -73,13 +73,23 @@ class Scene:
     def ask(self, number: int) -> str:
         """The whole answer. Raises RuntimeError for an error that the client is told."""
         text, finish = "", None
-        for chunk in stream(self.deployment, "/v1/chat/completions", self.body(number)):
-            if "error" in chunk:
-                raise RuntimeError(json.dumps(chunk["error"]))
-            for choice in chunk["choices"]:
-                text += choice["delta"].get("content") or ""
-                finish = choice.get("finish_reason") or finish
+        try:
+            for chunk in stream(self.deployment, "/v1/chat/completions", self.body(number)):
+                if "error" in chunk:
+                    raise RuntimeError(json.dumps(chunk["error"]))
+                for choice in chunk["choices"]:
+                    text += choice["delta"].get("content") or ""
+                    finish = choice.get("finish_reason") or finish
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{error.code} {error.read().decode()}") from error
         return text if finish == "length" else f"cut: {finish}"
+
+    def _undisturbed(self, number: int) -> str:
+        try:
+            return self.ask(number)
+        except RuntimeError as error:
+            logs = "\n".join(f"{p.name}:\n{p.tail(40)}" for p in self.deployment.processes)
+            raise RuntimeError(f"undisturbed, {error}\n{logs}") from error
 
     def meet(self, fault: Fault, role: str, moments: int) -> Outcome:
         """Injects a fault into a worker of this role, at a random moment of a request, again and again."""
@@ -87,7 +97,7 @@ class Scene:
         for moment in range(moments):
             number = moment % 10
             if number not in self.known:
-                self.known[number] = self.ask(number)
+                self.known[number] = self._undisturbed(number)
             answers: list[tuple[str, float]] = []
             client = threading.Thread(target=self._client, args=(number, answers))
             client.start()
@@ -131,9 +141,12 @@ class Scene:
                     worker.popen.wait(60)
                     workers[i] = self._start(role)
                     self.deployment.wait(workers[i])
-        end = time.monotonic() + 30
-        while time.monotonic() < end:  # the router knows of all of them
-            if "error" not in self.deployment.post("/v1/completions", {"prompt": [5, 6], "max_tokens": 2}):
+        listed = self.deployment.folder / "discovery" / "v1" / "instances"
+        end = time.monotonic() + 60
+        while time.monotonic() < end:  # the router knows of all of them, and no more of the dead
+            if len(list(listed.iterdir())) == 4 and "error" not in self.deployment.post(
+                "/v1/completions", {"prompt": [5, 6], "max_tokens": 2}
+            ):
                 return
             time.sleep(0.2)
         raise RuntimeError("nothing is served after a fault")
@@ -200,7 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--moments", type=int, default=20)
-    parser.add_argument("--hand-over", default="bootstrap")
+    parser.add_argument("--hand-over", default="completed")
     parser.add_argument("--only", default="")
     args = parser.parse_args()
     wrong = 0

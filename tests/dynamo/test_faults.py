@@ -20,7 +20,7 @@ QUICK = ("decode worker SIGKILL", "prefill worker SIGKILL", "decode worker SIGTE
 
 @pytest.fixture(scope="module")
 def scene(artifact: Path) -> Iterator[Scene]:
-    with Scene(artifact, "bootstrap").open() as opened:
+    with Scene(artifact, "completed").open() as opened:
         yield opened
 
 
