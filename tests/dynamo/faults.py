@@ -141,7 +141,7 @@ class Scene:
                     worker.popen.wait(60)
                     workers[i] = self._start(role)
                     self.deployment.wait(workers[i])
-        listed = self.deployment.folder / "discovery" / "v1" / "instances"
+        listed = self.deployment.folder / "discovery" / "v1" / "mdc"
         end = time.monotonic() + 60
         while time.monotonic() < end:  # the router knows of all of them, and no more of the dead
             if len(list(listed.iterdir())) == 4 and "error" not in self.deployment.post(
