@@ -21,6 +21,7 @@ import json
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -239,9 +240,9 @@ async def soak(minutes: float, clients: int, pid: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def listening() -> None:
+async def listening(server: subprocess.Popen[str]) -> None:
     async with aiohttp.ClientSession() as session:
-        while True:
+        while server.poll() is None:
             try:
                 async with session.get(f"{URL}/ready") as response:
                     if response.status == 200:
@@ -257,14 +258,21 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, help="append the result to this JSONL file")
     parser.add_argument("run", nargs="+")
     args = parser.parse_args()
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+            parser.error(f"something listens on port {PORT}: it would be asked in the server's place")
     command = [sys.executable, "-m", "dsv4c.cli", "run", *args.run, "--port", str(PORT), "--model-name", NAME]
     server = subprocess.Popen([*command, "--log-level", "error"], stderr=subprocess.PIPE, text=True)
     try:
-        asyncio.run(listening())
+        asyncio.run(listening(server))
         asyncio.run(fill_grammars())
         row = asyncio.run(soak(args.minutes, args.clients, server.pid))
         server.send_signal(signal.SIGTERM)
         said = server.communicate()[1]
+    except aiohttp.ClientError:
+        server.kill()
+        print(f"the server ended with {server.wait()}: {server.communicate()[1][-3000:]}", file=sys.stderr)
+        raise
     finally:
         server.kill()
     row |= {"exit": server.returncode, "traces": said.count("Traceback"), "date": datetime.date.today().isoformat()}
