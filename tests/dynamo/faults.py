@@ -113,7 +113,10 @@ class Scene:
                 outcome.refused += 1
                 outcome.errors.append(said[:300])
             else:
-                outcome.wrong.append(said[:200])
+                known = self.known[number]
+                same = next((i for i, (a, b) in enumerate(zip(said, known, strict=False)) if a != b), -1)
+                where = f"{number}: {len(said)} characters, not {len(known)}; differs from character {same} on: "
+                outcome.wrong.append(where + repr(said[max(0, same - 40) : same + 80]))
             self.mend()
             self.audit()
         return outcome
