@@ -26,7 +26,7 @@ from dsv4c.errors import ConfigError, EngineError
 _LOG = logging.getLogger("dsv4c")
 _TERM_S = 10.0  # for a child to end when it is told to; an interpreter with torch takes a second to end
 _AGAIN_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a child that died is started again: the first time, the second...
-_LONG_S = 60.0  # a child that lived for so long is started as if for the first time
+_LONG_S = 10.0  # a child that lived for so long does not die of its start: it is started again at once
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Processes:
     def _keep(self, child: Child) -> None:
         """Runs one child after the other, until it is time to end."""
         short = 0
-        while not self._closing.wait(_AGAIN_S[min(short, len(_AGAIN_S) - 1)] if short else 0.0):
+        while not self._closing.wait(_AGAIN_S[min(short, len(_AGAIN_S) - 1)]):
             began = time.monotonic()
             code = self._run(child)
             if self._closing.is_set():
@@ -112,7 +112,7 @@ class Processes:
                 self._changed.set()
                 return
             lived_s = time.monotonic() - began
-            short = 1 if lived_s > _LONG_S else short + 1
+            short = 0 if lived_s > _LONG_S else short + 1
             _LOG.warning(
                 "worker `%s` has ended (%s) after %.1f s: it is started again", child.name, _said(code), lived_s
             )

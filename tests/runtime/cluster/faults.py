@@ -209,19 +209,19 @@ def foreign_handle(trial: Trial, asked: list[Asked]) -> None:
 
 
 def replayed_handle(trial: Trial, asked: list[Asked]) -> None:
-    """Handles of requests before are given again."""
+    """Handles of requests before are given again, some of them to the same prompts."""
     seen: list[dict[str, Any]] = []
 
     def change(handle: dict[str, Any]) -> dict[str, Any]:
         seen.append(handle)
-        old = trial.draw.choice(seen)
-        return {**handle, "row": old["row"], "lease": old["lease"], "peer": old["peer"], "at": old["at"]}
+        return trial.draw.choice(seen)
 
+    again = [*trial.known[:4], *trial.known[:4]]
     with Tampered(trial.cluster, change):
-        more = [trial.cluster.send(prompt, params) for prompt, params, _ in trial.known[:8]]
+        more = [trial.cluster.send(prompt, params) for prompt, params, _ in again]
         for one in (*asked, *more):
             assert one.over.wait(PATIENCE_S)
-    for one, (_, _, tokens) in zip(more, trial.known[:8], strict=True):
+    for one, (_, _, tokens) in zip(more, again, strict=True):
         assert one.tokens == tokens
 
 
@@ -234,7 +234,7 @@ FAULTS: dict[str, tuple[Callable[[Trial, list[Asked]], None], str]] = {
     "client gone": (leave, "cancelled on every worker"),
     "lease expired": (expire, "the decode worker computes the prompt"),
     "handle of another model": (foreign_handle, "refused before a byte moves; computed instead"),
-    "handle replayed": (replayed_handle, "the lease is another's or gone; computed instead"),
+    "handle replayed": (replayed_handle, "it is for other tokens, or its lease is gone; computed instead"),
 }
 
 

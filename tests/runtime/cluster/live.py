@@ -25,6 +25,7 @@ from dsv4c.runtime.cluster.link import Port
 from dsv4c.runtime.cluster.processes import Child, Processes
 from dsv4c.runtime.cluster.reception import Reception
 from dsv4c.runtime.cluster.router import Router
+from dsv4c.runtime.outputs import outputs_of
 from dsv4c.runtime.params import SamplingParams
 from dsv4c.runtime.poolsizes import block_tokens
 from dsv4c.runtime.request import Request
@@ -156,17 +157,22 @@ def wait_for(condition: Callable[[], bool], what: str | Callable[[], str]) -> No
 
 def alone(artifact: Path, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[list[int]]:
     """The tokens that one engine in this process gives each of these requests."""
+    return [[o.token_id for o in outputs if o.token_id is not None] for outputs in all_of(artifact, asked)]
+
+
+def all_of(artifact: Path, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[list[Output]]:
+    """All that one engine in this process says to each of these requests."""
     manifest = load_manifest(artifact)
     engine = launch_engine(artifact, manifest, LaunchOptions(), _ends(artifact))
-    tokens: dict[str, list[int]] = {}
+    said: dict[str, list[Output]] = {}
     for i, (prompt, params) in enumerate(asked):
-        tokens[str(i)] = []
+        said[str(i)] = []
         engine.submit(Request(str(i), prompt, params))
     while engine.has_work:
         for event in engine.step():
-            tokens[event.request_id] += event.tokens
+            said[event.request_id] += outputs_of(event)
             assert event.end is None or event.end.error is None, event
-    return [tokens[str(i)] for i in range(len(asked))]
+    return [said[str(i)] for i in range(len(asked))]
 
 
 def _ends(artifact: Path) -> tuple[int, ...]:
