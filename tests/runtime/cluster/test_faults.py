@@ -44,7 +44,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[dict[str, Report]]:
 
 @pytest.fixture(scope="module")
 def cluster(nano_artifact: Path) -> Iterator[Cluster]:
-    with Cluster(nano_artifact, 2, 2, silence_s=2.0, options=("--lease-ttl", "0.2")) as started:
+    with Cluster(nano_artifact, 2, 2, silence_s=2.0, patience_s=50.0, options=("--lease-ttl", "0.2")) as started:
         yield started
 
 
