@@ -6,6 +6,7 @@ special tokens, echo) is the frontend's and not read. None stands for a field th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,9 @@ def read_request(
     prompt, generated = (prompt, ()) if start is None else (prompt[:start], prompt[start:])
     if generated and "max_tokens" in given:
         given["max_tokens"] += len(generated)
+    if given.get("min_tokens", 0) > given.get("max_tokens", math.inf):
+        # Dynamo lowers `max_tokens` alone: to 1 for a prefill worker, and for a worker that a request is moved to
+        given["min_tokens"] = given["max_tokens"]
     params = SamplingParams(**given, stop_token_ids=tuple(sorted(stops)), ignore_eos=ignore_eos)
     return Asked(prompt, params, _guide(sampling.get("guided_decoding")), generated)
 

@@ -64,11 +64,15 @@ class Scene:
         return self.deployment.worker(role, *self.options)
 
     def body(self, number: int) -> dict[str, Any]:
-        """A chat with a prompt of hundreds of tokens; every other one sampled, with a seed."""
+        """A chat with a prompt of hundreds of tokens; every other one sampled, with a seed.
+
+        No answer may hold what ends one (`min_tokens`, not `ignore_eos`): a worker that goes on with a chat takes what is
+        behind the last beginning of an answer as generated.
+        """
         words = random.Random(number)
         text = " ".join(words.choice(("count", "module", "package", "value", "list")) for _ in range(400 + 30 * number))
         how = {"temperature": 0} if number % 2 else {"temperature": 0.8, "seed": number}
-        return {"messages": [{"role": "user", "content": text}], "max_tokens": 400, "ignore_eos": True, **how}
+        return {"messages": [{"role": "user", "content": text}], "max_tokens": 400, "min_tokens": 400, **how}
 
     def ask(self, number: int) -> str:
         """The whole answer. Raises RuntimeError for an error that the client is told."""

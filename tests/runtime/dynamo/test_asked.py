@@ -132,3 +132,9 @@ def test_what_another_worker_has_generated_is_told_from_the_prompt_of_a_chat() -
     assert (fresh.prompt, fresh.generated, fresh.params.max_tokens) == ((0, 7, 8), (), 10)
     text = read_request(request(token_ids=[0, 7, 8, 20], stop_conditions={"max_tokens": 10}), EOS, start)
     assert (text.prompt, text.generated) == ((0, 7, 8, 20), ())
+
+
+def test_fewer_tokens_are_wanted_than_at_least_where_dynamo_lowers_the_most() -> None:
+    for stopping, least in (({"max_tokens": 1, "min_tokens": 400}, 1), ({"max_tokens": 9, "min_tokens": 4}, 4)):
+        assert read_request(request(stop_conditions=stopping), EOS).params.min_tokens == least
+    assert read_request(request(stop_conditions={"min_tokens": 4}), EOS).params.min_tokens == 4
