@@ -66,8 +66,8 @@ class Scene:
     def body(self, number: int) -> dict[str, Any]:
         """A chat with a prompt of hundreds of tokens; every other one sampled, with a seed.
 
-        No answer may hold what ends one (`min_tokens`, not `ignore_eos`): a worker that goes on with a chat takes what is
-        behind the last beginning of an answer as generated.
+        No answer may hold what ends one (`min_tokens`, not `ignore_eos`): a worker that goes on with a chat takes what
+        is behind the last beginning of an answer as generated.
         """
         words = random.Random(number)
         text = " ".join(words.choice(("count", "module", "package", "value", "list")) for _ in range(400 + 30 * number))
