@@ -103,15 +103,23 @@ def _input_bytes(program: Program, item: Input) -> int:
 
 
 def _graphs(manifest: Manifest) -> Item:
-    """Programs of fixed sizes are captured, each run of `graph` segments as one CUDA graph."""
+    """Programs of fixed sizes are captured, each run of `graph` segments as one CUDA graph.
+
+    A run in which masks come to be read is captured a second time, as two graphs that are cut there.
+    """
     graphs = nodes = 0
     for program in manifest.programs.values():
         if program.any_size:
             continue
-        graphs += sum(kind == "graph" for kind, _ in groupby(s.kind for s in program.segments))
-        for segment in program.segments:
-            if segment.kind == "graph":
-                nodes += sum(_launches(manifest, call.kernel) for call in segment.calls)
+        masks = {item.name for item in program.inputs if item.kind == "masks"}
+        for kind, segments in groupby(program.segments, key=lambda s: s.kind):
+            calls = [call for segment in segments for call in segment.calls]
+            reading = next((i for i, call in enumerate(calls) if masks.intersection(call.args)), None)
+            if reading is not None:
+                masks = set()
+            if kind == "graph":
+                graphs += 3 if reading else 1
+                nodes += sum(_launches(manifest, call.kernel) for call in calls) * (2 if reading else 1)
     return Item("CUDA graphs", graphs * GRAPH_BYTES + nodes * GRAPH_NODE_BYTES, f"{graphs} of {nodes:,} launches")
 
 
