@@ -34,6 +34,7 @@ from dsv4c.errors import Dsv4cError, EngineError, RequestError, RunnerBroken
 from dsv4c.runtime.arrivals import Arrivals, check_first, first_event
 from dsv4c.runtime.batch import step_inputs
 from dsv4c.runtime.blockkeys import KVEvent
+from dsv4c.runtime.checks import check_tokens
 from dsv4c.runtime.drafters import drafter_of
 from dsv4c.runtime.enginestats import EngineStats
 from dsv4c.runtime.follower import Follower, Stage
@@ -174,17 +175,7 @@ class Engine:
         """
         if self.failure is not None:
             raise RequestError(self.failure.message, status=503, code="unavailable", hint=self.failure.hint)
-        request.params.check_vocab(self.vocab_size)
-        if request.params.n != 1:
-            raise RequestError("one request makes one choice", param="n", hint="expand it into `n` requests")
-        tokens = request.tokens()
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
-            wrong = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
-            raise RequestError(
-                f"the prompt has token {wrong}, the vocabulary has {self.vocab_size}",
-                param="prompt",
-                code="invalid_value",
-            )
+        check_tokens(request.tokens(), request.params, self.vocab_size)
         if request.moving and (request.keep or self._arrivals.transfers is None):
             raise EngineError(f"{request} moves: to an engine that has transfers, and not to be kept")
         self.runner.check(request)

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dsv4c.errors import ConfigError, EngineError, RequestError
+from dsv4c.runtime.checks import check_lengths
 from dsv4c.runtime.holders import Holders
 from dsv4c.runtime.kvpool import KVPool
 from dsv4c.runtime.prefix import Pair
@@ -140,30 +141,7 @@ class Scheduler:
         Reads nothing but limits and the queue's length, to which `ahead` is added; safe from any thread.
         """
         context, prompt, asked = self.pool.sizes.max_context, request.num_prompt, request.params.max_tokens
-        if prompt < 1:
-            raise RequestError("`prompt` is empty", param="prompt", code="invalid_value", hint="give at least 1 token")
-        if prompt >= context:
-            raise RequestError(
-                f"the prompt has {prompt} tokens, the context is {context} with at least 1 to generate",
-                param="prompt",
-                code="context_length_exceeded",
-                hint="shorten the prompt",
-            )
-        if prompt + (asked or 1) > context:
-            raise RequestError(
-                f"the prompt's {prompt} tokens and `max_tokens` {asked} exceed the context of {context}",
-                param="max_tokens",
-                code="context_length_exceeded",
-                hint=f"`max_tokens` can be {context - prompt} at most",
-            )
-        if prompt + (asked or 1) > self._longest:
-            raise RequestError(
-                f"{prompt + (asked or 1)} tokens do not fit the KV memory, which holds {self._longest}",
-                status=503,
-                param="max_tokens" if prompt < self._longest else "prompt",
-                code="out_of_pages",
-                hint="serve with more KV memory, or ask for fewer tokens",
-            )
+        check_lengths(prompt, asked, context, self._longest)
         if request.num_given and request.num_tokens >= (self._longest if asked is None else prompt + asked):
             raise RequestError(
                 f"the {request.num_given} tokens generated so far leave none to generate",

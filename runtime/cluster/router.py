@@ -41,8 +41,8 @@ import numpy as np
 
 from dsv4c.artifact import Manifest
 from dsv4c.errors import Dsv4cError, LinkError, RequestError
+from dsv4c.runtime.checks import check_lengths, check_tokens
 from dsv4c.runtime.cluster import wire
-from dsv4c.runtime.cluster.checks import check_request
 from dsv4c.runtime.cluster.figures import total
 from dsv4c.runtime.cluster.journeys import Journeys, send
 from dsv4c.runtime.cluster.lifecycle import ENDS, PRESENT, Policy, State, Task
@@ -108,7 +108,8 @@ class Router:
         Raises RequestError: 400 if it can never run, 503 if the queue is full or no worker can serve it.
         """
         tokens = np.asarray(prompt, dtype=np.int64).reshape(-1)
-        check_request(tokens, params, self._manifest.vocab_size, self._context, self.journeys.longest)
+        check_tokens(tokens, params, self._manifest.vocab_size)
+        check_lengths(tokens.size, params.max_tokens, self._context, self.journeys.longest)
         if params.seed is None:  # another worker must be able to go on
             params = dataclasses.replace(params, seed=secrets.randbits(63))
         hashes = () if params.prompt_logprobs is not None else self._hashes(prompt)

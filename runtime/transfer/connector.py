@@ -255,6 +255,9 @@ class Connector:
         except TransferError as error:
             self._end(pull, error)
             return
+        except Exception as error:  # noqa: BLE001  as in `_advance`: the pulls of others go on
+            self._fault(pull, error)
+            return
         pull._steps = PullSteps(self.layout, handle, place, peer)
         pull.moved = pull._steps.moved
         pull._run = pull._steps.run()
@@ -291,14 +294,17 @@ class Connector:
             self._end(pull, error)
             return
         except Exception as error:  # noqa: BLE001  a fault of the backend or ours, made one of this pull
-            _LOG.exception("pulling from `%s` failed", pull.peer_id)
             pull._read = None
-            self._end(pull, TransferError(f"{type(error).__name__}: {error}"))
+            self._fault(pull, error)
             return
         if steps.progress != pull._progress:
             pull._progress, pull._moved_s = steps.progress, time.monotonic()
         else:
             self._check(pull, now)
+
+    def _fault(self, pull: Pull, error: Exception) -> None:
+        _LOG.error("pulling from `%s` failed", pull.peer_id, exc_info=error)
+        self._end(pull, TransferError(f"{type(error).__name__}: {error}"))
 
     def _resume(self, pull: Pull, now: float) -> None:
         """Runs a pull's steps up to a piece that was copied at once, a Read that takes longer, or a sleep."""

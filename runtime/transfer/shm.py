@@ -12,7 +12,6 @@ process that is forked, and not replaced by another program, keeps its parent's 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import mmap
 import os
@@ -24,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,6 +43,16 @@ _NAME = re.compile(r"dsv4c-[0-9a-f]{16}")
 
 def _ceil(n: int) -> int:
     return -(-n // PAGE) * PAGE
+
+
+class Header(msgspec.Struct, frozen=True):
+    """The first line of a segment: the ledger's rows and words of each, and where the pools begin, in bytes."""
+
+    format: int
+    pid: int
+    rows: int
+    words: int
+    pools: int
 
 
 class Segment:
@@ -80,8 +90,8 @@ class Segment:
                 f"{error.strerror}",
                 hint="give less KV memory, or mount a larger /dev/shm (docker: --shm-size)",
             ) from error
-        header = {"format": FORMAT, "pid": os.getpid(), "rows": rows, "words": words, "pools": pools_offset}
-        os.pwrite(fd, json.dumps(header).encode() + b"\n", 0)
+        header = Header(FORMAT, os.getpid(), rows, words, pools_offset)
+        os.pwrite(fd, msgspec.json.encode(header) + b"\n", 0)
         return cls(fd, name, (rows, words), (pools_offset, pools_bytes), size)
 
     def close(self, folder: Path = FOLDER) -> None:
@@ -200,10 +210,13 @@ class ShmPeer:
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             raise HandleError(f"`{self._name}` is no segment of this user")
-        header = json.loads(os.pread(self._fd, PAGE, 0).partition(b"\n")[0] or b"{}")
-        if header.get("format") != FORMAT:
+        try:
+            header = msgspec.json.decode(os.pread(self._fd, PAGE, 0).partition(b"\n")[0], type=Header)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise HandleError(f"`{self._name}` is no segment: its header cannot be read") from error
+        if header.format != FORMAT:
             raise HandleError(f"segment `{self._name}` has another format", hint="run the same version in every role")
-        self._rows, self._words, start = header["rows"], header["words"], header["pools"]
+        self._rows, self._words, start = header.rows, header.words, header.pools
         same = self._offsets.size == self._bytes.size == len(targets)
         if not same or (self._offsets < start).any() or (self._bytes < 0).any():
             raise HandleError(f"the handle is malformed: pools outside segment `{self._name}`")

@@ -190,12 +190,18 @@ def start(engine: Engine, codec: Any, model: str = MODEL, *, drain_s: float = 5.
 
 
 def start_toy(
-    *, max_requests: int = 32, max_waiting: int = 64, max_context: int = 1024, step_s: float = 0.0, **options: Any
+    *,
+    max_requests: int = 32,
+    max_waiting: int = 64,
+    max_context: int = 1024,
+    step_s: float = 0.0,
+    eos: Sequence[int] = (EOS,),
+    **options: Any,
 ) -> tuple[Live, Paced]:
-    """The toy server and its executor, to slow it down or stop it."""
+    """The toy server and its executor, to slow it down or stop it. `eos=()`: answers end at their length only."""
     limits = Limits(max_requests=max_requests, max_step_tokens=256, max_waiting=max_waiting)
     groups_sizes = _sizes(max_requests, max_context, limits)
-    engine, standin = make_engine(groups_sizes, limits, eos=[EOS])
+    engine, standin = make_engine(groups_sizes, limits, eos=eos)
     paced = Paced(standin, step_s)
     engine.runner.executor = paced
     return start(engine, ToyCodec(), **options), paced

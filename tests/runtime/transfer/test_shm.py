@@ -216,6 +216,22 @@ def test_a_handle_for_other_tokens_or_another_layout(reader: Reader, owner: Owne
         reader.give_back(waiting)
 
 
+NO_HEADERS = [b"", b"garbage", b"\xff", b"[]", b'{"format": 0}', b'{"format": 1, "rows": "a", "words": 1, "pools": 1}']
+
+
+@pytest.mark.parametrize("header", NO_HEADERS)
+def test_a_segment_of_garbage_ends_its_pull_alone(reader: Reader, owner: Owner, folder: Path, header: bytes) -> None:
+    handle = owner.do("submit", "r", 7, 300)
+    name = "dsv4c-" + "0" * 16
+    (folder / name).write_bytes(header.ljust(1 << 16, b"\n"))
+    wrong = reader.pull({**handle, "peer": name + str(len(header)), "at": {**handle["at"], "name": name}}, 7, 300)
+    right = reader.pull(handle, 7, 300)
+    owner.do("crawl", "r", 0)
+    assert type(wrong.error()) is HandleError and right.error() is None
+    reader.give_back(wrong)
+    reader.give_back(right)
+
+
 def test_cancelled_and_gone(reader: Reader, owner: Owner) -> None:
     handle = owner.do("submit", "r", 5, 200)
     for end in (
