@@ -165,6 +165,12 @@ def _none_of(*names: str) -> Checker:
     return check
 
 
+def _unknown_format(program: Program) -> list[fx.Node]:
+    """Experts whose activations are in no format that scaled products take."""
+    found = [n for n in calls(program) if isinstance(n.target, Op) and n.target.name == "experts_mx"]
+    return [n for n in found if n.kwargs.get("activations") not in ("mxfp8", "mxfp4")]
+
+
 QUANTISED_OUTPUT = {"hc_pre_norm": 0, "hc_post_pre_norm": 1, "rms_norm": None, "swiglu_pair": None}
 """Ops with a form that also quantises: the output quantised (None: the only one, if nothing else reads it)."""
 
@@ -236,6 +242,7 @@ NARROW: dict[str, tuple[str, ...]] = {
     "hc_head": ("bfloat16",), "hc_head_norm": ("bfloat16",), "rms_norm": ("bfloat16",), "head_norm": ("bfloat16",),
     "head_norm_rope": ("bfloat16",), "rope": ("bfloat16",), "linear_fp8": ("bfloat16",),
     "grouped_linear_fp8": ("bfloat16",), "swiglu_pair": ("bfloat16",), "experts_fp4": ("bfloat16",),
+    "experts_mx": ("bfloat16",), "experts_nvfp4": ("bfloat16",),
     "attend_window_packed": ("bfloat16",), "attend_csa_packed": ("bfloat16",), "attend_hca_packed": ("bfloat16",),
     "columns": (_SAME,), "split_heads": (_SAME,), "take_rows": (_SAME,),
 }  # fmt: skip
@@ -282,6 +289,7 @@ CHECKERS: dict[str, Checker] = {
     "linears-stored": _none_of("linear", "grouped_linear"),
     "experts-stored": _none_of("experts"),
     "gate-fused": _none_of("gate_bias", "gate_hash"),
+    "expert-activations-chosen": _unknown_format,
     "quantise-fused": _no_quantise_after,
     "activations-narrow": _wide_activations,
     "streams-flat": _streams_by_rows,

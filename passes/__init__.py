@@ -20,6 +20,7 @@ from dsv4c.passes.fuse_stored_linears import FuseStoredLinears
 from dsv4c.passes.narrow_activations import NarrowActivations
 from dsv4c.passes.pack_state import PackState
 from dsv4c.passes.quantise import Quantise
+from dsv4c.passes.quantise_activations import QuantiseActivations
 from dsv4c.passes.raise_attention import RaiseAttention
 from dsv4c.passes.raise_compressor import RaiseCompressor
 from dsv4c.passes.raise_dspark import RaiseDspark
@@ -75,6 +76,11 @@ STORE: tuple[Pass, ...] = (
 """For targets that compute on what the checkpoint stores (GPUs)."""
 
 
+SCALED: tuple[Pass, ...] = (QuantiseActivations(),)
+"""For GPUs whose matrix units take FP4 weights with narrow activations (Blackwell)."""
+_SCALED = ("sm_100a", "sm_103a")
+
+
 def default_pipeline(
     formats: Mapping[str, str] | None = None, arch: str = "cpu", drafts: int = 0, max_context: int = 0
 ) -> Pipeline:  # fmt: skip
@@ -86,7 +92,8 @@ def default_pipeline(
     lower: tuple[Pass, ...] = WIDEN
     if arch != "cpu":
         drafting = (FlattenStreams(), AppendDrafts(max_tokens=drafts, max_context=max_context))
-        lower = (*STORE, *(drafting if drafts else (AppendSampling(),)))
+        stored = (*STORE, *(SCALED if arch in _SCALED else ()))
+        lower = (*stored, *(drafting if drafts else (AppendSampling(),)))
     return Pipeline((*RAISE, *FUSE, *lower, Quantise(formats=formats), CheckLowered()), machine=arch)
 
 

@@ -31,7 +31,7 @@ Run = Callable[[int], None]
 
 _MAP_TYPES = {  # the driver's codes of tensor map elements
     "uint8": 0, "float8_e4m3fn": 0, "float8_e8m0fnu": 0, "int8": 0, "uint16": 1, "int32": 3, "int64": 5,
-    "float16": 6, "float32": 7, "bfloat16": 9,
+    "float16": 6, "float32": 7, "bfloat16": 9, "float4_e2m1fn_x2": 14,
 }  # fmt: skip
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}

@@ -46,9 +46,10 @@ def experts_fp4(
     return out.to(x_TD.dtype)
 
 
-def _flops(types: Sequence[TensorType], attrs: Mapping[str, Any], symbols: Mapping[str, int]) -> int:
+def expert_flops(types: Sequence[TensorType], attrs: Mapping[str, Any], symbols: Mapping[str, int]) -> int:
+    """Operations of both products over all pairs."""
     x, chosen, w1 = types[0], types[1], types[3]
     return 6 * chosen.numel(symbols) * int(x.shape[1]) * int(w1.shape[1])
 
 
-OPS: tuple[Op, ...] = (Op("experts_fp4", experts_fp4, flops=_flops, indices={"chosen_TK": Index("w1")}),)
+OPS: tuple[Op, ...] = (Op("experts_fp4", experts_fp4, flops=expert_flops, indices={"chosen_TK": Index("w1")}),)

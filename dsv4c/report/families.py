@@ -41,7 +41,7 @@ OPS_OF: dict[str, tuple[str, ...]] = {
     ),
     "moe": (
         "gate_bias", "gate_hash", "gate_linear_bias", "gate_linear_hash", "swiglu", "swiglu_pair", "swiglu_quantise",
-        "experts", "experts_fp4",
+        "experts", "experts_fp4", "experts_mx", "experts_nvfp4",
     ),
     "ends": (
         "embed", "embed_streams", "take_rows", "add_embedding", "feed_tokens", "keep_tokens", "edit_logits", "sample",

@@ -159,9 +159,10 @@ def _build_groups(node: OpNode, config: Config, sms: int) -> Build:
     return Build("gpu", launches=(launch, call.combine(shares)) if shares > 1 else (launch,))
 
 
-def _plain_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
+def _plain_space(node: OpNode, symbols: Mapping[str, int], sms: int, least: int) -> tuple[Config, ...]:
+    """`least`: the fewest rows that the matrix units of this architecture take."""
     heads, dim = _Call(node).shape
-    block_h = max(16, min(64, _round(heads)))  # 16 rows are the least a matrix instruction takes
+    block_h = max(least, min(64, _round(heads)))
     block_k = 32 if dim > 256 else 64  # [64, 512] sums and [32, 512] keys are as much as the registers hold
     shares = _shares(node, symbols, _cdiv(heads, block_h), sms)
     if dim > 256:
@@ -224,6 +225,7 @@ _TOLERANCE = 1.6e-2
 def schedules(arch: str) -> tuple[Schedule, ...]:
     """The family for a GPU architecture: the groups are written for Hopper."""
     targets, sms = frozenset({arch}), MACHINES[arch].multiprocessors
+    least = 16 if arch == "sm_90a" else 64  # tcgen05 takes 64 rows; of fewer Triton makes the old `mma.sync`
     every: tuple[Schedule, ...] = (
         *(
             Schedule(
@@ -248,7 +250,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
                 _work(0.2, sms),
                 _accepts,
                 workspace=_workspace,
-                space=partial(_plain_space, sms=sms),
+                space=partial(_plain_space, sms=sms, least=least),
                 tolerance=_TOLERANCE,
             )
             for op in OPS

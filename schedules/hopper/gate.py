@@ -27,7 +27,7 @@ def _width(node: OpNode) -> tuple[int, int]:
     return int(first.shape[0 if "linear" in node.op else 1]), int(chosen.shape[1])
 
 
-def _launch(node: OpNode, rows: int, first: int, extra: tuple[int, ...], out: int) -> TritonLaunch:
+def gate_launch(node: OpNode, rows: int, first: int, extra: tuple[int, ...], out: int) -> TritonLaunch:
     """The gate on the logits in argument `first`, with `extra` arguments and outputs from `out`."""
     experts, topk = _width(node)
     by_hash = node.op.endswith("hash")
@@ -44,7 +44,8 @@ def _launch(node: OpNode, rows: int, first: int, extra: tuple[int, ...], out: in
     return TritonLaunch(name, args, constants, (f"cdiv(a{out}_0, {rows})", 1, 1), num_warps=min(rows, 4), pdl=True)
 
 
-def _accepts(node: OpNode) -> str | None:
+def gate_accepts(node: OpNode) -> str | None:
+    """The reason why a gate of this node cannot run, if there is one."""
     experts, topk = _width(node)
     if topk > experts:
         return f"{topk} of {experts} experts"
@@ -64,7 +65,7 @@ def _space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
 
 def _build(node: OpNode, config: Config) -> Build:
     inputs = len(node.inputs)
-    return Build("gpu", launches=(_launch(node, config["rows"], 0, tuple(range(1, inputs)), inputs),))
+    return Build("gpu", launches=(gate_launch(node, config["rows"], 0, tuple(range(1, inputs)), inputs),))
 
 
 def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
@@ -74,14 +75,14 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
     return Work(tokens * (4.0 * experts + 8 * topk), tokens * 8.0 * experts * (topk + 4), "gpu", 0.3)
 
 
-def _product(node: OpNode) -> OpNode:
+def router_product(node: OpNode) -> OpNode:
     """The router's product alone."""
     experts, _ = _width(node)
     return OpNode("linear_mixed", {}, node.inputs[:2], (Value(("T", experts), "float32"),))
 
 
 def _few_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    return linear.few_space(_product(node), symbols)
+    return linear.few_space(router_product(node), symbols)
 
 
 def _few_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
@@ -90,13 +91,13 @@ def _few_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
 
 def _few_build(node: OpNode, config: Config) -> Build:
     inputs = len(node.inputs)
-    product = linear.few_launch(_product(node), config, inputs)
-    gate = _launch(node, 1, inputs, tuple(range(2, inputs)), inputs + 1)
+    product = linear.few_launch(router_product(node), config, inputs)
+    gate = gate_launch(node, 1, inputs, tuple(range(2, inputs)), inputs + 1)
     return Build("gpu", launches=(product, gate))
 
 
 def _few_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
-    return replace(linear.few_cost(_product(node), symbols, config), launches=2)
+    return replace(linear.few_cost(router_product(node), symbols, config), launches=2)
 
 
 _TOLERANCE = 1e-5  # weights: float32 exp, log1p and square root, each to a few ulps
@@ -108,7 +109,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
     targets = frozenset({arch})
     every: tuple[Schedule, ...] = (
         *(
-            Schedule(f"{op}.triton_rows", op, targets, _build, _cost, _accepts, space=_space, tolerance=_TOLERANCE)
+            Schedule(f"{op}.triton_rows", op, targets, _build, _cost, gate_accepts, space=_space, tolerance=_TOLERANCE)
             for op in ("gate_bias", "gate_hash")
         ),
         *(
@@ -118,7 +119,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
                 HOPPER,
                 _few_build,
                 _few_cost,
-                _accepts,
+                gate_accepts,
                 workspace=_few_workspace,
                 space=_few_space,
                 tolerance=_LINEAR_TOLERANCE,

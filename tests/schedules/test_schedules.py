@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4c.ops import OPS, VIEWS, attention, compress, experts, hyper, index, linears, rows, sampling, speculation
+from dsv4c.ops import OPS, VIEWS, attention, compress, experts, hyper, index, linears, mx, rows, sampling, speculation
 from dsv4c.schedules.select import SCHEDULES
 
 from .cases import CASES, Case, make_case
@@ -59,7 +59,7 @@ def check(got: Tensor, expected: Tensor, tolerance: float, case: Case) -> None:
 # ops on stored formats, which only GPUs have schedules for
 STORED = {
     op.name
-    for family in (attention, compress, experts, hyper, index, linears, rows, sampling, speculation)
+    for family in (attention, compress, experts, hyper, index, linears, mx, rows, sampling, speculation)
     for op in family.OPS
 }
 

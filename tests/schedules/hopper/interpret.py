@@ -19,11 +19,12 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv4c.ops import OPS
 from dsv4c.runtime import layouts
 from dsv4c.runtime.gpu import _Sizes
-from dsv4c.schedules._launch import Ptr, Scalar, TritonLaunch
+from dsv4c.schedules._launch import Desc, Ptr, Scalar, TritonLaunch
 from dsv4c.schedules._schedule import Build, Schedule, Transforms, Value
 from dsv4c.schedules._workload import Args, Workload
 from dsv4c.schedules.triton import compress, compress_online, rows
@@ -47,9 +48,10 @@ def _masked(name: str) -> None:
     plain = getattr(interpreter.InterpreterBuilder, name)
     position = 2 if name == "create_masked_load" else 3
 
-    def masked(*args: Any) -> Any:
-        args[position].data = args[position].data.astype(bool)
-        return plain(*args)
+    def masked(*args: Any, **named: Any) -> Any:
+        mask = args[position] if len(args) > position else named["mask"]
+        mask.data = mask.data.astype(bool)
+        return plain(*args, **named)
 
     setattr(interpreter.InterpreterBuilder, name, masked)
 
@@ -139,9 +141,14 @@ def run(launch: TritonLaunch, call: Args) -> None:
             values[key] = (
                 tensor if arg.dtype is None else tensor.flatten().view(torch.uint8)[:0].view(getattr(torch, arg.dtype))
             )
+        elif isinstance(arg, Desc):
+            tensor = call[arg.arg]
+            assert tensor is not None
+            shape, strides = [sizes.value(s) for s in arg.sizes], [sizes.value(s) for s in arg.strides]
+            values[key] = TensorDescriptor(tensor, shape, strides, list(arg.block))
         else:
             assert isinstance(arg, Scalar)
-            values[key] = sizes.value(arg.value)  # type: ignore[arg-type]
+            values[key] = arg.value if arg.kind == "f32" else sizes.value(arg.value)  # type: ignore[arg-type]
     grid = tuple(sizes.value(size) for size in launch.grid)
     if 0 in grid:
         return

@@ -1,0 +1,146 @@
+"""Rows in the block-scaled formats of Blackwell's matrix units, value by value, and experts that compute on them.
+
+    mxfp8   E4M3, an E8M0 byte (uint8) for 32 channels
+    mxfp4   E2M1 pairs, the even channel in the low nibble, an E8M0 byte for 32 channels
+    nvfp4   E2M1 pairs, an E4M3 scale for 16 channels, and one float32 factor for all
+
+MX scales are the powers of two from amax / largest up, at least 2**-126: nothing saturates. NVFP4's are rounded to the
+nearest E4M3, so a group's largest value may saturate by a sixteenth; groups whose scale rounds to 0 are 0.
+
+Legend: T tokens, D hidden_size, K experts a token, E experts, I `moe_intermediate_size`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv4c.model.quant import power_of_two_ceil
+from dsv4c.ops._op import Index, Op
+from dsv4c.ops.experts import expert_flops
+from dsv4c.ops.formats import dequantise_fp4, dequantise_rows, from_e8m0, pack_e2m1, to_e8m0, unpack_e2m1
+
+MxFormat = Literal["mxfp8", "mxfp4", "nvfp4"]
+LARGEST = {"mxfp8": 448.0, "mxfp4": 6.0, "nvfp4": 6.0}
+
+
+def mx_group(fmt: MxFormat) -> int:
+    """Channels that share a scale."""
+    return 16 if fmt == "nvfp4" else 32
+
+
+def quantise_mx(x: Tensor, fmt: MxFormat, global_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Data and scales of rows [..., C]; `global_scale` is NVFP4's factor for the whole tensor."""
+    wide = x.float().unflatten(-1, (-1, mx_group(fmt)))
+    most = wide.abs().amax(-1, keepdim=True)
+    if fmt == "nvfp4":
+        scale = (most / (6.0 * global_scale)).clamp(max=448).to(torch.float8_e4m3fn)
+        factor = scale.float() * global_scale
+        values = (wide * torch.where(factor > 0, 1 / factor, 0.0)).clamp(-6, 6)
+        return pack_e2m1(values.flatten(-2)), scale.squeeze(-1)
+    power = power_of_two_ceil((most / LARGEST[fmt]).clamp(min=2.0**-126))
+    values = (wide / power).flatten(-2)
+    data = values.to(torch.float8_e4m3fn) if fmt == "mxfp8" else pack_e2m1(values)
+    return data, to_e8m0(power.squeeze(-1))
+
+
+def dequantise_mx(data: Tensor, scale: Tensor, fmt: MxFormat, global_scale: float = 1.0) -> Tensor:
+    """float32 rows of their data and scales."""
+    if fmt == "mxfp8":
+        return dequantise_rows(data, from_e8m0(scale))
+    if fmt == "mxfp4":
+        return dequantise_fp4(data, scale)
+    return dequantise_rows(unpack_e2m1(data), scale.float() * global_scale)
+
+
+def rounded_mx(x: Tensor, fmt: MxFormat, global_scale: float = 1.0) -> Tensor:
+    """float32 rows as the format holds them."""
+    return dequantise_mx(*quantise_mx(x, fmt, global_scale), fmt, global_scale)
+
+
+def experts_mx(
+    x_TD: Tensor,
+    chosen_TK: Tensor,
+    weight_TK: Tensor,
+    w1: Tensor,
+    s1: Tensor,
+    w3: Tensor,
+    s3: Tensor,
+    w2: Tensor,
+    s2: Tensor,
+    shared_TD: Tensor,
+    *,
+    limit: float,
+    activations: MxFormat,
+) -> Tensor:
+    """`experts_fp4` with both products' activations rounded to `activations`: `mxfp8` (W4A8) or `mxfp4` (W4A4).
+
+    w1, w3: uint8 [E, I, D / 2] with scale bytes [E, I, D / 32]; w2: [E, D, I / 2] with [E, D, I / 32].
+    """
+    weights = [
+        lambda e, data=data, scale=scale: dequantise_fp4(data[e], scale[e])
+        for data, scale in ((w1, s1), (w3, s3), (w2, s2))
+    ]
+    return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, activations)
+
+
+def experts_nvfp4(
+    x_TD: Tensor,
+    chosen_TK: Tensor,
+    weight_TK: Tensor,
+    w1: Tensor,
+    s1: Tensor,
+    g1_E: Tensor,
+    w3: Tensor,
+    s3: Tensor,
+    g3_E: Tensor,
+    w2: Tensor,
+    s2: Tensor,
+    g2_E: Tensor,
+    shared_TD: Tensor,
+    *,
+    limit: float,
+    x_global: float,
+    hidden_global: float,
+) -> Tensor:
+    """Experts of an NVFP4 checkpoint on NVFP4 activations: scales E4M3 [.., C / 16], a float32 factor for each expert.
+
+    `x_global` and `hidden_global` are the factors of the two products' activations.
+    """
+    weights = [
+        lambda e, data=data, scale=scale, whole=whole: dequantise_mx(data[e], scale[e], "nvfp4") * whole[e]
+        for data, scale, whole in ((w1, s1, g1_E), (w3, s3, g3_E), (w2, s2, g2_E))
+    ]
+    factors = (x_global, hidden_global)
+    return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, "nvfp4", factors)
+
+
+def _experts(
+    x_TD: Tensor,
+    chosen_TK: Tensor,
+    weight_TK: Tensor,
+    weights: list[Callable[[int], Tensor]],
+    shared_TD: Tensor,
+    limit: float,
+    fmt: MxFormat,
+    factors: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    w1, w3, w2 = weights
+    out = shared_TD.float()
+    x_TD, dtype = rounded_mx(x_TD, fmt, factors[0]), x_TD.dtype
+    for expert in chosen_TK.unique().tolist():
+        token, k = (chosen_TK == expert).nonzero(as_tuple=True)
+        gate, up = x_TD[token] @ w1(expert).T, x_TD[token] @ w3(expert).T
+        hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight_TK[token, k].unsqueeze(1)
+        out.index_add_(0, token, rounded_mx(hidden, fmt, factors[1]) @ w2(expert).T)
+    return out.to(dtype)
+
+
+OPS: tuple[Op, ...] = (
+    Op("experts_mx", experts_mx, flops=expert_flops, indices={"chosen_TK": Index("w1")}),
+    Op("experts_nvfp4", experts_nvfp4, flops=expert_flops, indices={"chosen_TK": Index("w1")}),
+)
