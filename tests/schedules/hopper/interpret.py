@@ -1,5 +1,7 @@
 """Runs candidates in Triton's interpreter, on a CPU, beside the references: `interpret.py FAMILY [LABEL ...]`.
 
+`FAMILY` is one of Hopper's, or `blackwell.` and one of Blackwell's.
+
 In a process of its own: Triton reads TRITON_INTERPRET when a kernel is decorated. One line a candidate, `ok` or `FAIL`.
 """
 
@@ -133,11 +135,16 @@ def run(launch: TritonLaunch, call: Args) -> None:
     """One launch on the call's arguments."""
     module, _, name = launch.kernel.partition(":")
     sizes = _Sizes(name, call)
+    grid = tuple(sizes.value(size) for size in launch.grid)
+    if 0 in grid:
+        return
     values = dict(launch.constants)
     for key, arg in launch.args.items():
         if isinstance(arg, Ptr):
             tensor = call[arg.arg]
             assert tensor is not None
+            if tensor.dtype == torch.float8_e8m0fnu:
+                tensor = tensor.view(torch.uint8)
             values[key] = (
                 tensor if arg.dtype is None else tensor.flatten().view(torch.uint8)[:0].view(getattr(torch, arg.dtype))
             )
@@ -149,16 +156,15 @@ def run(launch: TritonLaunch, call: Args) -> None:
         else:
             assert isinstance(arg, Scalar)
             values[key] = arg.value if arg.kind == "f32" else sizes.value(arg.value)  # type: ignore[arg-type]
-    grid = tuple(sizes.value(size) for size in launch.grid)
-    if 0 in grid:
-        return
     source: Any = importlib.import_module(module)
     source.gdc_wait = source.gdc_launch_dependents = lambda: None  # the order of launches is the card's
     getattr(source, name)[grid](**values)
 
 
 def main(family: str, parts: Sequence[str]) -> int:
-    schedules: tuple[Schedule, ...] = importlib.import_module(f"dsv4c.schedules.hopper.{family}").SCHEDULES
+    cards, _, family = family.rpartition(".")
+    module = importlib.import_module(f"dsv4c.schedules.{cards or 'hopper'}.{family}")
+    schedules: tuple[Schedule, ...] = module.schedules("sm_103a") if cards == "blackwell" else module.SCHEDULES
     workloads = importlib.import_module(f"dsv4c.schedules.workloads.{family}").workloads()
     failed = 0
     for workload in workloads:
