@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
     broken: list[str] = []
     for one in audit(args.artifact, load(args.artifact).manifest):
         names = ", ".join(sorted(one.code.matrix)) or "-"
-        figures = (one.code.copies, one.code.registers, one.code.local, one.launch.shared)
-        rows.setdefault((one.launch.symbol, one.kernel.op, names), []).append(figures)
+        sizes = (one.code.copies, one.code.registers, one.code.local, one.launch.shared)
+        rows.setdefault((one.launch.symbol, one.kernel.op, names), []).append(sizes)
         broken += [f"`{one.launch.symbol}` of {one.kernel.name} ({one.kernel.schedule}) {f}" for f in one.faults]
     for (symbol, op, names), figures in sorted(rows.items()):
         most = [str(max(column)) for column in zip(*figures, strict=True)]

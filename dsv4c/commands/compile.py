@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsv4c.commands.arguments import not_negative, positive
 from dsv4c.commands.models import chosen_model
 from dsv4c.commands.terminal import console, progress_bars
 from dsv4c.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dsv4c.compile import Options
+    from dsv4c.config import ModelConfig
+    from dsv4c.pipeline import Pipeline
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,10 +34,37 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--speculative-tokens", type=not_negative, default=0, metavar="K",
         help="compile the MTP block to draft up to K tokens a step, 1 to 3 (default 0: none)",
     )  # fmt: skip
+    parser.add_argument(
+        "--activations",
+        choices=("mxfp8", "mxfp4"),
+        help="of routed experts on sm_100a and sm_103a (default mxfp8); mxfp4 is W4A4, faster and coarser",
+    )
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="PATTERN",
+        help="experts that keep BF16 activations there, such as 'L00*'; may be given again",
+    )  # fmt: skip
     parser.add_argument("--num-layers", type=positive, help="only the first layers of a preset, to measure with")
     parser.add_argument("--fake-quant", action="store_true", help="fake-quantise KV entries as in training")
     parser.add_argument("--cache", type=Path, help="folder for built kernels (default: beside the artifact)")
     parser.set_defaults(run=run)
+
+
+def _pipeline(args: argparse.Namespace, config: ModelConfig, options: Options) -> Pipeline | None:
+    """The target's passes with what was asked for experts' activations; None if nothing was."""
+    from dsv4c.passes import default_pipeline
+    from dsv4c.passes.quantise_activations import QuantiseActivations
+    from dsv4c.weights import stored_formats
+
+    if args.activations is None and not args.keep:
+        return None
+    usual = default_pipeline(stored_formats(config), args.target, options.speculative_tokens, options.max_context)
+    if not any(isinstance(one, QuantiseActivations) for one in usual.passes):
+        raise ConfigError(
+            f"target `{args.target}` computes experts on BF16 activations or wider",
+            hint="`--activations` and `--keep` are for sm_100a and sm_103a",
+        )
+    chosen = QuantiseActivations(args.activations or "mxfp8", tuple(args.keep))
+    return usual.without(chosen.name).with_(chosen)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,9 +85,10 @@ def run(args: argparse.Namespace) -> int:
         fake_quant=args.fake_quant,
         speculative_tokens=args.speculative_tokens,
     )
+    pipeline = _pipeline(args, config, options)
     table = PassTable()
     if args.dry_run:
-        program = lower(config, options, table.watch, target.arch)
+        program = lower(config, options, table.watch, target.arch, pipeline)
         made = plan_artifact(program, target, options)
         out = console()
         out.print(table.table(), plan_table(made))
@@ -71,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
         compile_artifact(
             config, target, args.output, options, checkpoint=model.folder, cache=args.cache,
-            truncated_from=model.truncated_from,
+            truncated_from=model.truncated_from, pipeline=pipeline,
             watch=lambda step: progress.update(passes, advance=1, detail=step.name), progress=built,
         )  # fmt: skip
     print(f"wrote {args.output} in {table.seconds:.1f} s", file=sys.stderr)
