@@ -81,10 +81,12 @@ def experts_mx(
 
     w1, w3: uint8 [E, I, D / 2] with scale bytes [E, I, D / 32]; w2: [E, D, I / 2] with [E, D, I / 32].
     """
-    weights = [
-        lambda e, data=data, scale=scale: dequantise_fp4(data[e], scale[e])
-        for data, scale in ((w1, s1), (w3, s3), (w2, s2))
-    ]
+    pairs = ((w1, s1), (w3, s3), (w2, s2))
+
+    def weights(which: int, expert: int) -> Tensor:
+        data, scale = pairs[which]
+        return dequantise_fp4(data[expert], scale[expert])
+
     return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, activations)
 
 
@@ -111,10 +113,12 @@ def experts_nvfp4(
 
     `x_global` and `hidden_global` are the factors of the two products' activations.
     """
-    weights = [
-        lambda e, data=data, scale=scale, whole=whole: dequantise_mx(data[e], scale[e], "nvfp4") * whole[e]
-        for data, scale, whole in ((w1, s1, g1_E), (w3, s3, g3_E), (w2, s2, g2_E))
-    ]
+    stored = ((w1, s1, g1_E), (w3, s3, g3_E), (w2, s2, g2_E))
+
+    def weights(which: int, expert: int) -> Tensor:
+        data, scale, whole = stored[which]
+        return dequantise_mx(data[expert], scale[expert], "nvfp4") * whole[expert]
+
     factors = (x_global, hidden_global)
     return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, "nvfp4", factors)
 
@@ -123,20 +127,20 @@ def _experts(
     x_TD: Tensor,
     chosen_TK: Tensor,
     weight_TK: Tensor,
-    weights: list[Callable[[int], Tensor]],
+    weight_of: Callable[[int, int], Tensor],
     shared_TD: Tensor,
     limit: float,
     fmt: MxFormat,
     factors: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    w1, w3, w2 = weights
+    """`weight_of`: w1, w3 or w2 (0 to 2) of an expert, float32."""
     out = shared_TD.float()
     x_TD, dtype = rounded_mx(x_TD, fmt, factors[0]), x_TD.dtype
     for expert in chosen_TK.unique().tolist():
         token, k = (chosen_TK == expert).nonzero(as_tuple=True)
-        gate, up = x_TD[token] @ w1(expert).T, x_TD[token] @ w3(expert).T
+        gate, up = (x_TD[token] @ weight_of(which, expert).T for which in (0, 1))
         hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight_TK[token, k].unsqueeze(1)
-        out.index_add_(0, token, rounded_mx(hidden, fmt, factors[1]) @ w2(expert).T)
+        out.index_add_(0, token, rounded_mx(hidden, fmt, factors[1]) @ weight_of(2, expert).T)
     return out.to(dtype)
 
 
