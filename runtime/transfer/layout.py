@@ -60,6 +60,8 @@ class Ranges:
         if self.nbytes.size and int(self.nbytes.max()) > most_bytes:
             return self._cut(most_bytes).pieces(most_bytes)
         ends, parts, start = np.cumsum(self.nbytes), [], 0
+        if ends.size and ends[-1] <= most_bytes:
+            return [self]
         while start < len(self):
             before = int(ends[start - 1]) if start else 0
             stop = int(np.searchsorted(ends, before + most_bytes, side="right"))
@@ -79,9 +81,11 @@ def merge(source: Int64Array, target: Int64Array) -> tuple[Int64Array, Int64Arra
     """Runs of pages that follow each other on both sides: first source page, first target page, pages."""
     if not source.size:
         return source, target, source
-    breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
-    starts = np.concatenate([[0], breaks])
-    return source[starts], target[starts], np.diff(np.concatenate([starts, [source.size]]))
+    breaks = np.flatnonzero((source[1:] - source[:-1] != 1) | (target[1:] - target[:-1] != 1))
+    edges = np.empty(breaks.size + 2, np.int64)
+    edges[0], edges[1:-1], edges[-1] = 0, breaks + 1, source.size
+    starts = edges[:-1]
+    return source[starts], target[starts], edges[1:] - starts
 
 
 class Layout:
@@ -120,6 +124,14 @@ class Layout:
         for name, count in [(g.name, len(g.pools)) for g in groups] + [(s.name, len(s.pools)) for s in states]:
             self.pools_of[name] = tuple(range(at, at + count))
             at += count
+        number_of = {name: k for k, names in enumerate(self.marks) for name in names}
+        self.by_mark: dict[str, list[tuple[int | None, list[int]]]] = {}
+        """Group or state -> its pools that are final behind the same mark, or none."""
+        for name, numbers in self.pools_of.items():
+            found: dict[int | None, list[int]] = {}
+            for number in numbers:
+                found.setdefault(number_of.get(self.pools[number]), []).append(number)
+            self.by_mark[name] = list(found.items())
 
     @classmethod
     def of(

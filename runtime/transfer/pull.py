@@ -122,7 +122,6 @@ class PullSteps:
         self.writing = False
         """Whether a Read of pools is under way."""
         self._layout, self._handle, self._place, self._peer = layout, handle, place, peer
-        self._marks = {name: k for k, names in enumerate(layout.marks) for name in names}
         ends = np.cumsum([0, *handle.columns]).tolist()
         self._spans = [slice(a, b) for a, b in itertools.pairwise(ends)]
         self._ours = [np.asarray(place.tables[g.name][1], np.int64) for g in layout.groups]
@@ -160,19 +159,12 @@ class PullSteps:
         for at, group in enumerate(layout.groups):
             end, growing = ceil_div(place.target, group.page_tokens), group.horizon is None
             first = place.start // group.page_tokens if growing else first_page(group, place.target)
-            for mark, numbers in self._by_mark(group.name):
+            for mark, numbers in layout.by_mark[group.name]:
                 out.append(_Track(numbers, at, group.page_tokens, first, end, not growing, mark, first))
         for states in layout.states:
             rows = 0 if states.empty_at(place.target) else 1
-            out += [_Track(numbers, None, 1, 0, rows, True, mark) for mark, numbers in self._by_mark(states.name)]
+            out += [_Track(numbers, None, 1, 0, rows, True, mark) for mark, numbers in layout.by_mark[states.name]]
         return out
-
-    def _by_mark(self, name: str) -> list[tuple[int | None, list[int]]]:
-        """The pools of a group that are final behind the same mark, or none."""
-        found: dict[int | None, list[int]] = {}
-        for number in self._layout.pools_of[name]:
-            found.setdefault(self._marks.get(self._layout.pools[number]), []).append(number)
-        return list(found.items())
 
     def _snapshot(self) -> Generator[Read | float, None, _Row]:
         """The row as it is now. Waits while it is being written: that takes the owner microseconds, if it lives."""
