@@ -4,10 +4,10 @@ usage: python benchmarks/soak_server.py [--minutes 10] [--clients 64] [--rows FI
 
 The server is started as a user does. Each client does one thing after another, at random. At the end every client
 leaves, the server must become idle with every page free, and it must end by SIGTERM with status 0. Memory is the
-server's resident set, sampled every second. The cache of grammars is filled before the time begins; the first fifth of
-the time (2 minutes of 10) is warm-up: the allocator's arenas and the other caches grow to what this load needs. The
-medians of the tenths after it must lie within 2 % of each other, the largest over the smallest. Exits with 1 if they do
-not, for a hang, a 5xx that is no 503, or a page that is not free.
+server's resident set, sampled every second; of its workers, if it has any, what is not shared. The cache of grammars is
+filled before the time begins; the first fifth of the time (2 minutes of 10) is warm-up: the allocator's arenas and the
+other caches grow to what this load needs. The medians of the tenths after it must lie within 2 % of each other, the
+largest over the smallest. Exits with 1 if they do not, for a hang, a 5xx that is no 503, or a page that is not free.
 """
 
 from __future__ import annotations
@@ -203,6 +203,13 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * 4096
 
 
+def workers_bytes(pid: int) -> list[int]:
+    """Of each process that it has started, oldest first: memory of its own, without pools that others can read."""
+    children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    texts = [Path(f"/proc/{child}/status").read_text(encoding="utf-8") for child in sorted(children, key=int)]
+    return [1024 * int(found[1]) for text in texts if (found := re.search(r"RssAnon:\s+(\d+) kB", text))]
+
+
 async def numbers() -> dict[str, float]:
     """The samples of /metrics that matter here; of those with labels the sum."""
     found: dict[str, float] = collections.defaultdict(float)
@@ -214,13 +221,14 @@ async def numbers() -> dict[str, float]:
 
 
 async def soak(minutes: float, clients: int, pid: int) -> dict[str, Any]:
-    counts, memory = Counts(), []
+    counts, memory, workers = Counts(), [], []
     counts.faults = []
     until = time.monotonic() + 60 * minutes
     tasks = [asyncio.create_task(client(number, until, counts)) for number in range(clients)]
     while time.monotonic() < until:
         await asyncio.sleep(min(1.0, minutes))
         memory.append(resident_bytes(pid))
+        workers.append(workers_bytes(pid))
     await asyncio.gather(*tasks)
     for _ in range(300):
         now = await numbers()
@@ -230,12 +238,14 @@ async def soak(minutes: float, clients: int, pid: int) -> dict[str, Any]:
         await asyncio.sleep(0.1)
     bounds = [round(i * len(memory) / TENTHS) for i in range(TENTHS + 1)]
     tenths = [statistics.median(memory[a : max(b, a + 1)]) for a, b in itertools.pairwise(bounds)]
+    each = [[statistics.median(x) for x in zip(*workers[a : max(b, a + 1)])] for a, b in itertools.pairwise(bounds)]
     warm = tenths[WARM_UP:]
     return {
         "minutes": minutes, "clients": clients, "counts": dict(sorted(counts.items())), "faults": counts.faults[:20],
         "num_faults": len(counts.faults), "tokens": int(now["dsv4c_engine_generated_tokens_total"]),
         "preemptions": int(now["dsv4c_preemptions_total"]), "busy": busy, "pages_used": now["dsv4c_kv_pages_used"],
         "memory_mb_tenths": [round(size / 1e6, 1) for size in tenths], "warm_up_tenths": WARM_UP,
+        "workers_mb_tenths": [[round(size / 1e6, 1) for size in sizes] for sizes in each],
         "memory_spread": round(max(warm) / min(warm) - 1, 4),
     }  # fmt: skip
 
