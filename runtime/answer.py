@@ -80,6 +80,8 @@ class Job:
     thinking: bool = False
     fingerprint: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    own_words: Callable[[Dsv4cError], Dsv4cError] = lambda error: error
+    """What befalls the request later, in the names of the API that it came by."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def usage(self) -> Usage:
@@ -213,7 +215,7 @@ class Answer(Response):
             try:
                 await self._answer(group, send, scope.get(_DIRECT, send))
             except Dsv4cError as error:
-                await self._fail(error, scope, receive, send)
+                await self._fail(self._job.own_words(error), scope, receive, send)
             finally:
                 watch.cancel()
             if connection is not None and connection.stalled:

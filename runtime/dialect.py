@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from dsv4c.errors import RequestError
+from dsv4c.errors import Dsv4cError, RequestError
 from dsv4c.runtime.answer import Job
 from dsv4c.runtime.endpoints.chat import ChatBody, chat_job, chat_prompt
 from dsv4c.runtime.protocol import parse_body, refuse
@@ -79,7 +79,7 @@ class Chat:
         body = self.body()
         with self._own_names():
             job = await chat_job(server, body)
-        job.request_id, job.headers = request_id, {**job.headers, **headers}
+        job.request_id, job.headers, job.own_words = request_id, {**job.headers, **headers}, self._own_words
         return job
 
     async def num_prompt_tokens(self, server: Server) -> int:
@@ -93,11 +93,14 @@ class Chat:
         try:
             yield
         except RequestError as error:
-            param = None if error.param is None else self._own_name(error.param)
-            message, hint = (
-                _NAME.sub(lambda m: f"`{self._own_name(m[1])}", text) for text in (error.message, error.hint)
-            )
-            raise RequestError(message, status=error.status, param=param, code=error.code, hint=hint) from error
+            raise self._own_words(error) from error
+
+    def _own_words(self, error: Dsv4cError) -> Dsv4cError:
+        if not isinstance(error, RequestError):
+            return error
+        param = None if error.param is None else self._own_name(error.param)
+        message, hint = (_NAME.sub(lambda m: f"`{self._own_name(m[1])}", text) for text in (error.message, error.hint))
+        return RequestError(message, status=error.status, param=param, code=error.code, hint=hint)
 
     def _own_name(self, name: str) -> str:
         """The request's own name of a chat's field, or of a part of one."""

@@ -242,6 +242,23 @@ def test_a_grammar_that_grows_too_complex_is_the_request_s_fault(nano_server: Li
     assert "invalid_grammar" in streamed.text and "engine_error" not in streamed.text
 
 
+@pytest.mark.parametrize(("path", "field", "part"), [
+    ("responses", "text.format", {"input": "a", "max_output_tokens": 20}),
+    ("messages", "output_config.format", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 20}),
+])  # fmt: skip
+def test_such_a_fault_names_the_field_of_its_own_api(
+    nano_server: Live, path: str, field: str, part: dict[str, Any]
+) -> None:
+    objects = [{"type": "object", "properties": {f"{a}{i}": {} for i in range(265)}} for a in "ab"]
+    wanted = {"type": "json_schema", "name": "n", "schema": {"anyOf": objects}}
+    outer, inner = field.split(".")
+    given = {"model": nano_server.model, **part, outer: {inner: wanted}}
+    for stream in (False, True):
+        response = httpx.post(f"{nano_server.api}/{path}", json={**given, "stream": stream}, timeout=600)
+        assert "too complex" in response.text and f"`{field}" in response.text, response.text[-500:]
+        assert "response_format" not in response.text
+
+
 def test_everything_at_once(nano_server: Live) -> None:
     """Several choices, a stop string, log-probabilities, penalties and a bias, streamed or not: the same answers."""
     options = {
