@@ -6,9 +6,12 @@ waits promise. In one lane that is: if their lives, from the first to the last c
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,11 @@ class Need:
     size: int
     uses: frozenset[int]
 
-    @property
+    @cached_property
     def first(self) -> int:
         return min(self.uses)
 
-    @property
+    @cached_property
     def last(self) -> int:
         return max(self.uses)
 
@@ -35,9 +38,10 @@ def place(needs: Sequence[Need], before: Sequence[int]) -> tuple[Mapping[str, in
     offsets: dict[str, int] = {}
     top = 0
     for need in sorted(needs, key=lambda n: (-n.size, n.first, n.name)):
-        others = {o.name: o for at in order.around(need) for o in alive[at] if not order.apart(need, o)}
+        near = {o.name: o for at in order.around(need) for o in alive[at]}
+        others = [o for o in near.values() if not order.apart(need, o)]
         start = 0
-        for other in sorted(others.values(), key=lambda o: offsets[o.name]):
+        for other in sorted(others, key=lambda o: offsets[o.name]):
             low = offsets[other.name]
             if start < low + other.size and low < start + need.size:
                 start = low + other.size
@@ -54,6 +58,7 @@ class _Order:
     def __init__(self, before: Sequence[int]) -> None:
         end = len(before)
         self._before = (*before, (1 << end) - 1)
+        self._masks: dict[str, tuple[int, int]] = {}  # buffer -> its uses, and what is over before any of them
         self._beside: list[tuple[int, int]] = []  # the first and last call that may run at the same time
         for i, over in enumerate(self._before):
             free = ((1 << i) - 1) & ~over
@@ -73,8 +78,12 @@ class _Order:
 
     def apart(self, one: Need, two: Need) -> bool:
         """Whether every use of one comes before every use of the other."""
-        return self._ends_before(one, two) or self._ends_before(two, one)
+        (uses, over), (other_uses, other_over) = self._mask(one), self._mask(two)
+        return not uses & ~other_over or not other_uses & ~over
 
-    def _ends_before(self, one: Need, two: Need) -> bool:
-        uses = sum(1 << use for use in one.uses)
-        return all(not uses & ~self._before[use] for use in two.uses)
+    def _mask(self, need: Need) -> tuple[int, int]:
+        found = self._masks.get(need.name)
+        if found is None:
+            over = functools.reduce(operator.and_, (self._before[use] for use in need.uses))
+            found = self._masks[need.name] = (sum(1 << use for use in need.uses), over)
+        return found

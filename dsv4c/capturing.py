@@ -18,6 +18,7 @@ from torch.export import Dim
 
 from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.errors import CompileError
+from dsv4c.exporting import export
 from dsv4c.model.dspark import DSparkStage
 from dsv4c.model.state import group_ratios, min_columns, state_tensors
 from dsv4c.model.transformer import Prelude, Transformer, groups_of_ratio
@@ -300,7 +301,7 @@ def _export(name: str, piece: Piece, symbols: Mapping[str, Symbol]) -> fx.Graph:
         if f"{type(module).__module__}.{type(module).__qualname__}" in LEAVES:
             hooks.append(module.register_forward_pre_hook(_recorder(calls, path)))
     try:
-        exported = torch.export.export(piece.module, args, dynamic_shapes=(shapes,), strict=False)
+        exported = export(piece.module, args, shapes)
     finally:
         for hook in hooks:
             hook.remove()

@@ -39,7 +39,9 @@ class _Search:
         self.lanes = [0] * len(tasks)
         self._needs = [frozenset[int]().union(*(part.needs for part in task.parts)) for task in tasks]
         self._narrow = _narrow(self._needs)
-        self._known: dict[object, float] = {}
+        self._known: dict[tuple[int, tuple[int, ...]], float] = {}
+        self._stretches: dict[tuple[int, int], int] = {}  # the same calls at two places share a number
+        self._numbers: dict[tuple[Task, ...], int] = {}
 
     def round(self) -> bool:
         """Moves runs to side lanes, the best first; whether any was."""
@@ -81,9 +83,12 @@ class _Search:
         return self._seconds(low, high, now) - self._seconds(low, high, then)
 
     def _seconds(self, low: int, high: int, lanes: Sequence[int]) -> float:
-        tasks = tuple(_within(task, low) for task in self.tasks[low:high])
-        key = (tasks, tuple(lanes))
+        if (low, high) not in self._stretches:
+            tasks = tuple(_within(task, low) for task in self.tasks[low:high])
+            self._stretches[low, high] = self._numbers.setdefault(tasks, len(self._numbers))
+        key = (self._stretches[low, high], tuple(lanes))
         if key not in self._known:
+            tasks = tuple(_within(task, low) for task in self.tasks[low:high])
             self._known[key] = duration(tasks, settle(tasks, lanes))
         return self._known[key]
 

@@ -7,7 +7,9 @@ State that an op updates in place keeps its name: its old value must have no lat
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from torch import fx
 from dsv4c import artifact
 from dsv4c.arena import Need, place
 from dsv4c.checkpoint.names import parameter_sources
+from dsv4c.config import ModelConfig
 from dsv4c.errors import CompileError
 from dsv4c.irfiles import Source
 from dsv4c.lanes import settle, tasks_of
@@ -104,6 +107,7 @@ class _Planner:
     sources: Mapping[str, tuple[str, ...]]
     tuned: Tuned | None = None
     names: dict[fx.Node, str] = field(default_factory=dict)
+    views: Counter[str] = field(default_factory=Counter)
     buffers: dict[str, _Buffer] = field(default_factory=dict)
     calls: list[artifact.Call] = field(default_factory=list)
     ranges: list[tuple[artifact.IndexRange, ...]] = field(default_factory=list)
@@ -116,6 +120,10 @@ class _Planner:
     costs: list[Choice] = field(default_factory=list)
     origins: list[Source] = field(default_factory=list)
     schedules: Sequence[Schedule] = SCHEDULES
+    order: Mapping[fx.Node, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = {node: place for place, node in enumerate(self.graph.nodes)}
 
     def run(self) -> None:
         for node in self.graph.nodes:
@@ -234,14 +242,11 @@ class _Planner:
         return name
 
     def _check_in_place(self, state: fx.Node, writer: fx.Node) -> None:
-        after = False
-        for node in self.graph.nodes:
-            if node is writer:
-                after = True
-            elif after and state in node.all_input_nodes:
-                raise CompileError(
-                    f"`{writer.format_node()}` overwrites `{self.names[state]}`, which `{node.name}` still reads"
-                )
+        reader = next((node for node in state.users if self.order[node] > self.order[writer]), None)
+        if reader is not None:
+            raise CompileError(
+                f"`{writer.format_node()}` overwrites `{self.names[state]}`, which `{reader.name}` still reads"
+            )
 
     def _name_results(self, node: fx.Node, op: Op, results: Mapping[int, str]) -> None:
         if op.outputs == 1:
@@ -274,7 +279,8 @@ class _Planner:
                 f"`{self.target}` read from multiples of {VECTOR}"
             )
         root = base.of or base.name
-        name = f"{root}.view{sum(b.of == root for b in self.buffers.values())}"
+        name = f"{root}.view{self.views[root]}"
+        self.views[root] += 1
         self.buffers[name] = _Buffer(name, kind, strides, set(), root, offset)
         self.names[node] = name
 
@@ -317,6 +323,12 @@ def _dense(shape: artifact.Shape) -> tuple[int, ...]:
     return tuple(reversed([*strides, step])) if shape else ()
 
 
+@functools.lru_cache(maxsize=2)
+def _sources(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    """Every program of a plan asks for the same: 34,000 names for `flash`."""
+    return parameter_sources(config)
+
+
 def plan(
     program: Program,
     graph_name: str,
@@ -335,7 +347,7 @@ def plan(
     ScheduleError if no schedule accepts an op.
     """
     tuned = None if target == "cpu" else Tuned.of(target)
-    sources = parameter_sources(program.config)
+    sources = _sources(program.config)
     planner = _Planner(program, program.graphs[graph_name], target, symbols, sources, tuned, schedules=schedules)
     planner.run()
     results = results_of(planner.graph)

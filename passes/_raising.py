@@ -18,6 +18,7 @@ from torch import fx
 from torch.export import Dim
 
 from dsv4c.errors import RaiseError
+from dsv4c.exporting import export
 from dsv4c.ops import LEAVES, OPS, Op, TensorType
 from dsv4c.passes.canonicalize import canonicalize
 from dsv4c.program import Leaf
@@ -153,7 +154,7 @@ def trace(run: Callable[..., Any], types: tuple[TensorType, ...]) -> fx.Graph:
                     device="meta") for t in types
     )  # fmt: skip
     shapes = tuple({i: dims[d] for i, d in enumerate(t.shape) if isinstance(d, str)} for t in types)
-    exported = torch.export.export(_Function(run), args, dynamic_shapes=(shapes,), strict=False)
+    exported = export(_Function(run), args, shapes)
     known: dict[Any, Any] = {}
     out = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}

@@ -27,6 +27,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from dsv4c.artifact import Shape
@@ -170,7 +171,7 @@ class Choice:
     measured: float | None = None
     """Seconds of the tuned row that chose it."""
 
-    @property
+    @cached_property
     def kernel(self) -> str:
         """`<op>_<hash>`: equal for nodes that one kernel serves."""
         build = self.build

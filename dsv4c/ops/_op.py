@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 Size = int | str
@@ -90,14 +91,14 @@ class Op:
     def __hash__(self) -> int:
         return hash(self.name)
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the tensor parameters, in order."""
         return tuple(
             p.name for p in inspect.signature(self.reference).parameters.values() if p.kind is not p.KEYWORD_ONLY
         )
 
-    @property
+    @cached_property
     def attributes(self) -> tuple[str, ...]:
         """Names of the attributes, in order."""
         return tuple(p.name for p in inspect.signature(self.reference).parameters.values() if p.kind is p.KEYWORD_ONLY)
