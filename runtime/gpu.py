@@ -38,13 +38,43 @@ _PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}
 _LETTERS = {"ptr": "p", "map": "m", "i32": "i", "i64": "l", "f32": "f", "null": "p"}
 
 
+def check_card(arch: str, device: int) -> None:
+    """Refuses a machine without a card, and a card of another architecture than `arch` (`sm_90a`)."""
+    if not torch.cuda.is_available():
+        raise ArtifactError(
+            f"the kernels are made for `{arch}`, this machine has no usable CUDA device",
+            hint="serve it where the card is, or compile it with `--target cpu`",
+        )
+    count = torch.cuda.device_count()
+    if not 0 <= device < count:
+        raise ArtifactError(
+            f"there is no card {device}: this machine has {count}", hint=f"`--device` is 0 to {count - 1}"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if arch.rstrip("abcf") != f"sm_{major}{minor}":
+        raise ArtifactError(
+            f"the kernels are made for `{arch}`, device {device} ({torch.cuda.get_device_name(device)}) is "
+            f"sm_{major}{minor}",
+            hint=f"compile it with `--target sm_{major}{minor}a`",
+        )
+
+
 class GpuKernels:
     """The `gpu` kernels of one artifact, loaded on one device."""
 
-    def __init__(self, kernels: Mapping[str, Kernel], directory: Path, arch: str, device: int = 0) -> None:
+    def __init__(
+        self,
+        kernels: Mapping[str, Kernel],
+        directory: Path,
+        arch: str,
+        device: int = 0,
+        check: Callable[[str, int], None] | None = check_card,
+    ) -> None:
+        """`check` refuses a card that the kernels are not made for; None where nothing will run."""
         self._kernels = {name: kernel for name, kernel in kernels.items() if kernel.kind == "gpu"}
         self._device = device
-        check_card(arch, device)
+        if check is not None:
+            check(arch, device)
         self._launcher = _open(self._kernels, directory)
         self._loaded: dict[tuple[str, str, int], Any] = {}
         for name, kernel in self._kernels.items():
@@ -91,7 +121,7 @@ class GpuKernels:
         """The launches [first, stop) of a call. `alone`: the first that is made is not programmatic."""
         out: list[Any] = []
         for launch in self._kernels[name].launches[first:stop]:
-            sizes = _Sizes(name, args)
+            sizes = CallSizes(name, args)
             grid = [sizes.value(size) for size in launch.grid]
             if 0 in grid:
                 continue
@@ -102,7 +132,7 @@ class GpuKernels:
             out.append(loaded(launch.threads, grid, list(launch.cluster), pdl, kinds, values))
         return out
 
-    def _value(self, arg: LaunchArg, args: Args, sizes: _Sizes) -> Any:
+    def _value(self, arg: LaunchArg, args: Args, sizes: CallSizes) -> Any:
         if arg.kind == "null":
             return 0
         if arg.kind == "f32":
@@ -123,7 +153,7 @@ class GpuKernels:
             raise EngineError(f"argument {arg.arg} of `{sizes.name}` is not aligned to 16 bytes")
         return address if arg.map is None else self._tensor_map(arg.map, address, sizes)
 
-    def _tensor_map(self, tile: TensorMap, address: int, sizes: _Sizes) -> Any:
+    def _tensor_map(self, tile: TensorMap, address: int, sizes: CallSizes) -> Any:
         dtype: torch.dtype = getattr(torch, tile.dtype)
         return self._launcher.get_function("tensor_map")(
             address, _MAP_TYPES[tile.dtype], dtype.itemsize,
@@ -143,32 +173,11 @@ def _open(kernels: Mapping[str, Kernel], directory: Path) -> Any:
         raise ArtifactError(f"cannot load the launcher `{file}`: {_last_line(error)}") from error
 
 
-def check_card(arch: str, device: int) -> None:
-    """Refuses a machine without a card, and a card of another architecture than `arch` (`sm_90a`)."""
-    if not torch.cuda.is_available():
-        raise ArtifactError(
-            f"the kernels are made for `{arch}`, this machine has no usable CUDA device",
-            hint="serve it where the card is, or compile it with `--target cpu`",
-        )
-    count = torch.cuda.device_count()
-    if not 0 <= device < count:
-        raise ArtifactError(
-            f"there is no card {device}: this machine has {count}", hint=f"`--device` is 0 to {count - 1}"
-        )
-    major, minor = torch.cuda.get_device_capability(device)
-    if arch.rstrip("abcf") != f"sm_{major}{minor}":
-        raise ArtifactError(
-            f"the kernels are made for `{arch}`, device {device} ({torch.cuda.get_device_name(device)}) is "
-            f"sm_{major}{minor}",
-            hint=f"compile it with `--target sm_{major}{minor}a`",
-        )
-
-
 def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-class _Sizes:
+class CallSizes:
     """Evaluates the expressions of one call."""
 
     def __init__(self, name: str, args: Args) -> None:

@@ -7,10 +7,12 @@ sources give the same bytes (no paths, no line numbers in the code). Nothing her
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +24,9 @@ from typing import Any
 
 from dsv4c import artifact
 from dsv4c.errors import ScheduleError
+from dsv4c.schedules._cubin import read
 from dsv4c.schedules._launch import Desc, LaunchArg, Ptr, Scalar, TileLaunch, TritonLaunch
+from dsv4c.schedules._packing import mismatches
 from dsv4c.schedules._schedule import Progress, Value
 
 ARCHS: Mapping[str, int] = {"sm_90a": 90, "sm_100a": 100, "sm_103a": 103}
@@ -55,26 +59,47 @@ class Request:
     values: tuple[Value | None, ...]
     arch: str
 
+    @property
+    def identity(self) -> str:
+        """Equal where code and record are: of its values a Triton launch takes only the dtypes."""
+        tile = isinstance(self.launch, TileLaunch)
+        return repr((self.launch, self.arch, [value if tile else value and value.dtype for value in self.values]))
+
 
 def compile_all(
     requests: Sequence[Request], cache_dir: Path, progress: Progress | None = None, workers: int = 1
 ) -> list[Compiled]:
-    """Every launch compiled, in order. Raises ScheduleError naming the op whose kernel does not compile."""
+    """Every launch compiled, in order; equal ones once, and what the cache has is not asked of the workers.
+
+    Raises ScheduleError naming the op whose kernel does not compile.
+    """
     cache_dir.mkdir(parents=True, exist_ok=True)
+    places: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+        places.setdefault(request.identity, []).append(i)
     out: dict[int, Compiled] = {}
-    if workers <= 1:
-        for i, request in enumerate(requests):
-            out[i] = compile_launch(request, cache_dir)
-            if progress:
-                progress(i + 1, len(requests), request.what)
-        return [out[i] for i in range(len(requests))]
-    context = multiprocessing.get_context("forkserver")  # its children leave without tearing the compilers down
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
-        waiting = {pool.submit(compile_launch, r, cache_dir): i for i, r in enumerate(requests)}
-        for done, future in enumerate(as_completed(waiting), 1):
-            out[waiting[future]] = future.result()
-            if progress:
-                progress(done, len(requests), requests[waiting[future]].what)
+
+    def keep(first: int, compiled: Compiled) -> None:
+        for i in places[requests[first].identity]:
+            out[i] = compiled
+        if progress:
+            progress(len(out), len(requests), requests[first].what)
+
+    missing = []
+    for first, *_ in places.values():
+        if workers <= 1 or (known := cached_launch(requests[first], cache_dir)) is None:
+            missing.append(first)
+        else:
+            keep(first, known)
+    if workers <= 1 or len(missing) == 1:
+        for first in missing:
+            keep(first, compile_launch(requests[first], cache_dir))
+    elif missing:
+        context = multiprocessing.get_context("forkserver")  # its children leave without tearing the compilers down
+        with ProcessPoolExecutor(max_workers=min(workers, len(missing)), mp_context=context) as pool:
+            waiting = {pool.submit(compile_launch, requests[first], cache_dir): first for first in missing}
+            for future in as_completed(waiting):
+                keep(waiting[future], future.result())
     return [out[i] for i in range(len(requests))]
 
 
@@ -85,7 +110,7 @@ def compile_launch(request: Request, cache_dir: Path) -> Compiled:
 
         compiled: Compiled = compile_tile(request.launch, request.values, request.arch, cache_dir)
     else:
-        compiled = _compile_triton(request, request.launch, cache_dir)
+        compiled = _compile_triton(_Triton.of(request, request.launch), cache_dir)
     if compiled.record.shared > SHARED_LIMIT:
         raise ScheduleError(
             f"the kernel of `{request.what}` needs {compiled.record.shared} bytes of shared memory, "
@@ -95,77 +120,122 @@ def compile_launch(request: Request, cache_dir: Path) -> Compiled:
     return compiled
 
 
-def _compile_triton(request: Request, launch: TritonLaunch, cache_dir: Path) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+def cached_launch(request: Request, cache_dir: Path) -> Compiled | None:
+    """What `compile_launch` gives if the cache has it. TileLang's are left to it: their keys need its compiler."""
+    if isinstance(request.launch, TileLaunch):
+        return None
+    one = _Triton.of(request, request.launch)
+    return compile_launch(request, cache_dir) if _is_cached(one.stem(cache_dir)) else None
 
-    module, _, name = launch.kernel.partition(":")
-    fn = getattr(importlib.import_module(module), name)
-    gluon = isinstance(fn, GluonJITFunction)
-    signature, constants, attrs = _signature(request, launch, list(fn.arg_names), gluon)
-    options = {
-        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "num_ctas": launch.num_ctas,
-        "maxnreg": launch.maxnreg, "launch_pdl": launch.pdl, "enable_fp_fusion": True,
-    }  # fmt: skip
-    ptxas = _ptxas()
-    key = json.dumps(
-        [fn.cache_key, launch.kernel, signature, repr(sorted(constants.items())), repr(attrs), options, request.arch,
-         triton.__version__, ptxas[1], _record_version()],
-        sort_keys=True, default=str,
-    )  # fmt: skip
-    stem = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
-    image, metadata, usage = _cached(stem)
-    if image is None:
-        source = (GluonASTSource if gluon else ASTSource)(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
-        with triton.knobs.cache.scope(), triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
-            triton.knobs.cache.dir = str(cache_dir / "triton")
-            triton.knobs.compilation.disable_line_info = True
-            if ptxas[0]:
-                triton.knobs.nvidia.ptxas = ptxas[0]
-                triton.knobs.nvidia.ptxas_blackwell = ptxas[0]
-            try:
-                target = GPUTarget("cuda", ARCHS[request.arch], 32)
-                kernel = triton.compile(
-                    source, target=target, options={k: v for k, v in options.items() if v is not None}
-                )
-            except Exception as error:  # the compiler raises kinds of its own, some of them bare
-                text = " ".join(str(error).split()) or type(error).__name__
-                raise ScheduleError(
-                    f"the kernel of `{request.what}` does not compile: {text[:300]}",
-                    hint=f"{launch.kernel} with {dict(launch.constants)}",
-                ) from error
-        if launch.pdl and "griddepcontrol.wait" not in kernel.asm["ptx"]:
-            raise ScheduleError(
-                f"the kernel of `{request.what}` may start early but never waits for the kernel before it",
-                hint=f"`gdc_wait()` must come before the first load of {launch.kernel}, or give it no `pdl`",
-            )
-        image = kernel.asm["cubin"]
-        found = kernel.metadata._asdict()
-        metadata = {n: found[n] for n in ("name", "shared", "num_warps", "num_ctas", "global_scratch_size")}
-        metadata["descriptors"] = [dict(d) for d in (found.get("tensordesc_meta") or ())]
-        usage = resource_usage(image, stem)
-        _store(stem, image, metadata, usage)
+
+@dataclass(frozen=True)
+class _Triton:
+    """A Triton or Gluon launch as its compiler takes it."""
+
+    request: Request
+    launch: TritonLaunch
+    function: Any
+    gluon: bool
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    attrs: Mapping[tuple[int, ...], list[list[Any]]]
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, request: Request, launch: TritonLaunch) -> _Triton:
+        from triton.experimental.gluon._runtime import GluonJITFunction
+
+        module, _, name = launch.kernel.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        gluon = isinstance(function, GluonJITFunction)
+        signature, constants, attrs = _signature(request, launch, list(function.arg_names), gluon)
+        options = {
+            "num_warps": launch.num_warps, "num_stages": launch.num_stages, "num_ctas": launch.num_ctas,
+            "maxnreg": launch.maxnreg, "launch_pdl": launch.pdl, "enable_fp_fusion": True,
+        }  # fmt: skip
+        return cls(request, launch, function, gluon, signature, constants, attrs, options)
+
+    def stem(self, cache_dir: Path) -> Path:
+        """Where its code and record lie, by all they depend on."""
+        import triton
+
+        key = json.dumps(
+            [self.function.cache_key, self.launch.kernel, self.signature, repr(sorted(self.constants.items())),
+             repr(self.attrs), self.options, self.request.arch, triton.__version__, _ptxas()[1], _record_version()],
+            sort_keys=True, default=str,
+        )  # fmt: skip
+        return cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _compile_triton(one: _Triton, cache_dir: Path) -> Compiled:
+    request, launch, stem = one.request, one.launch, one.stem(cache_dir)
+    image, metadata = _cached(stem) if _is_cached(stem) else _built(one, cache_dir, stem)
     if metadata["global_scratch_size"]:
         raise ScheduleError(
             f"the kernel of `{request.what}` wants {metadata['global_scratch_size']} bytes of scratch memory",
             hint="make tensor descriptors on the host: `Desc` arguments instead of `make_tensor_descriptor`",
         )
-    grid = (_times(launch.grid[0], metadata["num_ctas"]), launch.grid[1], launch.grid[2])
+    cubin = read(image)
+    args = _record_args(request, launch, list(one.function.arg_names), metadata["descriptors"])
+    wrong = mismatches(args, cubin)
+    if wrong:
+        raise ScheduleError(
+            f"the launch record of `{request.what}` is not what its code takes: {wrong[0]}",
+            hint=f"{launch.kernel} with {dict(launch.constants)}",
+        )
     record = artifact.Launch(
         file="",
         sha256=hashlib.sha256(image).hexdigest(),
         symbol=metadata["name"],
-        args=_record_args(request, launch, list(fn.arg_names), metadata["descriptors"]),
-        grid=grid,
+        args=args,
+        grid=(_times(launch.grid[0], metadata["num_ctas"]), launch.grid[1], launch.grid[2]),
         threads=32 * metadata["num_warps"],
         shared=metadata["shared"],
-        registers=usage["registers"],
+        registers=cubin.registers,
         cluster=(max(metadata["num_ctas"], launch.cluster), 1, 1),
         pdl=launch.pdl,
     )
-    return Compiled(image, record, usage["spills"])
+    return Compiled(image, record, cubin.stack)
+
+
+def _built(one: _Triton, cache_dir: Path, stem: Path) -> tuple[bytes, dict[str, Any]]:
+    """The machine code and what Triton says of it, now in the cache too."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    request, launch, ptxas = one.request, one.launch, _ptxas()
+    source = (GluonASTSource if one.gluon else ASTSource)(
+        fn=one.function, signature=dict(one.signature), constexprs=dict(one.constants), attrs=dict(one.attrs)
+    )
+    with triton.knobs.cache.scope(), triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+        triton.knobs.cache.dir = str(cache_dir / "triton")
+        triton.knobs.compilation.disable_line_info = True
+        if ptxas[0]:
+            triton.knobs.nvidia.ptxas = ptxas[0]
+            triton.knobs.nvidia.ptxas_blackwell = ptxas[0]
+        try:
+            target = GPUTarget("cuda", ARCHS[request.arch], 32)
+            kernel = triton.compile(
+                source, target=target, options={k: v for k, v in one.options.items() if v is not None}
+            )
+        except Exception as error:  # the compiler raises kinds of its own, some of them bare
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise ScheduleError(
+                f"the kernel of `{request.what}` does not compile: {text[:300]}",
+                hint=f"{launch.kernel} with {dict(launch.constants)}",
+            ) from error
+    if launch.pdl and "griddepcontrol.wait" not in kernel.asm["ptx"]:
+        raise ScheduleError(
+            f"the kernel of `{request.what}` may start early but never waits for the kernel before it",
+            hint=f"`gdc_wait()` must come before the first load of {launch.kernel}, or give it no `pdl`",
+        )
+    found = kernel.metadata._asdict()
+    metadata = {n: found[n] for n in ("name", "shared", "num_warps", "num_ctas", "global_scratch_size")}
+    metadata["descriptors"] = [dict(d) for d in (found.get("tensordesc_meta") or ())]
+    _store(stem, kernel.asm["cubin"], metadata)
+    return kernel.asm["cubin"], metadata
 
 
 def _record_version() -> int:
@@ -179,25 +249,28 @@ def _times(size: artifact.Expr, factor: int) -> artifact.Expr:
     return size * factor if isinstance(size, int) else f"({size}) * {factor}"
 
 
-def _cached(stem: Path) -> tuple[bytes | None, dict[str, Any], dict[str, int]]:
-    record, image = stem.with_suffix(".json"), stem.with_suffix(".cubin")
-    if not record.exists() or not image.exists():
-        return None, {}, {}
-    data = json.loads(record.read_text(encoding="utf-8"))
-    return image.read_bytes(), data["metadata"], data["usage"]
+def _is_cached(stem: Path) -> bool:
+    return stem.with_suffix(".json").exists() and stem.with_suffix(".cubin").exists()
 
 
-def _store(stem: Path, image: bytes, metadata: Mapping[str, Any], usage: Mapping[str, int]) -> None:
-    stem.with_suffix(".cubin").write_bytes(image)
-    part = stem.with_suffix(".part")
-    part.write_text(json.dumps({"metadata": metadata, "usage": usage}, default=_plain), encoding="utf-8")
-    part.replace(stem.with_suffix(".json"))
+def _cached(stem: Path) -> tuple[bytes, dict[str, Any]]:
+    data = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    return stem.with_suffix(".cubin").read_bytes(), data["metadata"]
+
+
+def _store(stem: Path, image: bytes, metadata: Mapping[str, Any]) -> None:
+    """The record last, and each whole or not at all: another process may write or read the same."""
+    for suffix, data in ((".cubin", image), (".json", json.dumps({"metadata": metadata}, default=_plain).encode())):
+        part = stem.with_suffix(f"{suffix}.{os.getpid()}.part")
+        part.write_bytes(data)
+        part.replace(stem.with_suffix(suffix))
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) else str(value)
 
 
+@functools.cache
 def _ptxas() -> tuple[str, str]:
     """(path or empty, version): the ptxas on PATH if it is of CUDA_RELEASE, else the one Triton carries."""
     found = shutil.which("ptxas")
@@ -212,19 +285,6 @@ def _ptxas() -> tuple[str, str]:
 def ptxas_version() -> str:
     """Of the assembler that makes cubins: a CUDA release, or `triton` for the one Triton carries."""
     return _ptxas()[1]
-
-
-def resource_usage(image: bytes, stem: Path) -> dict[str, int]:
-    """Registers and bytes of local memory of a thread, as the image says."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    file = stem.with_suffix(".probe")
-    file.write_bytes(image)
-    result = subprocess.run([str(tool), "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True)
-    file.unlink()
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", result.stdout))
-    return {"registers": int(found.get("REG", 0)), "spills": int(found.get("STACK", 0)) + int(found.get("LOCAL", 0))}
 
 
 def _signature(

@@ -150,6 +150,25 @@ def _build_launcher(tools: Toolchain, out_dir: Path, cache_dir: Path) -> str:
     return name
 
 
+def build_recorder(cache_dir: Path) -> Path:
+    """A CUDA driver for dsv4c/replay.py: it launches nothing and writes down what it is asked to."""
+    import triton
+
+    tools = replace(Toolchain.of_host(), isa="default")
+    header = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    flags = ("-O1", "-fPIC", "-fvisibility=hidden", "-std=c++17", "-Wall", f"-I{header}")
+    unit = _compile(_Unit("recorder", '#include "recorder.cc"\n', flags), tools, cache_dir)
+    folder = cache_dir / f"recorder-{unit.stem}"
+    folder.mkdir(exist_ok=True)
+    target, part = folder / "libcuda.so.1", folder / f"{os.getpid()}.part"
+    if not target.exists():
+        command = [tools.compiler, "-shared", "-s", "-Wl,-soname,libcuda.so.1", "-o", str(part), str(unit)]
+        _run(command, "the recording driver")
+        part.replace(target)
+    return target
+
+
 def _kernel(key: str, choice: Choice, file: str | None, digest: str | None) -> Kernel:
     vendor = choice.build.kind == "aten"
     kinds: dict[str, Literal["cpp", "aten", "gpu"]] = {"aten": "aten", "gpu": "gpu"}

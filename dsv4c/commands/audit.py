@@ -3,40 +3,91 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dsv4c.commands.terminal import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dsv4c.schedules.audit import Audited
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command's parser."""
     parser = commands.add_parser("audit", help="whether an artifact's GPU machine code is what its schedules promise")
     parser.add_argument("artifact", type=Path, metavar="DIR", help="an artifact's folder")
+    parser.add_argument("--json", action="store_true", help="every launch as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a row for each kind of kernel and every fault; 0 if there is none, else 1."""
-    from rich.table import Table
-
-    from dsv4c.opened import load
+    from dsv4c.artifact import load_manifest
     from dsv4c.schedules.audit import audit
 
-    table = Table("kernel", "op", "launches", "matrix instructions", "copies", "registers", "local", "shared", box=None)
-    rows: dict[tuple[str, str, str], list[tuple[int, int, int, int]]] = {}
-    broken: list[str] = []
-    for one in audit(args.artifact, load(args.artifact).manifest):
-        names = ", ".join(sorted(one.code.matrix)) or "-"
-        sizes = (one.code.copies, one.code.registers, one.code.local, one.launch.shared)
-        rows.setdefault((one.launch.symbol, one.kernel.op, names), []).append(sizes)
-        broken += [f"`{one.launch.symbol}` of {one.kernel.name} ({one.kernel.schedule}) {f}" for f in one.faults]
-    for (symbol, op, names), figures in sorted(rows.items()):
-        most = [str(max(column)) for column in zip(*figures, strict=True)]
-        table.add_row(symbol, op, str(len(figures)), names, *most)
+    manifest = load_manifest(args.artifact)
+    found = list(audit(args.artifact, manifest))
+    faults = sorted(
+        {f"`{one.launch.symbol}` of {one.kernel.name} ({one.kernel.schedule}) {f}" for one in found for f in one.faults}
+    )
+    if args.json:
+        print(json.dumps({"target": manifest.target, "launches": [_plain(one) for one in found]}, indent=1))
+        return 1 if faults else 0
     out = console()
-    out.print(table)
-    for fault in sorted(set(broken)):
+    out.print(_table(found))
+    for fault in faults:
         out.print(f"fault: {fault}", soft_wrap=True)
-    count = sum(len(figures) for figures in rows.values())
-    out.print(f"{count} launches, {len(set(broken))} faults")
-    return 1 if broken else 0
+    images = len({one.launch.sha256 for one in found})
+    out.print(f"{manifest.target}: {len(found)} launches, {images} cubins, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+def _table(found: list[Audited]) -> Table:
+    """A row for each kernel function, op and set of matrix instructions; of sizes the largest."""
+    from rich.table import Table
+
+    table = Table(box=None)
+    for name in (
+        "kernel",
+        "op",
+        "launches",
+        "matrix instructions",
+        "copies",
+        "registers",
+        "local",
+        "shared",
+        "columns",
+    ):
+        table.add_column(name, justify="left" if name in ("kernel", "op", "matrix instructions") else "right")
+    rows: dict[tuple[str, str, tuple[str, ...]], list[Audited]] = {}
+    for one in found:
+        rows.setdefault((one.launch.symbol, one.kernel.op, tuple(sorted(one.code.matrix))), []).append(one)
+    for (symbol, op, names), group in sorted(rows.items()):
+        codes = [one.code for one in group]
+        matrix = ", ".join(f"{_range([code.matrix[name] for code in codes])} {name}" for name in names) or "-"
+        columns = [code.columns for code in codes]
+        table.add_row(
+            symbol, op, str(len(group)), matrix, _range([code.copies for code in codes]),
+            str(max(code.registers for code in codes)), str(max(code.local for code in codes)),
+            str(max(one.launch.shared for one in group)),
+            "?" if None in columns else str(max(column or 0 for column in columns)),
+        )  # fmt: skip
+    return table
+
+
+def _range(counts: list[int]) -> str:
+    return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+
+
+def _plain(one: Audited) -> dict[str, Any]:
+    code, launch = one.code, one.launch
+    return {
+        "kernel": one.kernel.name, "op": one.kernel.op, "schedule": one.kernel.schedule, "symbol": launch.symbol,
+        "file": launch.file, "target": code.target, "matrix": dict(sorted(code.matrix.items())),
+        "copies": code.copies, "registers": code.registers, "threads": launch.threads, "local_bytes": code.local,
+        "shared_bytes": launch.shared, "tensor_columns": code.columns, "parameters": len(code.cubin.parameters),
+        "parameter_bytes": code.cubin.parameter_bytes, "faults": list(one.faults),
+    }  # fmt: skip
