@@ -59,48 +59,43 @@ class Request:
     values: tuple[Value | None, ...]
     arch: str
 
-    @property
-    def identity(self) -> str:
-        """Equal where code and record are: of its values a Triton launch takes only the dtypes."""
-        tile = isinstance(self.launch, TileLaunch)
-        return repr((self.launch, self.arch, [value if tile else value and value.dtype for value in self.values]))
-
 
 def compile_all(
     requests: Sequence[Request], cache_dir: Path, progress: Progress | None = None, workers: int = 1
 ) -> list[Compiled]:
-    """Every launch compiled, in order; equal ones once, and what the cache has is not asked of the workers.
+    """Every launch compiled, in order. Equal code is built once, by `workers`; what the cache has needs none of them.
 
     Raises ScheduleError naming the op whose kernel does not compile.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
-    places: dict[str, list[int]] = {}
-    for i, request in enumerate(requests):
-        places.setdefault(request.identity, []).append(i)
-    out: dict[int, Compiled] = {}
-
-    def keep(first: int, compiled: Compiled) -> None:
-        for i in places[requests[first].identity]:
-            out[i] = compiled
-        if progress:
-            progress(len(out), len(requests), requests[first].what)
-
-    missing = []
-    for first, *_ in places.values():
-        if workers <= 1 or (known := cached_launch(requests[first], cache_dir)) is None:
-            missing.append(first)
-        else:
-            keep(first, known)
-    if workers <= 1 or len(missing) == 1:
-        for first in missing:
-            keep(first, compile_launch(requests[first], cache_dir))
-    elif missing:
+    missing: dict[Path, Request] = {}  # place in the cache -> the first launch of this code
+    for request in requests:
+        stem = _stem(request, cache_dir)
+        if not _is_cached(stem):
+            missing.setdefault(stem, request)
+    if workers > 1 and len(missing) > 1:
         context = multiprocessing.get_context("forkserver")  # its children leave without tearing the compilers down
         with ProcessPoolExecutor(max_workers=min(workers, len(missing)), mp_context=context) as pool:
-            waiting = {pool.submit(compile_launch, requests[first], cache_dir): first for first in missing}
-            for future in as_completed(waiting):
-                keep(waiting[future], future.result())
-    return [out[i] for i in range(len(requests))]
+            waiting = {pool.submit(compile_launch, one, cache_dir): one for one in missing.values()}
+            for done, future in enumerate(as_completed(waiting), 1):
+                future.result()
+                if progress:
+                    progress(done, len(missing), waiting[future].what)
+    out = []
+    for done, request in enumerate(requests, 1):
+        out.append(compile_launch(request, cache_dir))
+        if progress:
+            progress(done, len(requests), request.what)
+    return out
+
+
+def _stem(request: Request, cache_dir: Path) -> Path:
+    """Where the code of a launch lies in the cache, by all it depends on."""
+    if isinstance(request.launch, TileLaunch):
+        from dsv4c.schedules._tilelang import stem_of  # only where TileLang's compiler is
+
+        return stem_of(request.launch, request.values, request.arch, cache_dir)
+    return _Triton.of(request, request.launch).stem(cache_dir)
 
 
 def compile_launch(request: Request, cache_dir: Path) -> Compiled:
@@ -118,14 +113,6 @@ def compile_launch(request: Request, cache_dir: Path) -> Compiled:
             hint=f"{request.launch.kernel} with {dict(request.launch.constants)}",
         )
     return compiled
-
-
-def cached_launch(request: Request, cache_dir: Path) -> Compiled | None:
-    """What `compile_launch` gives if the cache has it. TileLang's are left to it: their keys need its compiler."""
-    if isinstance(request.launch, TileLaunch):
-        return None
-    one = _Triton.of(request, request.launch)
-    return compile_launch(request, cache_dir) if _is_cached(one.stem(cache_dir)) else None
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ class Lowered:
 
 def compile_tile(launch: TileLaunch, values: Sequence[Value | None], arch: str, cache_dir: Path) -> Compiled:
     """Builds one TileLang kernel for `arch` on the call's arguments `values`; ScheduleError says what is wrong."""
-    key = _key(launch, values, arch)
-    record, code = cache_dir / f"{key}.json", cache_dir / f"{key}.cubin"
+    stem = stem_of(launch, values, arch, cache_dir)
+    record, code = stem.with_suffix(".json"), stem.with_suffix(".cubin")
     if record.is_file() and code.is_file():
         return Compiled(code.read_bytes(), decode(Launch, json.loads(record.read_text(encoding="utf-8"))))
     lowered = lower(launch, values, arch)
@@ -79,6 +79,11 @@ def compile_tile(launch: TileLaunch, values: Sequence[Value | None], arch: str, 
     _write(code, image)
     _write(record, json.dumps(asdict(done)).encode())
     return Compiled(image, done)
+
+
+def stem_of(launch: TileLaunch, values: Sequence[Value | None], arch: str, cache_dir: Path) -> Path:
+    """Where its code and record lie in the cache, by all they depend on."""
+    return cache_dir / _key(launch, values, arch)
 
 
 def lower(launch: TileLaunch, values: Sequence[Value | None], arch: str) -> Lowered:
