@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +96,7 @@ def replay(folder: Path, manifest: Manifest, cache: Path) -> Iterator[Replayed]:
     Raises ArtifactError in a process that has a CUDA driver loaded: the recording one would not be asked.
     """
     recorder = _Recorder(build_recorder(cache))
-    kernels = GpuKernels(manifest.kernels, folder, manifest.target, check=None)
+    kernels = GpuKernels(manifest.kernels, folder, manifest.target, check=False)
     cubins: dict[str, Cubin] = {}
     seen: set[object] = set()
     for name, program in manifest.programs.items():
@@ -215,10 +214,11 @@ def _wrong(arg: LaunchArg, data: bytes, args: list[Tensor | None], sizes: CallSi
         same = found.address == tensor.data_ptr() and found.sizes == shape and found.box == arg.map.box[::-1]
         return found.faults() if same else ["is a tensor map over something else"]
     if arg.kind in ("ptr", "null"):
-        want: Mapping[str, Any] = {"ptr": 0 if tensor is None else tensor.data_ptr(), "null": 0}
-        return [] if data == struct.pack("<Q", want[arg.kind]) else ["is not its tensor's address"]
+        address = 0 if tensor is None else tensor.data_ptr()
+        return [] if data == struct.pack("<Q", address) else ["is not its tensor's address"]
     if arg.kind == "f32":
         return [] if data == struct.pack("<f", arg.value) else [f"is not {arg.value}"]
+    assert isinstance(arg.value, int | str)
     value = sizes.value(arg.value)
     try:
         packed = struct.pack("<i" if arg.kind == "i32" else "<q", value)

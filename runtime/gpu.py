@@ -38,27 +38,6 @@ _PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}
 _LETTERS = {"ptr": "p", "map": "m", "i32": "i", "i64": "l", "f32": "f", "null": "p"}
 
 
-def check_card(arch: str, device: int) -> None:
-    """Refuses a machine without a card, and a card of another architecture than `arch` (`sm_90a`)."""
-    if not torch.cuda.is_available():
-        raise ArtifactError(
-            f"the kernels are made for `{arch}`, this machine has no usable CUDA device",
-            hint="serve it where the card is, or compile it with `--target cpu`",
-        )
-    count = torch.cuda.device_count()
-    if not 0 <= device < count:
-        raise ArtifactError(
-            f"there is no card {device}: this machine has {count}", hint=f"`--device` is 0 to {count - 1}"
-        )
-    major, minor = torch.cuda.get_device_capability(device)
-    if arch.rstrip("abcf") != f"sm_{major}{minor}":
-        raise ArtifactError(
-            f"the kernels are made for `{arch}`, device {device} ({torch.cuda.get_device_name(device)}) is "
-            f"sm_{major}{minor}",
-            hint=f"compile it with `--target sm_{major}{minor}a`",
-        )
-
-
 class GpuKernels:
     """The `gpu` kernels of one artifact, loaded on one device."""
 
@@ -68,13 +47,14 @@ class GpuKernels:
         directory: Path,
         arch: str,
         device: int = 0,
-        check: Callable[[str, int], None] | None = check_card,
+        *,
+        check: bool = True,
     ) -> None:
-        """`check` refuses a card that the kernels are not made for; None where nothing will run."""
+        """`check`: refuse a card that the kernels are not made for; not where nothing will run."""
         self._kernels = {name: kernel for name, kernel in kernels.items() if kernel.kind == "gpu"}
         self._device = device
-        if check is not None:
-            check(arch, device)
+        if check:
+            check_card(arch, device)
         self._launcher = _open(self._kernels, directory)
         self._loaded: dict[tuple[str, str, int], Any] = {}
         for name, kernel in self._kernels.items():
@@ -171,6 +151,27 @@ def _open(kernels: Mapping[str, Kernel], directory: Path) -> Any:
         return tvm_ffi.load_module(str(directory / file))
     except (RuntimeError, OSError) as error:
         raise ArtifactError(f"cannot load the launcher `{file}`: {_last_line(error)}") from error
+
+
+def check_card(arch: str, device: int) -> None:
+    """Refuses a machine without a card, and a card of another architecture than `arch` (`sm_90a`)."""
+    if not torch.cuda.is_available():
+        raise ArtifactError(
+            f"the kernels are made for `{arch}`, this machine has no usable CUDA device",
+            hint="serve it where the card is, or compile it with `--target cpu`",
+        )
+    count = torch.cuda.device_count()
+    if not 0 <= device < count:
+        raise ArtifactError(
+            f"there is no card {device}: this machine has {count}", hint=f"`--device` is 0 to {count - 1}"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if arch.rstrip("abcf") != f"sm_{major}{minor}":
+        raise ArtifactError(
+            f"the kernels are made for `{arch}`, device {device} ({torch.cuda.get_device_name(device)}) is "
+            f"sm_{major}{minor}",
+            hint=f"compile it with `--target sm_{major}{minor}a`",
+        )
 
 
 def _last_line(error: Exception) -> str:

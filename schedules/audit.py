@@ -14,11 +14,13 @@ was made for.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,10 +244,10 @@ class Audited:
 
 def audit(folder: Path, manifest: Manifest) -> Iterator[Audited]:
     """Every launch of every GPU kernel of the artifact in `folder`; a cubin that several share is read once."""
-    codes: dict[str, Code] = {}
-    for kernel in manifest.kernels.values():
-        for launch in kernel.launches:
-            if launch.sha256 not in codes:
-                codes[launch.sha256] = read((folder / launch.file).read_bytes())
-            code = codes[launch.sha256]
-            yield Audited(kernel, launch, code, tuple(faults(kernel, launch, code, manifest.target)))
+    launches = [(kernel, launch) for kernel in manifest.kernels.values() for launch in kernel.launches]
+    files = {launch.sha256: folder / launch.file for _, launch in launches}
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:  # the disassembler is a process of its own
+        codes = dict(zip(files, pool.map(lambda file: read(file.read_bytes()), files.values()), strict=True))
+    for kernel, launch in launches:
+        code = codes[launch.sha256]
+        yield Audited(kernel, launch, code, tuple(faults(kernel, launch, code, manifest.target)))

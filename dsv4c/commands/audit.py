@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from dsv4c.commands.terminal import console
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dsv4c.artifact import Manifest
+    from dsv4c.replay import Replayed
     from dsv4c.schedules.audit import Audited
 
 
@@ -20,29 +23,56 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("audit", help="whether an artifact's GPU machine code is what its schedules promise")
     parser.add_argument("artifact", type=Path, metavar="DIR", help="an artifact's folder")
     parser.add_argument("--json", action="store_true", help="every launch as JSON")
+    parser.add_argument(
+        "--replay", action=argparse.BooleanOptionalAction, default=True,
+        help="also make every launch on a driver that only writes it down, and compare its parameters (default: yes; "
+        "needs a C++ compiler, and no CUDA driver in the process)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a row for each kind of kernel and every fault; 0 if there is none, else 1."""
+    """Prints a row for each kind of kernel and every fault, or all as JSON; 0 if there is no fault, else 1."""
     from dsv4c.artifact import load_manifest
     from dsv4c.schedules.audit import audit
 
     manifest = load_manifest(args.artifact)
     found = list(audit(args.artifact, manifest))
-    faults = sorted(
-        {f"`{one.launch.symbol}` of {one.kernel.name} ({one.kernel.schedule}) {f}" for one in found for f in one.faults}
-    )
+    replayed = _replayed(args, manifest)
+    said = [(one.kernel.name, one.launch.symbol, fault) for one in found for fault in one.faults]
+    said += [(one.kernel, one.launch.symbol, fault) for one in replayed or () for fault in one.faults]
+    faults = sorted({f"`{symbol}` of {name} {fault}" for name, symbol, fault in said})
     if args.json:
-        print(json.dumps({"target": manifest.target, "launches": [_plain(one) for one in found]}, indent=1))
+        made = None if replayed is None else len(replayed)
+        print(
+            json.dumps(
+                {"target": manifest.target, "launches": [_plain(one) for one in found], "replayed": made,
+                 "faults": faults}, indent=1,
+            )
+        )  # fmt: skip
         return 1 if faults else 0
     out = console()
     out.print(_table(found))
     for fault in faults:
         out.print(f"fault: {fault}", soft_wrap=True)
     images = len({one.launch.sha256 for one in found})
-    out.print(f"{manifest.target}: {len(found)} launches, {images} cubins, {len(faults)} faults")
+    out.print(f"{manifest.target}: {len(found)} launches in the manifest, {images} cubins")
+    if replayed is None:
+        out.print("not replayed: `--no-replay`")
+    else:
+        out.print(f"{len(replayed)} launches of {len(manifest.programs)} programs replayed on a recording driver")
+    out.print(f"{len(faults)} faults")
     return 1 if faults else 0
+
+
+def _replayed(args: argparse.Namespace, manifest: Manifest) -> list[Replayed] | None:
+    """Every launch on the recording driver, which is built beside the artifact; None if nobody wants that."""
+    from dsv4c.replay import replay
+
+    if not args.replay:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return list(replay(args.artifact, manifest, Path(folder)))
 
 
 def _table(found: list[Audited]) -> Table:

@@ -11,7 +11,7 @@ import torch
 from dsv4c.artifact import Kernel
 from dsv4c.errors import ArtifactError
 from dsv4c.runtime import layouts
-from dsv4c.runtime.gpu import GpuKernels, _Sizes, check_card
+from dsv4c.runtime.gpu import CallSizes, GpuKernels, check_card
 
 ARGS = [torch.zeros(5, 48), None, torch.zeros(7, dtype=torch.int64)]
 
@@ -24,13 +24,13 @@ ARGS = [torch.zeros(5, 48), None, torch.zeros(7, dtype=torch.int64)]
     ],
 )  # fmt: skip
 def test_size_expressions(text: int | str, value: int) -> None:
-    assert _Sizes("op", ARGS).value(text) == value
+    assert CallSizes("op", ARGS).value(text) == value
 
 
 @pytest.mark.parametrize("text", ["a1_0", "a9_0", "a0_5", "T", "a0_0 ** 2", "__import__('os')", "a0_0 / 2", "1.5"])
 def test_anything_else_is_refused_with_the_kernel_and_the_text(text: str) -> None:
     with pytest.raises(ArtifactError) as error:
-        _Sizes("hc_pre_1234", ARGS).value(text)
+        CallSizes("hc_pre_1234", ARGS).value(text)
     assert "hc_pre_1234" in error.value.message and text.split("(")[0] in error.value.message
 
 
