@@ -7,8 +7,8 @@ has no native schedule yet, and compiling it is refused by name. No kernel was r
 from __future__ import annotations
 
 from dsv4c.schedules._schedule import Schedule
-from dsv4c.schedules.blackwell import experts, linear
-from dsv4c.schedules.hopper import attention, compress, gate, hyper, index, rows, sampling, speculation
+from dsv4c.schedules.blackwell import attention, experts, linear
+from dsv4c.schedules.hopper import compress, gate, hyper, index, rows, sampling, speculation
 
 TARGETS = ("sm_100a", "sm_103a")
 

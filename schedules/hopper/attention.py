@@ -33,8 +33,8 @@ def _round(value: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """Sizes and argument numbers of a node."""
+class Call:
+    """Sizes and argument numbers of an attention node, on any architecture."""
 
     node: OpNode
 
@@ -106,7 +106,7 @@ class _Call:
         )
 
 
-def _accepts(node: OpNode) -> str | None:
+def accepts(node: OpNode) -> str | None:
     q, page = node.inputs[0], int(node.attrs["page"])
     assert q is not None
     if q.dtype != "bfloat16":
@@ -118,8 +118,15 @@ def _accepts(node: OpNode) -> str | None:
     return None
 
 
+def _accepts_narrow(node: OpNode) -> str | None:
+    dim = Call(node).shape[1]
+    if dim > 256:
+        return f"sums of {dim} channels leave tensor memory for more registers than a thread has"
+    return accepts(node)
+
+
 def _accepts_groups(node: OpNode) -> str | None:
-    call = _Call(node)
+    call = Call(node)
     heads, dim = call.shape
     if heads % 64 or dim != 512 or node.attrs["rope_dim"] != 64:
         return f"{heads} heads of {dim} channels, {node.attrs['rope_dim']} of them rotated: not 64 of 512 and 64"
@@ -128,12 +135,12 @@ def _accepts_groups(node: OpNode) -> str | None:
     per_page = int(node.attrs.get("entries_per_page", 1))
     if per_page & (per_page - 1):
         return f"{per_page} entries a page are no power of two"
-    return _accepts(node)
+    return accepts(node)
 
 
-def _shares(node: OpNode, symbols: Mapping[str, int], per_token: int, sms: int) -> tuple[int, ...]:
+def shares_of(node: OpNode, symbols: Mapping[str, int], per_token: int, sms: int) -> tuple[int, ...]:
     """Shares that fill the card about once, best guess first; one if the tokens alone do."""
-    tiles = _cdiv(_Call(node).keys(symbols), _TILE)
+    tiles = _cdiv(Call(node).keys(symbols), _TILE)
     items = max(1, symbols["T"]) * per_token
     if items >= 2 * sms:
         return (1,)
@@ -142,11 +149,11 @@ def _shares(node: OpNode, symbols: Mapping[str, int], per_token: int, sms: int) 
 
 
 def _groups_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
-    return tuple({"shares": shares} for shares in _shares(node, symbols, _Call(node).shape[0] // 64, sms))
+    return tuple({"shares": shares} for shares in shares_of(node, symbols, Call(node).shape[0] // 64, sms))
 
 
 def _build_groups(node: OpNode, config: Config, sms: int) -> Build:
-    call, shares = _Call(node), int(config["shares"])
+    call, shares = Call(node), int(config["shares"])
     blocks = call.shape[0] // 64
     launch = TritonLaunch(
         "dsv4c.schedules.triton.attend_gluon:attend",
@@ -161,10 +168,10 @@ def _build_groups(node: OpNode, config: Config, sms: int) -> Build:
 
 def _plain_space(node: OpNode, symbols: Mapping[str, int], sms: int, least: int) -> tuple[Config, ...]:
     """`least`: the fewest rows that the matrix units of this architecture take."""
-    heads, dim = _Call(node).shape
+    heads, dim = Call(node).shape
     block_h = max(least, min(64, _round(heads)))
     block_k = 32 if dim > 256 else 64  # [64, 512] sums and [32, 512] keys are as much as the registers hold
-    shares = _shares(node, symbols, _cdiv(heads, block_h), sms)
+    shares = shares_of(node, symbols, _cdiv(heads, block_h), sms)
     if dim > 256:
         shares = shares[:1]  # the groups are faster wherever they accept
     return tuple(
@@ -173,7 +180,7 @@ def _plain_space(node: OpNode, symbols: Mapping[str, int], sms: int, least: int)
 
 
 def _build_plain(node: OpNode, config: Config) -> Build:
-    call, shares = _Call(node), int(config["shares"])
+    call, shares = Call(node), int(config["shares"])
     heads, dim = call.shape
     args = call.args(shares)
     launch = TritonLaunch(
@@ -190,15 +197,15 @@ def _build_plain(node: OpNode, config: Config) -> Build:
     return Build("gpu", launches=(launch, call.combine(shares)) if shares > 1 else (launch,))
 
 
-def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
-    return _Call(node).workspace(int(config["shares"]))
+def workspace_of(node: OpNode, config: Config) -> tuple[Value, ...]:
+    return Call(node).workspace(int(config["shares"]))
 
 
-def _work(efficiency: float, sms: int) -> Any:
+def work_of(efficiency: float, sms: int) -> Any:
     """Keys that tokens share are counted for each: they come from L2."""
 
     def cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
-        call, shares, tokens = _Call(node), int(config["shares"]), symbols["T"]
+        call, shares, tokens = Call(node), int(config["shares"]), symbols["T"]
         heads, dim = call.shape
         pool = node.inputs[1]
         assert pool is not None
@@ -219,11 +226,11 @@ def _work(efficiency: float, sms: int) -> Any:
 
 # Weights, the result and the results of shares are bfloat16. One unit in the last place of the largest value is up to
 # 2**-7 of it: this allows two.
-_TOLERANCE = 1.6e-2
+TOLERANCE = 1.6e-2
 
 
 def schedules(arch: str) -> tuple[Schedule, ...]:
-    """The family for a GPU architecture: the groups are written for Hopper."""
+    """The family for a GPU architecture: the groups are written for Hopper; Blackwell has wide entries of its own."""
     targets, sms = frozenset({arch}), MACHINES[arch].multiprocessors
     least = 16 if arch == "sm_90a" else 64  # tcgen05 takes 64 rows; of fewer Triton makes the old `mma.sync`
     every: tuple[Schedule, ...] = (
@@ -233,11 +240,11 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
                 op,
                 HOPPER,
                 partial(_build_groups, sms=sms),
-                _work(0.6, sms),
+                work_of(0.6, sms),
                 _accepts_groups,
-                workspace=_workspace,
+                workspace=workspace_of,
                 space=partial(_groups_space, sms=sms),
-                tolerance=_TOLERANCE,
+                tolerance=TOLERANCE,
             )
             for op in OPS
         ),
@@ -247,11 +254,11 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
                 op,
                 targets,
                 _build_plain,
-                _work(0.2, sms),
-                _accepts,
-                workspace=_workspace,
+                work_of(0.2, sms),
+                accepts if arch == "sm_90a" else _accepts_narrow,
+                workspace=workspace_of,
                 space=partial(_plain_space, sms=sms, least=least),
-                tolerance=_TOLERANCE,
+                tolerance=TOLERANCE,
             )
             for op in OPS
         ),

@@ -131,6 +131,12 @@ def outputs_of(
     return results, list(expected) if isinstance(expected, tuple) else [expected]  # type: ignore[return-value]
 
 
+def _reinterpreted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same bytes as another type; what is left over of them is cut off."""
+    flat = tensor.flatten().view(torch.uint8)
+    return flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
 def run(launch: TritonLaunch, call: Args) -> None:
     """One launch on the call's arguments."""
     module, _, name = launch.kernel.partition(":")
@@ -145,9 +151,7 @@ def run(launch: TritonLaunch, call: Args) -> None:
             assert tensor is not None
             if tensor.dtype == torch.float8_e8m0fnu:
                 tensor = tensor.view(torch.uint8)
-            values[key] = (
-                tensor if arg.dtype is None else tensor.flatten().view(torch.uint8)[:0].view(getattr(torch, arg.dtype))
-            )
+            values[key] = tensor if arg.dtype is None else _reinterpreted(tensor, getattr(torch, arg.dtype))
         elif isinstance(arg, Desc):
             tensor = call[arg.arg]
             assert tensor is not None
