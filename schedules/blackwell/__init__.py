@@ -1,14 +1,14 @@
 """Schedules for Blackwell (`sm_100a`: B200, GB200; `sm_103a`: B300, GB300). Nothing here imports a kernel language.
 
-What is plain Triton is shared with Hopper, with configs for this card's multiprocessors; an op without an entry here
+What is plain Triton is shared with Hopper, with configs for this card's multiprocessors, but for what multiplies; an op without an entry here
 has no native schedule yet, and compiling it is refused by name. No kernel was run on such a card: docs/blackwell.md.
 """
 
 from __future__ import annotations
 
 from dsv4c.schedules._schedule import Schedule
-from dsv4c.schedules.blackwell import attention, experts, linear
-from dsv4c.schedules.hopper import compress, gate, hyper, index, rows, sampling, speculation
+from dsv4c.schedules.blackwell import attention, experts, index, linear
+from dsv4c.schedules.hopper import compress, gate, hyper, rows, sampling, speculation
 
 TARGETS = ("sm_100a", "sm_103a")
 

@@ -88,7 +88,7 @@ def _query_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
 # --- scores
 
 
-def _accepts_scores(node: OpNode) -> str | None:
+def accepts_scores(node: OpNode) -> str | None:
     data, weight, pool, pages = (_value(node, i) for i in range(4))
     heads, dim = int(data.shape[1]), int(data.shape[2])
     if data.dtype != "uint8" or pool.dtype != "uint8" or weight.dtype != "float32" or pages.dtype != "int64":
@@ -108,7 +108,7 @@ def _accepts_gluon(node: OpNode) -> str | None:
     data = _value(node, 0)
     if tuple(data.shape[1:]) != (64, 128):
         return f"needs 64 heads of 128 channels, not {data.shape[1]} of {data.shape[2]}"
-    return _accepts_scores(node)
+    return accepts_scores(node)
 
 
 def _tokens_launch(
@@ -200,7 +200,7 @@ def _score_launch(node: OpNode, config: Config, sms: int, *rest: Any) -> TritonL
     return make(node, config, sms, *rest)
 
 
-def _build_scores(node: OpNode, config: Config, *, sms: int) -> Build:
+def build_scores(node: OpNode, config: Config, *, sms: int, score: Callable[..., TritonLaunch] = _score_launch) -> Build:
     out = len(node.inputs)
     fill = TritonLaunch(
         "dsv4c.schedules.triton.index:fill_hidden",
@@ -209,7 +209,7 @@ def _build_scores(node: OpNode, config: Config, *, sms: int) -> Build:
         grid=("a0_0", f"cdiv(a3_1 * {PAGE}, 16384)", 1),
         pdl=True,
     )
-    return Build("gpu", launches=(_score_launch(node, config, sms, out, 0, "a0_0", None, 0), fill))
+    return Build("gpu", launches=(score(node, config, sms, out, 0, "a0_0", None, 0), fill))
 
 
 def _tokens_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
@@ -231,7 +231,7 @@ def _keys_space(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
     return tuple({"way": "keys", "tokens": n, "warps": 4, "tiles": 4, "step": t, "stages": s} for n, t, s in shapes)
 
 
-def _score_work(node: OpNode, symbols: Symbols, shared: bool) -> tuple[float, float]:
+def score_work(node: OpNode, symbols: Symbols, shared: bool) -> tuple[float, float]:
     """Bytes read and flops where every token sees a full page table; `shared`: a request's tokens share its keys."""
     data = _value(node, 0)
     heads, dim = int(data.shape[1]), int(data.shape[2])
@@ -242,18 +242,18 @@ def _score_work(node: OpNode, symbols: Symbols, shared: bool) -> tuple[float, fl
 
 
 def _tokens_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
-    moved, flops = _score_work(node, symbols, shared=False)
+    moved, flops = score_work(node, symbols, shared=False)
     # measured: 106 us where `pages` takes 81 (64 requests of 128 K tokens, FP8)
     return Work(1.3 * moved, flops, "gpu", 0.4, "fp8", launches=2 * config.get("chunks", 1))
 
 
 def _pages_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
-    moved, flops = _score_work(node, symbols, shared=False)
+    moved, flops = score_work(node, symbols, shared=False)
     return Work(moved, flops, "gpu", 0.6, "fp8", launches=2 * config.get("chunks", 1))
 
 
 def _keys_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
-    moved, flops = _score_work(node, symbols, shared=True)
+    moved, flops = score_work(node, symbols, shared=True)
     # a run of few tokens pays for the loading of its keys: as if it had 32
     few = max(1.0, 32.0 * symbols["R"] / max(1, symbols["T"]))
     return Work(moved, flops * few, "gpu", 0.75, "fp8", launches=2 * config.get("chunks", 1))
@@ -310,7 +310,7 @@ def _rows_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     return (Value((tokens, columns, int(entries) // GROUP), "int32"),)
 
 
-def _select_space(node: OpNode, symbols: Symbols, sms: int, capped: bool) -> tuple[dict[str, Any], ...]:
+def select_space(node: OpNode, symbols: Symbols, sms: int, capped: bool) -> tuple[dict[str, Any], ...]:
     """Few rows want few steps, many rows want two blocks an SM: half of the registers.
 
     `capped`: a cap on registers was measured to pay although some of them spill."""
@@ -328,7 +328,7 @@ def _select_space(node: OpNode, symbols: Symbols, sms: int, capped: bool) -> tup
 def _rows_space(node: OpNode, symbols: Symbols, *, sms: int, capped: bool) -> tuple[Config, ...]:
     return tuple(
         {**select, "block": block, "steps": steps}
-        for select in _select_space(node, symbols, sms, capped)
+        for select in select_space(node, symbols, sms, capped)
         for block, steps in ((4096, 4), (2048, 2))
     )
 
@@ -341,17 +341,17 @@ def _rows_cost(node: OpNode, symbols: Symbols, config: Config) -> Work:
 # --- scores and top-k
 
 
-def _accepts_topk(node: OpNode) -> str | None:
+def accepts_topk(node: OpNode) -> str | None:
     if node.attrs["topk"] not in (64, 128, 256, 512, 1024):
         return f"needs a topk of 64, 128, 256, 512 or 1024, not {node.attrs['topk']}"
-    return _accepts_scores(node)
+    return accepts_scores(node)
 
 
 def _accepts_topk_gluon(node: OpNode) -> str | None:
-    return _accepts_topk(node) or _accepts_gluon(node)
+    return accepts_topk(node) or _accepts_gluon(node)
 
 
-def _build_topk(node: OpNode, config: Config, *, sms: int) -> Build:
+def build_topk(node: OpNode, config: Config, *, sms: int, score: Callable[..., TritonLaunch] = _score_launch) -> Build:
     chunks, inputs = config["chunks"], len(node.inputs)
     out = inputs + (1 if chunks == 1 else 2)
     pieces: list[tuple[int, Expr, Expr]] = [(inputs, 0, "a0_0")]  # workspace, first row, rows
@@ -362,12 +362,12 @@ def _build_topk(node: OpNode, config: Config, *, sms: int) -> Build:
     entries = f"a3_1 * {PAGE}"
     for scores, first, count in pieces:
         at = f"({count}) * {entries}"
-        launches.append(_score_launch(node, config, sms, scores, first, count, at, node.attrs["topk"]))
+        launches.append(score(node, config, sms, scores, first, count, at, node.attrs["topk"]))
         launches.append(_select_launch(node, config, scores, scores, 5, out, entries, first, count, at))
     return Build("gpu", launches=tuple(launches))
 
 
-def _topk_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
+def topk_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     columns, chunks = _value(node, 3).shape[1], config["chunks"]
     whole = Value(("T", columns, -(-ROW // chunks)), "float32")
     return (whole,) if chunks == 1 else (whole, Value((chunks, columns, ROW), "float32"))
@@ -379,13 +379,13 @@ def _chunks(symbols: Symbols) -> int:
     return next((c for c in _CHUNKS if whole <= c * SCORE_BYTES), _CHUNKS[-1])
 
 
-def _with_select(
+def with_select(
     space: Callable[[OpNode, Symbols], tuple[Config, ...]], sms: int, capped: bool
 ) -> Callable[[OpNode, Symbols], tuple[Config, ...]]:
     """The space of scores and top-k: every way to score with the best way to select, and the best with the others."""
 
     def both(node: OpNode, symbols: Symbols) -> tuple[Config, ...]:
-        select, score = _select_space(node, symbols, sms, capped), space(node, symbols)
+        select, score = select_space(node, symbols, sms, capped), space(node, symbols)
         pairs = [(one, select[0]) for one in score] + [(score[0], other) for other in select[1:]]
         return tuple({**one, **other, "chunks": _chunks(symbols)} for one, other in pairs)
 
@@ -397,7 +397,7 @@ SCORE_ERROR = 1e-3  # the matrix unit adds E4M3 products with 14 bits: measured 
 
 
 def schedules(arch: str) -> tuple[Schedule, ...]:
-    """The family for a GPU architecture; `pages` and `keys` are written for Hopper."""
+    """The family for a GPU architecture; scores are written for Hopper, Blackwell has its own."""
     targets, sms, capped = frozenset({arch}), MACHINES[arch].multiprocessors, MACHINES[arch].measured
     every: tuple[Schedule, ...] = (
         Schedule(
@@ -414,7 +414,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
             "index_scores.gluon_pages",
             "index_scores",
             HOPPER,
-            partial(_build_scores, sms=sms),
+            partial(build_scores, sms=sms),
             _pages_cost,
             _accepts_gluon,
             space=_pages_space,
@@ -424,7 +424,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
             "index_scores.gluon_keys",
             "index_scores",
             HOPPER,
-            partial(_build_scores, sms=sms),
+            partial(build_scores, sms=sms),
             _keys_cost,
             _accepts_gluon,
             space=_keys_space,
@@ -433,10 +433,10 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
         Schedule(
             "index_scores.triton_tokens",
             "index_scores",
-            targets,
-            partial(_build_scores, sms=sms),
+            HOPPER,
+            partial(build_scores, sms=sms),
             _tokens_cost,
-            _accepts_scores,
+            accepts_scores,
             space=_tokens_space,
             tolerance=SCORE_ERROR,
         ),
@@ -455,33 +455,33 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
             "index_topk_packed.gluon_pages",
             "index_topk_packed",
             HOPPER,
-            partial(_build_topk, sms=sms),
+            partial(build_topk, sms=sms),
             _pages_cost,
             _accepts_topk_gluon,
-            workspace=_topk_workspace,
-            space=_with_select(_pages_space, sms, capped),
+            workspace=topk_workspace,
+            space=with_select(_pages_space, sms, capped),
             tolerance=SCORE_ERROR,
         ),
         Schedule(
             "index_topk_packed.gluon_keys",
             "index_topk_packed",
             HOPPER,
-            partial(_build_topk, sms=sms),
+            partial(build_topk, sms=sms),
             _keys_cost,
             _accepts_topk_gluon,
-            workspace=_topk_workspace,
-            space=_with_select(_keys_space, sms, capped),
+            workspace=topk_workspace,
+            space=with_select(_keys_space, sms, capped),
             tolerance=SCORE_ERROR,
         ),
         Schedule(
             "index_topk_packed.triton_tokens",
             "index_topk_packed",
-            targets,
-            partial(_build_topk, sms=sms),
+            HOPPER,
+            partial(build_topk, sms=sms),
             _tokens_cost,
-            _accepts_topk,
-            workspace=_topk_workspace,
-            space=_with_select(_tokens_space, sms, capped),
+            accepts_topk,
+            workspace=topk_workspace,
+            space=with_select(_tokens_space, sms, capped),
             tolerance=SCORE_ERROR,
         ),
     )
