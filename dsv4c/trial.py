@@ -111,6 +111,10 @@ class Trial:
         )
         return row
 
+    def check(self, choice: Choice, kernel: artifact.Kernel, native: GpuKernels | None) -> float:
+        """A candidate's error, of two runs that give the same. Raises WrongResult."""
+        return self._check(choice, self._binder(choice, kernel, native), self._laid(self.args, choice.layouts))
+
     def _laid(self, args: Args, by_index: Mapping[int, Transforms]) -> Args:
         return [a if a is None or i not in by_index else layouts.apply(a, by_index[i]) for i, a in enumerate(args)]
 
