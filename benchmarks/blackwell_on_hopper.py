@@ -51,9 +51,7 @@ def build(folder: Path, families: Sequence[str], label: str) -> int:
                 config = {**first.config, "stages": 1} if family == "attention" else first.config
                 choice = choose(schedule, workload.node, ARCH, workload.symbols, "", config)
                 choices[choice.kernel] = choice
-                entries.append(
-                    Entry(family, workload.label, workload.op, choice.schedule, dict(config), choice.kernel)
-                )
+                entries.append(Entry(family, workload.label, workload.op, choice.schedule, dict(config), choice.kernel))
     folder.mkdir(parents=True, exist_ok=True)
     kernels = emit(choices, folder, folder.parent / f"{folder.name}.cache", arch=ARCH)
     bundle = {"entries": [asdict(e) for e in entries], "kernels": {n: asdict(k) for n, k in kernels.items()}}

@@ -1,7 +1,8 @@
 """Schedules for Blackwell (`sm_100a`: B200, GB200; `sm_103a`: B300, GB300). Nothing here imports a kernel language.
 
-What is plain Triton is shared with Hopper, with configs for this card's multiprocessors, but for what multiplies; an op without an entry here
-has no native schedule yet, and compiling it is refused by name. No kernel was run on such a card: docs/blackwell.md.
+What is plain Triton is shared with Hopper, with configs for this card's multiprocessors; most of what multiplies has
+kernels of its own. An op without an entry here has no native schedule yet, and compiling it is refused by name. No
+kernel was run on such a card: docs/blackwell.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Index scores on Blackwell, and scores with top-k; queries and top-k over rows are Hopper's for this card.
 
-`tiles` deals tiles of 128 keys out over the card, each for one token: decode, where reading the keys binds, three blocks
-a multiprocessor to have enough on their way. `runs` keeps a tile of keys and takes the tokens of a request past it, 128
-heads of queries a product: prefill. There the matrix unit needs 256 cycles a tile, and as long goes into relu and sums.
+`tiles` deals tiles of 128 keys out over the card, each for one token: decode, where reading the keys binds; three
+blocks a multiprocessor have enough on their way. `runs` keeps a tile of keys and takes the tokens of a request past it,
+128 columns of heads a product: prefill. There the matrix unit needs 256 cycles a tile, relu and sums as many.
 """
 
 from __future__ import annotations

@@ -200,7 +200,9 @@ def _score_launch(node: OpNode, config: Config, sms: int, *rest: Any) -> TritonL
     return make(node, config, sms, *rest)
 
 
-def build_scores(node: OpNode, config: Config, *, sms: int, score: Callable[..., TritonLaunch] = _score_launch) -> Build:
+def build_scores(
+    node: OpNode, config: Config, *, sms: int, score: Callable[..., TritonLaunch] = _score_launch
+) -> Build:
     out = len(node.inputs)
     fill = TritonLaunch(
         "dsv4c.schedules.triton.index:fill_hidden",

@@ -1,4 +1,4 @@
-"""Index scores for tensor memory: keys are the 128 rows of a product, heads its columns, so a thread sums a key's heads.
+"""Index scores for tensor memory: keys are the 128 rows of a product, heads its columns: a thread sums a key's heads.
 
 E4M3 keys are multiplied as they lie (`kind::f8f6f4`); so are FP4 keys, as E2M1 with their E8M0 scales for 32 channels
 beside E4M3 queries of scale 1 (`kind::mxf8f6f4`): the unit applies the scales, nothing is widened and nothing cut off.
@@ -145,7 +145,9 @@ def score_runs(
             for here in tl.range(low, high + 1, TS, disable_licm=True):
                 token = (first + begin + here).to(tl.int64)
                 some = here + row // H <= high
-                query = tl.load(data + token * (H * C) + row[:, None] * C + tl.arange(0, C)[None, :], mask=some[:, None])
+                query = tl.load(
+                    data + token * (H * C) + row[:, None] * C + tl.arange(0, C)[None, :], mask=some[:, None]
+                )
                 w = tl.load(weight + token * H + row, mask=some, other=0.0)
                 dots = _relu(_products(keys, scales, query.to(tl.float8e4nv, bitcast=True), C, FP4)) * w[None, :]
                 score = tl.sum(tl.reshape(dots, (BN, TS, H)), axis=2)

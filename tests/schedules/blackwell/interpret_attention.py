@@ -66,7 +66,10 @@ def _simulated(words: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 def simulated() -> None:
     """The assembly text gives every E4M3 number times the factor, at each of its four places."""
-    assert [line.split()[-1] for line in attend_wide.WIDEN.value.splitlines() if "prmt" in line] == ["0x1804;", "0x3A24;"]
+    assert [line.split()[-1] for line in attend_wide.WIDEN.value.splitlines() if "prmt" in line] == [
+        "0x1804;",
+        "0x3A24;",
+    ]
     byte = np.array([b for b in range(256) if b & 127 != 127], np.uint32)
     number = torch.from_numpy(byte.astype(np.uint8)).view(torch.float8_e4m3fn).double().numpy()
     for place in range(4):
@@ -111,8 +114,9 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         kind, draw(st.sampled_from((8, 64, 72, 128))), tuple(draw(st.lists(at, min_size=1, max_size=3))),
         draw(st.booleans()), draw(st.sampled_from((1, 64, 100, 128))), draw(st.sampled_from((16, 64))),
-        draw(st.sampled_from((2, 16, 64))), draw(st.sampled_from((1, 4, 128))), draw(st.sampled_from((16, 64, 80, 128))),
-        draw(st.integers(1, 4)), draw(st.sampled_from(("some", "none", "all", "last"))),
+        draw(st.sampled_from((2, 16, 64))), draw(st.sampled_from((1, 4, 128))),
+        draw(st.sampled_from((16, 64, 80, 128))), draw(st.integers(1, 4)),
+        draw(st.sampled_from(("some", "none", "all", "last"))),
         draw(st.sampled_from(("usual", "mixed", "tiny"))), draw(st.sampled_from(("usual", "large", "zero"))),
         draw(st.sampled_from(("usual", "low", "high"))), draw(st.integers(0, 2**31)),
     )  # fmt: skip
@@ -133,7 +137,9 @@ class _Made:
         if case.sink != "usual":
             self.sink = torch.full((case.heads,), float("-inf") if case.sink == "low" else 300.0)
         recent = (self.positions + 1).clamp(max=case.window)
-        self.pool, self.pages = self._pool([(int(p + 1 - r), int(p + 1)) for p, r in zip(self.positions, recent)], case.page)
+        self.pool, self.pages = self._pool(
+            [(int(p + 1 - r), int(p + 1)) for p, r in zip(self.positions, recent)], case.page
+        )
         step = {"window": 1, "csa": 4, "hca": case.ratio}[case.kind]
         self.complete = (self.positions + 1) // step
         self.entry_pool, self.entry_pages = self._pool([(0, int(n)) for n in self.complete], case.per_page)
@@ -249,7 +255,9 @@ def check(case: Case) -> None:
             allowed = allowed + HALF * reach
         error = (out[token] - result).abs()
         worst = (error - allowed).max()
-        assert worst <= 1e-30, f"token {token}: {error.max():.3g} where {allowed.flatten()[error.argmax()]:.3g} is allowed"
+        assert worst <= 1e-30, (
+            f"token {token}: {error.max():.3g} where {allowed.flatten()[error.argmax()]:.3g} is allowed"
+        )
 
 
 def main(count: int, part: str) -> int:
