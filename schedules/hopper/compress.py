@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 
 from dsv4c.ops.formats import kv_group
 from dsv4c.schedules._launch import LaunchArg, TritonLaunch, i32, ptr
+from dsv4c.schedules._roofline import MACHINES
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work, dense_rows
 
 _MODULE = "dsv4c.schedules.triton.compress"
@@ -110,10 +112,12 @@ def _part(node: OpNode, config: Config) -> int:
     return min(_channels(node), max(32, 8 * threads // int(config["tile"])))
 
 
-def _overlap_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
-    """Four warps an entry of 512 channels, one or two an index key; 96 registers let one more block in."""
+def _overlap_space(node: OpNode, symbols: Mapping[str, int], *, cap: int = 96) -> tuple[Config, ...]:
+    """Four warps an entry of 512 channels, one or two an index key; 96 registers let one more block in.
+
+    `cap`: of registers. On Hopper 96 pay although some of them spill, as measured."""
     if _channels(node) == 512:
-        looks, tile, shapes = [64, 16], 8, [(4, 96), (4, None), (8, None)]
+        looks, tile, shapes = [64, 16], 8, [(4, cap), (4, None), (8, None)]
     else:
         looks, tile, shapes = [16], 4, [(2, None), (1, None), (1, 96)]
     few = max(1, 512 // _channels(node))
@@ -131,12 +135,12 @@ def _overlap_build(node: OpNode, config: Config) -> Build:
     )  # fmt: skip
 
 
-def _window_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
+def _window_space(node: OpNode, symbols: Mapping[str, int], *, cap: int = 80) -> tuple[Config, ...]:
     ratio = int(node.attrs["ratio"])
     tiles = _token_tiles(symbols, 8, 128, 32)  # a window's worth is kept: 4 tiles; in decode a token a block
     if _channels(node) < 512:
         return ({"ctas": 1, "warps": 8, "rows": 16, **tiles},)
-    shapes = [(8, 8, 16, 80), (8, 4, 8, 96), (8, 8, 16, 112)]
+    shapes = [(8, 8, 16, cap), (8, 4, 8, 96), (8, 8, 16, 112)] if cap == 80 else [(8, 8, 16, cap), (8, 8, 16, 112)]
     return tuple(
         {"ctas": c, "warps": w, "rows": min(r, ratio), **tiles, **({"registers": n} if n else {})}
         for c, w, r, n in shapes
@@ -231,6 +235,8 @@ _BYTES = 5e-3
 def schedules(arch: str) -> tuple[Schedule, ...]:
     """The family for a GPU architecture: plain Triton."""
     targets = frozenset({arch})
+    # caps below what the kernels need were measured to pay; where nothing is measured nothing is to spill
+    overlap, window = (96, 80) if MACHINES[arch].measured else (112, 96)
     return (
         Schedule(
             "compress_pack.triton_overlap",
@@ -239,7 +245,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
             _overlap_build,
             _cost,
             _overlap_accepts,
-            space=_overlap_space,
+            space=partial(_overlap_space, cap=overlap),
             tolerance=_BYTES,
         ),
         Schedule(
@@ -249,7 +255,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
             _window_build,
             _cost,
             _window_accepts,
-            space=_window_space,
+            space=partial(_window_space, cap=window),
             tolerance=_BYTES,
         ),
         Schedule(

@@ -246,7 +246,7 @@ def _above_all(
     """`_above` of all weights of a row, read again."""
     count = 0
     mass = 0.0
-    for first in range(0, C * W, 4 * W):
+    for first in tl.range(0, C * W, 4 * W, disable_licm=True):  # what stays the same would fill the registers
         at = first + tl.arange(0, 4 * W)
         x = _logits(
             logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
@@ -425,7 +425,7 @@ def draw_rows(
             cut = low.to(tl.float32, bitcast=True)
         earliest = float("inf")
         i = tl.arange(0, W)
-        for chunk in range(C):
+        for chunk in tl.range(0, C, disable_licm=True):
             x = _logits(
                 logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
                 s, chunk * W + i, V, PENALISED,

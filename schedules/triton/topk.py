@@ -168,8 +168,11 @@ def write_picks(key, entry, picks, bins, K: gl.constexpr, NUM_WARPS: gl.constexp
 
 
 @gluon.jit
-def write_picks_over(key, entry, bound, picks, bins, K: gl.constexpr, FEW: gl.constexpr, NUM_WARPS: gl.constexpr):
+def write_picks_over(
+    key, bound, picks, bins, chosen, groups, ROWS: gl.constexpr, K: gl.constexpr, NUM_WARPS: gl.constexpr
+):
     """The same where none of the K is below `bound`: usually few keys are not, and those are brought together first."""
+    FEW: gl.constexpr = 4 * ROWS
     keep = key >= bound
     rank = gl.associative_scan(keep.to(gl.int32), 0, _add)
     total = gl.sum(keep.to(gl.int32), axis=0)
@@ -180,14 +183,39 @@ def write_picks_over(key, entry, bound, picks, bins, K: gl.constexpr, FEW: gl.co
         kept_entries = gl.allocate_shared_memory(gl.int32, [2 * FEW], plain)
         to = gl.where(keep, rank - 1, FEW)  # the others behind the list
         kept_keys.scatter(key, to, 0)
-        kept_entries.scatter(entry, to, 0)
+        # found again here and below: the entries would stay in registers that the counting wants
+        again, _ = entries_of(chosen, groups, ROWS, K, NUM_WARPS)
+        kept_entries.scatter(flat_of(again, ROWS, NUM_WARPS), to, 0)
         gl.barrier()
         slot = gl.arange(0, FEW, layout=few)
         key_few = gl.where(slot < total, kept_keys.slice(0, FEW).load(few), LEAST)
         written = write_picks(key_few, kept_entries.slice(0, FEW).load(few), picks, bins, K, NUM_WARPS)
     else:
-        written = write_picks(key, entry, picks, bins, K, NUM_WARPS)
+        t, room, _ = threshold(key, bins, K, NUM_WARPS)
+        taken, place, written = places(key, t, room)
+        again, _ = entries_of(chosen, groups, ROWS, K, NUM_WARPS)
+        gl.store(picks + place, flat_of(again, ROWS, NUM_WARPS), mask=taken)
     return written
+
+
+@gluon.jit
+def entries_of(chosen, groups, ROWS: gl.constexpr, K: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Entries [ROWS, GROUP] of the chosen groups, or of the first where all fit; and their slots. A thread: whole groups."""
+    EACH: gl.constexpr = ROWS // (32 * NUM_WARPS)
+    tile: gl.constexpr = gl.BlockedLayout([EACH, GROUP], [32, 1], [NUM_WARPS, 1], [1, 0])
+    slot = gl.arange(0, ROWS, layout=gl.SliceLayout(1, tile))
+    group = slot
+    if groups > ROWS:
+        group = chosen.gather(gl.minimum(slot, K - 1), 0)
+    within = gl.arange(0, GROUP, layout=gl.SliceLayout(0, tile))
+    return gl.expand_dims(group, 1) * GROUP + gl.expand_dims(within, 0), slot
+
+
+@gluon.jit
+def flat_of(x, ROWS: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """[ROWS, GROUP] of whole groups a thread as a line, in place."""
+    flat: gl.constexpr = gl.BlockedLayout([ROWS // (32 * NUM_WARPS) * GROUP], [32], [NUM_WARPS], [0])
+    return gl.convert_layout(gl.reshape(x, [ROWS * GROUP]), flat, assert_trivial=True)
 
 
 @gluon.jit
@@ -202,9 +230,6 @@ def select_rows(
     gl.inline_asm("griddepcontrol.wait;", "~{memory}")
     gl.inline_asm("griddepcontrol.launch_dependents;", "~{memory}")
     ROWS: gl.constexpr = K if K > 512 else 512  # groups whose scores fit the registers
-    EACH: gl.constexpr = ROWS // (32 * NUM_WARPS)
-    tile: gl.constexpr = gl.BlockedLayout([EACH, GROUP], [32, 1], [NUM_WARPS, 1], [1, 0])  # a thread: whole groups
-    flat: gl.constexpr = gl.BlockedLayout([EACH * GROUP], [32], [NUM_WARPS], [0])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     row = gl.program_id(0)
@@ -219,8 +244,6 @@ def select_rows(
         bins = gl.allocate_shared_memory(gl.int32, [2 * BINS], plain)
         chosen = gl.allocate_shared_memory(gl.int32, [2 * K], plain)
         groups = gl.cdiv(seen, GROUP)
-        slot = gl.arange(0, ROWS, layout=gl.SliceLayout(1, tile))
-        group = slot
         listed = groups
         bound = LEAST + 1
         if groups > ROWS:
@@ -230,19 +253,15 @@ def select_rows(
                 listed, bound = list_groups(maxima, chosen, bins, groups, K, 16384, NUM_WARPS)
             else:
                 listed, bound = list_many_groups(maxima, chosen, groups, K, 2048, NUM_WARPS)
-            group = chosen.gather(gl.minimum(slot, K - 1), 0)
-        entry = gl.expand_dims(group, 1) * GROUP + gl.expand_dims(
-            gl.arange(0, GROUP, layout=gl.SliceLayout(0, tile)), 0
-        )
+        entry, slot = entries_of(chosen, groups, ROWS, K, NUM_WARPS)
         inside = (gl.expand_dims(slot, 1) < listed) & (entry < seen)
         key = ordered(gl.load(scores + entry, mask=inside, other=float("-inf")))
-        key = gl.convert_layout(gl.reshape(key, [ROWS * GROUP]), flat, assert_trivial=True)
-        entry = gl.convert_layout(gl.reshape(entry, [ROWS * GROUP]), flat, assert_trivial=True)
+        key = flat_of(key, ROWS, NUM_WARPS)
         if groups <= ROWS:
             # straight from the scores: the maxima of fours bound the K-th highest as those of groups do
             fours = gl.max(gl.reshape(key, [ROWS * 4, GROUP // 4]), axis=1)
             _, _, bound = threshold(fours, bins, K, NUM_WARPS)
-        total = write_picks_over(key, entry, bound, picks, bins, K, 4 * ROWS, NUM_WARPS)
+        total = write_picks_over(key, bound, picks, bins, chosen, groups, ROWS, K, NUM_WARPS)
         gl.store(picks + place, gl.full_like(place, -1), mask=place >= total)
 
 
