@@ -246,8 +246,8 @@ def _above_all(
     """`_above` of all weights of a row, read again."""
     count = 0
     mass = 0.0
-    for first in tl.range(0, C * W, 4 * W, disable_licm=True):  # what stays the same would fill the registers
-        at = first + tl.arange(0, 4 * W)
+    for first in tl.range(0, C * W, 2 * W, disable_licm=True):  # what stays the same would fill the registers
+        at = first + tl.arange(0, 2 * W)
         x = _logits(
             logits, slots, counts, repetition, frequency, presence, mask_rows, masks, chain, drafted,
             s, at, V, PENALISED,
