@@ -200,7 +200,7 @@ def write_picks_over(
 
 @gluon.jit
 def entries_of(chosen, groups, ROWS: gl.constexpr, K: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """Entries [ROWS, GROUP] of the chosen groups, or of the first where all fit; their slots. A thread: whole groups."""
+    """Entries [ROWS, GROUP] of the chosen groups, or of the first where all fit, and their slots."""
     EACH: gl.constexpr = ROWS // (32 * NUM_WARPS)
     tile: gl.constexpr = gl.BlockedLayout([EACH, GROUP], [32, 1], [NUM_WARPS, 1], [1, 0])
     slot = gl.arange(0, ROWS, layout=gl.SliceLayout(1, tile))

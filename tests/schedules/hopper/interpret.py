@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv4c.ops import OPS
 from dsv4c.runtime import layouts
-from dsv4c.runtime.gpu import _Sizes
+from dsv4c.runtime.gpu import CallSizes
 from dsv4c.schedules._launch import Desc, Ptr, Scalar, TritonLaunch
 from dsv4c.schedules._schedule import Build, Schedule, Transforms, Value
 from dsv4c.schedules._workload import Args, Workload
@@ -140,7 +140,7 @@ def _reinterpreted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def run(launch: TritonLaunch, call: Args) -> None:
     """One launch on the call's arguments."""
     module, _, name = launch.kernel.partition(":")
-    sizes = _Sizes(name, call)
+    sizes = CallSizes(name, call)
     grid = tuple(sizes.value(size) for size in launch.grid)
     if 0 in grid:
         return

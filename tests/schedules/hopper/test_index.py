@@ -16,7 +16,7 @@ from dsv4c.model.quant import hadamard, quantise_index
 from dsv4c.model.rope import rope
 from dsv4c.ops.formats import IndexFormat, index_sizes, read_entries, unpack_index
 from dsv4c.ops.index import index_query, index_scores, index_topk_packed, topk_rows
-from dsv4c.runtime.gpu import _Sizes
+from dsv4c.runtime.gpu import CallSizes
 from dsv4c.schedules._gpu import Request, compile_launch
 from dsv4c.schedules._launch import TritonLaunch
 from dsv4c.schedules._schedule import OpNode, Schedule, Value
@@ -158,7 +158,7 @@ def test_pieces_cover_every_batch_within_their_workspace(tokens: int) -> None:
     columns = 700
     sizes = {"T": tokens, "R": 1, "P_index": columns, "N_index": 64 * columns}
     shapes = [v.sizes(sizes) for v in (*one.node.inputs, *schedule.workspace(one.node, config), *one.node.outputs) if v]
-    known = _Sizes("test", [torch.empty(shape, device="meta") for shape in shapes])
+    known = CallSizes("test", [torch.empty(shape, device="meta") for shape in shapes])
     rows: list[int] = []
     for launch in schedule.build(one.node, config).launches:
         assert isinstance(launch, TritonLaunch)
