@@ -22,7 +22,7 @@ from dsv4c.checkpoint.names import parameter_sources
 from dsv4c.config import ModelConfig
 from dsv4c.errors import CompileError
 from dsv4c.irfiles import Source
-from dsv4c.lanes import settle, tasks_of
+from dsv4c.lanes import Task, settle, tasks_of
 from dsv4c.ops import DTYPE_BYTES, VIEWS, Op, TensorType
 from dsv4c.overlap import assign
 from dsv4c.program import Program, results_of, types_of
@@ -40,6 +40,15 @@ ROWS = ("T", "S", "D", "T_streams", "D_streams")  # what a program may call the 
 VECTOR = 16  # bytes that a GPU thread loads at once: every argument starts at a multiple
 
 
+@dataclass(frozen=True)
+class Called:
+    """A call as it was chosen, what it depends on, and the symbol that its schedule knows as `T`."""
+
+    choice: Choice
+    task: Task
+    rows: str
+
+
 @dataclass
 class Plan:
     """What `emit` builds and the manifest states: programs by name, and what all of them need."""
@@ -50,6 +59,8 @@ class Plan:
     states: set[str]
     sources: dict[str, tuple[Source, ...]] = field(default_factory=dict)
     """Of each program: where every call comes from, in order."""
+    called: dict[str, tuple[Called, ...]] = field(default_factory=dict)
+    """Of each program: its calls as they were chosen, in order."""
 
     @property
     def arena_bytes(self) -> int:
@@ -73,6 +84,7 @@ class Plan:
                 record(out.choices, choice)
             out.states |= one.states
             out.sources.update(one.sources)
+            out.called.update(one.called)
         return out
 
 
@@ -118,6 +130,7 @@ class _Planner:
     inputs: set[str] = field(default_factory=set)
     memo: dict[str, Choice] = field(default_factory=dict)
     costs: list[Choice] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
     origins: list[Source] = field(default_factory=list)
     schedules: Sequence[Schedule] = SCHEDULES
     order: Mapping[fx.Node, int] = field(init=False)
@@ -168,6 +181,7 @@ class _Planner:
         self.ranges.append(self._ranges(op, node, results))
         self.calls.append(artifact.Call(choice.kernel, tuple(args), len(written), node.meta.get("scope", "")))
         self.costs.append(choice)
+        self.rows.append(_rows(described))
         self.origins.append(Source(origin_of(node), passes_of(node)))
 
     def _ranges(self, op: Op, node: fx.Node, results: Mapping[int, str]) -> tuple[artifact.IndexRange, ...]:
@@ -185,9 +199,8 @@ class _Planner:
         """The choice for a node, by schedules that know rows as `T` whatever the program calls them."""
         key = repr(node)
         if key not in self.memo:
-            rows = [size for size in ROWS if size in _symbols(node)]
-            if len(rows) == 1 and rows != ["T"]:
-                (size,) = rows
+            size = _rows(node)
+            if size != "T":
                 symbols = {**self.symbols, "T": self.symbols[size]}
                 choice = select(_renamed(node, size, "T"), self.target, symbols, self.tuned, self.schedules)
                 workspace = tuple(_resized(value, "T", size) for value in choice.workspace)
@@ -303,6 +316,12 @@ def _symbols(node: OpNode) -> set[str]:
     return {size for value in values if value is not None for size in value.shape if isinstance(size, str)}
 
 
+def _rows(node: OpNode) -> str:
+    """The one symbol that counts its rows; `T` where several do."""
+    rows = [size for size in ROWS if size in _symbols(node)]
+    return rows[0] if len(rows) == 1 else "T"
+
+
 def _resized(value: Value, old: str, new: str) -> Value:
     return replace(value, shape=tuple(new if size == old else size for size in value.shape))
 
@@ -379,4 +398,7 @@ def plan(
     if not made.any_size:
         spent = sum(choice.seconds if choice.measured is None else choice.measured for choice in planner.costs)
         made = replace(made, predicted_us=round(1e6 * spent, 1))
-    return Plan({name: made}, planner.choices, planner.weights, planner.states, {name: tuple(planner.origins)})
+    called = tuple(map(Called, planner.costs, tasks, planner.rows))
+    return Plan(
+        {name: made}, planner.choices, planner.weights, planner.states, {name: tuple(planner.origins)}, {name: called}
+    )

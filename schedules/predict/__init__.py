@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping
 from dsv4c.errors import ScheduleError
 from dsv4c.schedules._schedule import Config, OpNode
 from dsv4c.schedules.predict import _attention, _matrix, _rows
+from dsv4c.schedules.predict._rates import Bound, busy, card_of, measured, seconds
 from dsv4c.schedules.predict._stage import Card, Situation, Stage
 
-__all__ = ["Card", "Situation", "Stage", "stages"]
+__all__ = ["Bound", "Card", "Situation", "Stage", "busy", "card_of", "measured", "seconds", "stages"]
 
 Stages = Callable[[OpNode, Mapping[str, int], Config, Situation, Card], tuple[Stage, ...]]
 

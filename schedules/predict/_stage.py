@@ -34,7 +34,7 @@ class Situation:
     tokens: int
     requests: int
     context: int
-    sampling: str = "greedy"
+    sampling: str = "temperature"
     """What its rows ask of sampling: `greedy` or `temperature`; what filters cost depends on the logits."""
 
     @property
