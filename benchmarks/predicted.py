@@ -1,12 +1,13 @@
 """Predicted beside measured: calibrates kernels' constants on half of an H200's tuned rows, and states the error.
 
-usage: python benchmarks/predicted.py [--calibrate] [--rows FILE] [--from MICROSECONDS]
+usage: python benchmarks/predicted.py [--calibrate] [--steps] [--rows FILE] [--from MICROSECONDS]
 
 Each schedule's fastest config of a workload is one call. The sizes (model, tokens, requests, context) at which the same
 kernels were measured are dealt in turn: the first, third, ... calibrate, the second, fourth, ... are held out; kernels
-measured at one or two sizes only calibrate. `--calibrate` writes schedules/predict/sm_90a.json. The table counts the fastest schedule of each workload.
-Sampling counts where it is greedy or has a temperature, experts where routing is even: what filters and skew add
-depends on the data.
+measured at one or two sizes only calibrate. `--calibrate` writes schedules/predict/sm_90a.json. The table counts the
+fastest schedule of each workload. Sampling counts where it is greedy or has a temperature, experts where routing is
+even: what filters and skew add depends on the data. `--steps` predicts the whole steps of benchmarks/gpu_engine.jsonl,
+which calibrate nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dsv4c.schedules._tuned import FOLDER, Row, read_rows
 from dsv4c.schedules._workload import Workload
@@ -61,7 +63,7 @@ def _count(text: str) -> int:
 
 
 def situation(workload: Workload) -> Situation:
-    """The step that a workload's label speaks of: `decode 64 @8K`, `prefill 8192 @120K` (what was before), `4 x 2048`."""
+    """The step that a label speaks of: `decode 64 @8K`, `prefill 8192 @120K` (what was before), `4 x 2048`."""
     label, symbols = workload.label, workload.symbols
     tokens = next(symbols[name] for name in ("T", "S", "D") if name in symbols)
     sampling = "greedy" if "greedy" in label else "temperature"
@@ -157,7 +159,7 @@ def table_of(found: Iterable[Call], rates: Mapping[str, Rates], least: float) ->
     for call in found:
         if call.fastest and call.row.microseconds > least:
             by_op[call.row.op].append(call)
-    lines = ["| op | held out | mean error | worst | all | mean error | worst |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| op | held out | mean error | worst | all | mean error | worst |", "| --- " * 7 + "|"]
     for op, group in sorted(by_op.items()):
         held = [call.error(rates) for call in group if not call.calibrates]
         every = [call.error(rates) for call in group]
@@ -178,12 +180,38 @@ def summary(found: Iterable[Call], rates: Mapping[str, Rates], least: float) -> 
     return f"{within} of {len(errors)} within 20 %, mean error {100 * statistics.fmean(map(abs, errors)):.1f} %"
 
 
-def main() -> None:
+def steps() -> list[dict[str, Any]]:
+    """Whole steps of `flash` as the engine ran them on an H200: the median of their runs beside the prediction."""
+    from dsv4c.config import preset
+    from dsv4c.predict import Predictor
+
+    lines = (Path(__file__).parent / "gpu_engine.jsonl").read_text(encoding="utf-8").splitlines()
+    runs: dict[tuple[int, str, int, int], list[float]] = defaultdict(list)
+    for row in map(json.loads, lines):
+        if row["phase"] == "decode":
+            runs[row["layers"], "decode", row["batch"], row["context"]].append(row["device_ms"])
+        elif row["phase"] == "prefill" and row["steps"] == 1:
+            runs[row["layers"], "prefill", row["tokens"], row["tokens"]].append(row["device_ms"])
+    predictors = {layers: Predictor(preset("flash").truncated(layers), TARGET) for layers in {key[0] for key in runs}}
+    out = []
+    for (layers, phase, size, context), times in sorted(runs.items()):
+        predictor, measured = predictors[layers], statistics.median(times)
+        step = predictor.decode(size, context) if phase == "decode" else predictor.prefill(size)
+        out.append({
+            "layers": layers, "phase": phase, "size": size, "context": context, "runs": len(times),
+            "measured_ms": round(measured, 3), "predicted_ms": round(1e3 * step.seconds, 3),
+            "error": round(1e3 * step.seconds / measured - 1, 4),
+        })  # fmt: skip
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibrate", action="store_true", help="fit the constants anew and write them")
+    parser.add_argument("--steps", action="store_true", help="whole steps of the engine too")
     parser.add_argument("--rows", type=Path, help="write every call as a JSON object a line")
     parser.add_argument("--from", dest="least", type=float, default=SHORT, help="only calls of so many microseconds")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     found = calls()
     if args.calibrate:
         rates: Mapping[str, Rates] = calibrate([call for call in found if call.calibrates])
@@ -198,13 +226,22 @@ def main() -> None:
     for call in sorted(held, key=lambda c: -abs(c.error(rates))):
         if call.fastest and call.row.microseconds > args.least and abs(call.error(rates)) > 0.2:
             parts = ", ".join(f"{s.kernel} {1e6 * seconds(s, TARGET, rates=rates):.1f}" for s in call.stages[:3])
-            print(f"{call.error(rates):+.0%} {call.row.microseconds:.1f} us {call.row.schedule} {call.row.label}: {parts}")
+            print(f"{call.error(rates):+.0%} {call.row.microseconds:.1f} us {call.row.schedule}", call.row.label, parts)
+    if args.steps:
+        print("\n| layers | step | context | runs | measured, ms | predicted | error |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for one in steps():
+            print(
+                f"| {one['layers']} | {one['phase']} {one['size']:,} | {one['context']:,} | {one['runs']} "
+                f"| {one['measured_ms']:.3f} | {one['predicted_ms']:.3f} | {one['error']:+.1%} |"
+            )
     if args.rows:
         lines = [
             {
-                "op": call.row.op, "label": call.row.label, "schedule": call.row.schedule, "measured_us": call.row.microseconds,
-                "predicted_us": round(call.predicted(rates), 2), "error": round(call.error(rates), 4),
-                "calibrates": call.calibrates, "fastest": call.fastest, "hardware": call.row.hardware,
+                "op": call.row.op, "label": call.row.label, "schedule": call.row.schedule,
+                "measured_us": call.row.microseconds, "predicted_us": round(call.predicted(rates), 2),
+                "error": round(call.error(rates), 4), "calibrates": call.calibrates, "fastest": call.fastest,
+                "hardware": call.row.hardware,
             }
             for call in sorted(found, key=lambda c: (c.row.op, c.row.label, c.row.schedule))
         ]  # fmt: skip

@@ -3,9 +3,9 @@
     lower a model with one layer of each kind -> plan the bucket -> predict each call -> as many layers as the model has
 
 A batch is padded to the bucket that an artifact would run. Independent calls overlap as the planner's lanes allow.
-Routing is taken as even, sampling as with a temperature, page tables as wide as the context. `low` is what the maker's stated
-rates allow with nothing exposed but launches; `high` is where kernels that no card has run reach half of what their
-likes reach on an H200 (for an H200 it is the prediction).
+Routing is taken as even, sampling as with a temperature, page tables as wide as the context. `low` is what the maker's
+stated rates allow with nothing exposed but launches; `high` is where kernels that no card has run reach half of what
+their likes reach on an H200 (for an H200 it is the prediction).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from dsv4c import overlap
 from dsv4c.artifact import Call
@@ -31,6 +32,7 @@ from dsv4c.schedules._schedule import Choice
 from dsv4c.schedules.predict import Bound, Situation, Stage, busy, card_of, measured, seconds, stages
 from dsv4c.weights import stored_formats
 
+Activations = Literal["mxfp8", "mxfp4"]
 BOUNDS: tuple[Bound, ...] = ("expected", "stated", "half")
 
 
@@ -97,16 +99,20 @@ class Predictor:
     """A model on a target. Lowering takes seconds and happens once, each step is then planned in less than one."""
 
     def __init__(
-        self, config: ModelConfig, arch: str, *, activations: str | None = None,
+        self, config: ModelConfig, arch: str, *, activations: Activations | None = None, every_layer: bool = False,
         watch: Callable[[Step], None] | None = None,
     ) -> None:  # fmt: skip
-        """Raises ConfigError for a target that nobody calibrated, or `activations` that it does not have."""
+        """`every_layer`: lowers all of them, to check that layers of a kind take the same.
+
+        Raises ConfigError for a target that nobody calibrated, or `activations` that it does not have."""
         if arch not in MACHINES or arch == "cpu":
             known = ", ".join(name for name in MACHINES if name != "cpu")
             raise ConfigError(f"nothing predicts target `{arch}`", hint=f"targets are {known}")
         self.config, self.arch = config, arch
-        self._layers = _kinds(config)
-        few = config.truncated(1 + max(self._layers.values()))
+        like = kinds(config)
+        chosen = range(config.num_hidden_layers) if every_layer else sorted(set(like))
+        few = of_layers(config, chosen)
+        self._counts = [1 if every_layer else like.count(layer) for layer in chosen]
         self._options = usual_options(few, Target(arch))
         self._program: Program = lower(
             few, self._options, watch, arch, _pipeline(few, arch, self._options, activations)
@@ -114,14 +120,14 @@ class Predictor:
 
     def decode(self, batch: int, context: int) -> StepCost:
         """One new token of each of `batch` requests that hold `context` tokens with it."""
-        self._check(context)
+        check_context(self.config, context)
         sizes = [b.requests for b in gpu_buckets(max(8192, batch), max(256, batch)) if b.phase == "decode"]
         size = next(size for size in sorted(sizes) if size >= batch)
         return self._step(Bucket("decode", size, size, size), Situation(size, size, context))
 
     def prefill(self, tokens: int, before: int = 0) -> StepCost:
         """`tokens` tokens of one prompt of which `before` are computed. Raises ConfigError beyond one step's tokens."""
-        self._check(before + tokens)
+        check_context(self.config, before + tokens)
         buckets = [b.tokens for b in gpu_buckets(self._options.max_tokens, self._options.max_requests)
                    if b.phase == "prefill"]  # fmt: skip
         size = next((size for size in sorted(buckets) if size >= tokens), None)
@@ -132,11 +138,6 @@ class Predictor:
             )
         rows = min(size, FEW_ROWS)
         return self._step(Bucket("prefill", size, rows, rows), Situation(size, 1, before + size))
-
-    def _check(self, context: int) -> None:
-        most = self.config.max_position_embeddings
-        if context > most:
-            raise ConfigError(f"a context of {context:,} tokens is more than the model's {most:,}")
 
     def _step(self, bucket: Bucket, situation: Situation) -> StepCost:
         config, layout = self._program.config, self._program.layout
@@ -153,17 +154,16 @@ class Predictor:
         counts = [self._count(call.scope) for call in calls]
         described = [self._stages(one, symbols, situation) for one in found]
         ops = [
-            self._op(one.choice, parts).times(count)
-            for one, parts, count in zip(found, described, counts, strict=True)
+            self._op(one.choice, parts).times(count) for one, parts, count in zip(found, described, counts, strict=True)
         ]
         weights = sum(
             count * sum(v.bytes(symbols) for v in one.choice.inputs if v is not None and v.role == "weight")
             for one, count in zip(found, counts, strict=True)
         )
-        times = [self._whole(found, described, calls, bound) for bound in BOUNDS]
+        expected, low, high = (self._whole(found, described, calls, bound) for bound in BOUNDS)
         return StepCost(
-            bucket.phase, bucket.name, situation.tokens, situation.requests, situation.context, *times, weights,
-            _joined(ops),
+            bucket.phase, bucket.name, situation.tokens, situation.requests, situation.context, expected, low, high,
+            weights, _joined(ops),
         )  # fmt: skip
 
     def _stages(self, one: Called, symbols: Mapping[str, int], situation: Situation) -> tuple[Stage, ...]:
@@ -171,16 +171,16 @@ class Predictor:
         return stages(one.choice.schedule, one.choice.node, rows, one.choice.config, situation, card_of(self.arch))
 
     def _op(self, choice: Choice, parts: Sequence[Stage]) -> OpCost:
-        times = [sum(seconds(part, self.arch, bound) for part in parts) for bound in BOUNDS]
+        expected, low, high = (sum(seconds(part, self.arch, bound) for part in parts) for bound in BOUNDS)
         return OpCost(
-            choice.node.op, choice.schedule, 1, *times, sum(part.bytes for part in parts),
+            choice.node.op, choice.schedule, 1, expected, low, high, sum(part.bytes for part in parts),
             sum(part.flops for part in parts), max(parts, key=lambda part: part.flops).unit, all(map(measured, parts)),
         )  # fmt: skip
 
     def _count(self, scope: str) -> int:
         """Layers of the whole model that a call of the lowered one stands for."""
         layer = _layer(scope)
-        return 1 if layer is None else sum(kind == layer for kind in self._layers.values())
+        return 1 if layer is None else self._counts[layer]
 
     def _whole(
         self, found: Sequence[Called], described: Sequence[Sequence[Stage]], calls: Sequence[Call], bound: Bound
@@ -189,12 +189,18 @@ class Predictor:
         tasks = [_timed(one.task, parts, self.arch, bound) for one, parts in zip(found, described, strict=True)]
         lanes = [call.lane for call in calls]
         total = _duration(tasks, lanes)
-        for layer in range(self._program.config.num_hidden_layers):
-            again = sum(kind == layer for kind in self._layers.values()) - 1
+        for layer, count in enumerate(self._counts):
             places = [place for place, call in enumerate(calls) if _layer(call.scope) == layer]
             low, high = places[0], places[-1] + 1
-            total += again * _duration([_from(task, low) for task in tasks[low:high]], lanes[low:high])
+            total += (count - 1) * _duration([_from(task, low) for task in tasks[low:high]], lanes[low:high])
         return total
+
+
+def check_context(config: ModelConfig, context: int) -> None:
+    """Raises ConfigError for more tokens than the model allows."""
+    most = config.max_position_embeddings
+    if context > most:
+        raise ConfigError(f"a context of {context:,} tokens is more than the model's {most:,}")
 
 
 def _calls(made: Plan, name: str) -> list[Call]:
@@ -207,16 +213,32 @@ def _layer(scope: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _kinds(config: ModelConfig) -> dict[int, int]:
-    """Layer -> the first one that does the same; the first layer of all begins the streams, and is like no other."""
-    first: dict[tuple[int, str, bool], int] = {}
-    return {
-        layer: first.setdefault((config.compress_ratios[layer], config.gate_kind(layer), layer == 0), layer)
-        for layer in range(config.num_hidden_layers)
-    }
+def kinds(config: ModelConfig) -> list[int]:
+    """Of each layer the first one that does the same. The first and the last of all, which begin and end the streams,
+    are like no other; nor are those that a DSpark drafter reads."""
+    last, read = config.num_hidden_layers - 1, set(config.dspark_target_layer_ids or ())
+    first: dict[object, int] = {}
+    return [
+        layer
+        if layer in (0, last) or layer in read
+        else first.setdefault((config.compress_ratios[layer], config.gate_kind(layer)), layer)
+        for layer in range(last + 1)
+    ]
 
 
-def _pipeline(config: ModelConfig, arch: str, options: Options, activations: str | None) -> Pipeline | None:
+def of_layers(config: ModelConfig, chosen: Sequence[int]) -> ModelConfig:
+    """The model with these layers alone, in their order, its first and last among them."""
+    ratios = tuple(config.compress_ratios[layer] for layer in chosen)
+    targets = config.dspark_target_layer_ids
+    return replace(
+        config, num_hidden_layers=len(chosen),
+        compress_ratios=(*ratios, *config.compress_ratios[config.num_hidden_layers :]),
+        num_hash_layers=sum(config.gate_kind(layer) == "hash" for layer in chosen),
+        dspark_target_layer_ids=targets and tuple(chosen.index(layer) for layer in targets),
+    )  # fmt: skip
+
+
+def _pipeline(config: ModelConfig, arch: str, options: Options, activations: Activations | None) -> Pipeline | None:
     if activations is None:
         return None
     usual = default_pipeline(stored_formats(config), arch, 0, options.max_context)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from dsv4c.commands import audit, bench, bisect, chat, compile, dynamo, explain, inspect, plan, run, tune, verify
+from dsv4c.commands import (
+    audit,
+    bench,
+    bisect,
+    chat,
+    compile,
+    dynamo,
+    explain,
+    inspect,
+    plan,
+    predict,
+    run,
+    tune,
+    verify,
+)
 
-COMMANDS = (compile, run, dynamo, chat, bench, plan, tune, inspect, explain, verify, bisect, audit)
+COMMANDS = (compile, run, dynamo, chat, bench, plan, predict, tune, inspect, explain, verify, bisect, audit)
 """In the order of `dsv4c --help`."""
 
 __all__ = ["COMMANDS"]

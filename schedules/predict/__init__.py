@@ -21,18 +21,18 @@ from dsv4c.schedules.predict import _attention, _matrix, _rows
 from dsv4c.schedules.predict._rates import Bound, busy, card_of, measured, seconds
 from dsv4c.schedules.predict._stage import Card, Situation, Stage
 
-__all__ = ["Bound", "Card", "Situation", "Stage", "busy", "card_of", "measured", "seconds", "stages"]
+__all__ = ["Bound", "Card", "Situation", "Stage", "busy", "card_of", "described", "measured", "seconds", "stages"]
 
 Stages = Callable[[OpNode, Mapping[str, int], Config, Situation, Card], tuple[Stage, ...]]
 
 _BY_WAY: dict[str, Stages] = {
     "gluon_few": _matrix.few, "gluon_many": _matrix.many, "tile_ring": _matrix.tile_ring, "aten": _matrix.vendor,
     "triton_scaled": _matrix.scaled, "triton_tiles": _matrix.scaled, "gluon_groups": _attention.groups,
-    "tile_pair": _attention.pair, "triton_gather": _attention.gather, "gluon_pages": _attention.scores,
-    "gluon_keys": _attention.scores, "triton_tokens": _attention.scores, "triton_split": _rows.split,
-    "tile_split": _rows.split, "gluon_cluster": _rows.cluster, "triton_overlap": _rows.compress,
-    "triton_window": _rows.compress, "triton_slices": _rows.slices, "triton_lists": _rows.sample,
-    "triton_groups": _rows.rows, "triton_heads": _rows.rows, "triton_rows": _rows.rows,
+    "triton_wide": _attention.wide, "tile_pair": _attention.pair, "triton_gather": _attention.gather,
+    "gluon_pages": _attention.scores, "gluon_keys": _attention.scores, "triton_tokens": _attention.scores,
+    "triton_split": _rows.split, "tile_split": _rows.split, "gluon_cluster": _rows.cluster,
+    "triton_overlap": _rows.compress, "triton_window": _rows.compress, "triton_slices": _rows.slices,
+    "triton_lists": _rows.sample, "triton_groups": _rows.rows, "triton_heads": _rows.rows, "triton_rows": _rows.rows,
     "gluon_fragments": _matrix.experts,
 }  # fmt: skip
 _BY_NAME: dict[str, Stages] = {
@@ -40,7 +40,11 @@ _BY_NAME: dict[str, Stages] = {
     "gate_bias.triton_rows": _matrix.gate, "gate_hash.triton_rows": _matrix.gate, "hc_post.triton_tiles": _rows.rows,
     **{f"gate_linear_{kind}.gluon_few": _matrix.gate_few for kind in ("bias", "hash")},
     **{f"gate_linear_{kind}.triton_tiles": _matrix.gate_scaled for kind in ("bias", "hash")},
-    **{f"index_topk_packed.{way}": _attention.picks for way in ("gluon_pages", "gluon_keys", "triton_tokens")},
+    **{
+        f"index_topk_packed.{way}": _attention.picks
+        for way in ("gluon_pages", "gluon_keys", "triton_tokens", "triton_tiles", "triton_runs")
+    },
+    **{f"index_scores.{way}": _attention.scores for way in ("triton_tiles", "triton_runs")},
     **{f"{op}.triton_scaled": _matrix.experts_scaled for op in ("experts_fp4", "experts_mx", "experts_nvfp4")},
     **{f"{op}.triton_rows": _rows.gathered for op in ("embed", "embed_streams", "take_rows")},
     **{
@@ -52,6 +56,11 @@ _BY_NAME: dict[str, Stages] = {
         )
     },
 }  # fmt: skip
+
+
+def described(schedule: str) -> bool:
+    """Whether the stages of a schedule are known."""
+    return schedule in _BY_NAME or schedule.partition(".")[2] in _BY_WAY
 
 
 def stages(

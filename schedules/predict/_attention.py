@@ -75,6 +75,13 @@ def groups(node: OpNode, symbols: Symbols, config: Config, step: Situation, card
     return _attend(f"attend.groups.{where}", node, step, card, _ROWS, 64, shares, 1), *_combine(node, step, shares)
 
 
+def wide(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: Card) -> tuple[Stage, ...]:
+    """Blackwell's, with sums in tensor memory: a block a token, 64 heads and share."""
+    shares = int(config["shares"])
+    where = "decode" if step.each <= 4 else _kind(node)
+    return _attend(f"attend.wide.{where}", node, step, card, _ROWS, 64, shares, 1), *_combine(node, step, shares)
+
+
 def pair(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: Card) -> tuple[Stage, ...]:
     """TileLang's: a cluster of `splits` blocks a token."""
     splits = int(config["splits"])
@@ -92,7 +99,8 @@ def _index(node: OpNode) -> tuple[int, int, int]:
     """Heads, channels and bytes of a key."""
     data = value(node, 0)
     heads, dim = int(data.shape[1]), int(data.shape[2])
-    return heads, dim, sum(index_sizes(dim, str(node.attrs["format"])))
+    data_bytes, scale_bytes = index_sizes(dim, node.attrs["format"])
+    return heads, dim, data_bytes + scale_bytes
 
 
 def _scores(
@@ -105,7 +113,7 @@ def _scores(
     flops = 2.0 * rows * seen * heads * dim
     written = 4.0 * rows * (symbols["P_index"] * _PAGE if whole else seen)
     share = rows / step.tokens
-    if way == "keys":
+    if way in ("keys", "runs"):
         return _streamed(node, config, step, card, rows, written)
     name = f"index.{way}_{form}" + (f".{'few' if rows <= 16 else 'more'}" if way == "tokens" else "")
     own = rows * seen * size  # each token reads its keys; those of one request share a cache
@@ -119,7 +127,8 @@ def _streamed(node: OpNode, config: Config, step: Situation, card: Card, rows: f
     """Blocks that hold keys and let tokens pass, two a multiprocessor. Rounds: requests that one block serves in turn,
     each with keys of its own; the last round of blocks is as long as a full one."""
     heads, dim, size = _index(node)
-    keys, tokens = 16 * int(config["warps"]) * int(config["tiles"]), int(config["tokens"])
+    way, tokens = str(config["way"]), int(config["tokens"])
+    keys = 16 * int(config["warps"]) * int(config["tiles"]) if way == "keys" else int(config["keys"])
     seen, each = step.seen(_ratio(node)), max(1.0, step.each)
     passing = min(tokens, rows)
     served = max(1.0, passing / each)
@@ -128,7 +137,7 @@ def _streamed(node: OpNode, config: Config, step: Situation, card: Card, rows: f
     issued = max(2.0 * rows * seen * heads * dim, work * blocks) + work * min(slots, blocks)
     requests = max(1.0, rows / each)
     traffic = requests * step.held(_ratio(node)) * size + written
-    return Stage(f"index.keys_{node.attrs['format']}", traffic, 2.0 * rows * seen * heads * dim, "fp8", issued,
+    return Stage(f"index.{way}_{node.attrs['format']}", traffic, 2.0 * rows * seen * heads * dim, "fp8", issued,
                  cached=cdiv(rows, tokens) * seen * size, rounds=served * cdiv(blocks, slots))  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def vendor(node: OpNode, symbols: Symbols, config: Config, step: Situation, card
 
 def scaled(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: Card) -> tuple[Stage, ...]:
     """Blackwell's: 128 rows of the weight by `columns` tokens, `parts` of the channels apart, then their sum."""
-    n, k, _, unit = _sizes(node)
+    n, _, _, unit = _sizes(node)
     tokens, columns, parts = max(1, symbols["T"]), int(config["columns"]), int(config["parts"])
     size = "few" if tokens <= 512 else "many"
     one = _product(f"linear.{size}_{unit}.tcgen05", node, symbols, card, columns, 128, parts, 1)
@@ -145,9 +145,19 @@ def experts(node: OpNode, symbols: Symbols, config: Config, step: Situation, car
     flops = 6.0 * pairs * dim * inner
     padded = sum(share * _padded(load, columns) for load, share in loads(tokens, topk, count))
     launches = 4 if config["sort"] else 5
+    split = sum(share * cdiv(load, columns[-1]) for load, share in loads(tokens, topk, count)) * count
     return (
-        Stage("experts", weights + rows, flops, "bf16", 6.0 * dim * inner * count * padded, rounds=launches),
-    )
+        Stage("experts", weights + rows, flops, "bf16", 6.0 * dim * inner * count * padded,
+              cached=_again(weights, split / max(some, 1e-9), 2.0 * pairs, dim, inner), rounds=launches),
+    )  # fmt: skip
+
+
+def _again(weights: float, tiles: float, row: float, dim: int, inner: int) -> float:
+    """Bytes from the cache: weights for every tile of an expert but its first, rows for every 128 rows of a weight.
+
+    `row`: bytes of one channel of all pairs.
+    """
+    return weights * max(0.0, tiles - 1) + row * (dim * (inner / 128 - 1) + inner * (dim / 128 - 1))
 
 
 def _padded(load: int, columns: list[int]) -> int:
@@ -177,7 +187,7 @@ def experts_scaled(node: OpNode, symbols: Symbols, config: Config, step: Situati
     tokens, columns = symbols["T"], int(config["columns"])
     pairs, some = tokens * topk, hit(count, topk, tokens)
     nvfp4 = node.op == "experts_nvfp4"
-    activations = "nvfp4" if nvfp4 else str(node.attrs["activations"]) if node.op == "experts_mx" else "bf16"
+    activations = str(node.attrs.get("activations", "nvfp4" if nvfp4 else "bf16"))
     group = 16 if nvfp4 else 32
     byte = {"bf16": 2.0, "mxfp8": 1 + 1 / 32}.get(activations, 0.5 + 1 / group)
     unit: Unit = {"bf16": "bf16", "mxfp8": "fp8"}.get(activations, "fp4")  # type: ignore[assignment]
@@ -187,10 +197,10 @@ def experts_scaled(node: OpNode, symbols: Symbols, config: Config, step: Situati
     tiles = sum(share * cdiv(load, columns) for load, share in loads(tokens, topk, count))
     flops = 6.0 * pairs * dim * inner
     size = "few" if columns <= 32 else "many"
-    launches = 4 if activations == "bf16" else 5
+    launches = 4 if activations == "bf16" or config.get("sort") else 5
     return (
         Stage(
             f"experts.{size}.tcgen05", weights + rows, flops, unit, 6.0 * dim * inner * count * tiles * wide,
-            rounds=launches,
+            cached=_again(weights, tiles * count / max(some, 1e-9), pairs * byte, dim, inner), rounds=launches,
         ),
     )  # fmt: skip

@@ -30,17 +30,26 @@ _LAUNCH = 1e-6  # the least that one kernel after another takes within a graph (
 
 Bound = Literal["expected", "stated", "half"]
 """`expected`: H200's shares. `stated`: what the maker states, nothing exposed but launches. `half`: kernels that were
-measured on no card reach half of their likes' shares."""
+never measured reach half of their likes' shares."""
 
 LIKES: Mapping[str, str] = {
     "linear.few_fp8.tcgen05": "linear.few_fp8",
     "linear.few_bf16.tcgen05": "linear.few_bf16",
     "linear.many_fp8.tcgen05": "linear.many_fp8.128x128",
     "linear.many_bf16.tcgen05": "linear.many_bf16.128x128",
+    **{f"attend.wide.{where}": f"attend.groups.{where}" for where in ("decode", "window", "csa", "hca")},
+    **{f"index.tiles_{form}": f"index.pages_{form}" for form in ("fp8", "fp4")},
+    **{f"index.runs_{form}": f"index.keys_{form}" for form in ("fp8", "fp4")},
     "experts.few.tcgen05": "experts",
     "experts.many.tcgen05": "experts",
+    "compress.window_1x8": "compress.window_decode",
+    "compress.online_1x4": "compress.online_1x8",
+    "compress.online_1x2": "compress.online_1x8",
+    "topk.long64": "topk.long512",
+    "sample_penalised.greedy": "sample.greedy",
+    "sample_drafted.greedy": "sample.greedy",
 }
-"""Kernel that no card ran -> the measured one whose constants it takes."""
+"""Kernel that was never measured -> the measured one whose constants it takes."""
 
 _STATED: Mapping[str, tuple[float, Mapping[str, float]]] = {
     "sm_90a": (4.8e12, {"fp32": 67e12, "bf16": 0.99e15, "fp8": 1.98e15}),
@@ -90,8 +99,8 @@ def rates_of(stage: Stage, rates: Mapping[str, Rates] | None = None) -> Rates:
 def busy(stage: Stage, target: str, bound: Bound = "expected", rates: Mapping[str, Rates] | None = None) -> float:
     """Seconds that a stage keeps memory, cache or arithmetic busy."""
     if bound == "stated":
-        bytes_per_s, peak = _STATED[target]
-        return max(stage.bytes / bytes_per_s, stage.flops / peak[stage.unit])
+        bytes_per_s, peaks = _STATED[target]
+        return max(stage.bytes / bytes_per_s, stage.flops / peaks[stage.unit])
     own, machine = rates_of(stage, rates), MACHINES[target]
     share = _HALF if bound == "half" and not measured(stage) else 1.0
     speed = machine.multiprocessors / MACHINES["sm_90a"].multiprocessors * _CLOCK[target] / _CLOCK["sm_90a"]

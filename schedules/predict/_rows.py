@@ -1,4 +1,4 @@
-"""Stages of hyper-connections, compressors, sampling and everything that works on rows: bytes, and what they wait for."""
+"""Stages of hyper-connections, compressors, sampling and all that works on rows: bytes, and what they wait for."""
 
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ def compress(node: OpNode, symbols: Symbols, config: Config, step: Situation, ca
     width = "wide" if channels >= 1024 else "index"
     if name == "overlap":
         return (Stage(f"compress.overlap_{width}", traffic),)
-    where = "decode" if step.each <= 64 else f"{config.get('ctas', 1)}x{config['warps']}"
-    return (Stage(f"compress.{name}_{where}", traffic, rounds=cdiv(ended, card.sms / max(1, int(config.get("ctas", 1))))),)
+    blocks = int(config.get("ctas", 1))
+    where = "decode" if step.each <= 64 else f"{blocks}x{config['warps']}"
+    return (Stage(f"compress.{name}_{where}", traffic, rounds=cdiv(ended, card.sms / blocks)),)
 
 
 def slices(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: Card) -> tuple[Stage, ...]:
