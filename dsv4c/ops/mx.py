@@ -33,8 +33,8 @@ def mx_group(fmt: MxFormat) -> int:
     return 16 if fmt == "nvfp4" else 32
 
 
-def quantise_mx(x: Tensor, fmt: MxFormat, global_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Data and scales of rows [..., C]; `global_scale` is NVFP4's factor for the whole tensor."""
+def quantise_mx(x: Tensor, fmt: MxFormat, global_scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Data and scales of rows [..., C]; `global_scale` (float32, one element) is NVFP4's factor for all."""
     wide = x.float().unflatten(-1, (-1, mx_group(fmt)))
     most = wide.abs().amax(-1, keepdim=True)
     if fmt == "nvfp4":
@@ -48,7 +48,7 @@ def quantise_mx(x: Tensor, fmt: MxFormat, global_scale: float = 1.0) -> tuple[Te
     return data, to_e8m0(power.squeeze(-1))
 
 
-def dequantise_mx(data: Tensor, scale: Tensor, fmt: MxFormat, global_scale: float = 1.0) -> Tensor:
+def dequantise_mx(data: Tensor, scale: Tensor, fmt: MxFormat, global_scale: Tensor | float = 1.0) -> Tensor:
     """float32 rows of their data and scales."""
     if fmt == "mxfp8":
         return dequantise_rows(data, from_e8m0(scale))
@@ -57,7 +57,7 @@ def dequantise_mx(data: Tensor, scale: Tensor, fmt: MxFormat, global_scale: floa
     return dequantise_rows(unpack_e2m1(data), scale.float() * global_scale)
 
 
-def rounded_mx(x: Tensor, fmt: MxFormat, global_scale: float = 1.0) -> Tensor:
+def rounded_mx(x: Tensor, fmt: MxFormat, global_scale: Tensor | float = 1.0) -> Tensor:
     """float32 rows as the format holds them."""
     return dequantise_mx(*quantise_mx(x, fmt, global_scale), fmt, global_scale)
 
@@ -103,15 +103,16 @@ def experts_nvfp4(
     w2: Tensor,
     s2: Tensor,
     g2_E: Tensor,
+    x_global: Tensor,
+    hidden_global_E: Tensor,
     shared_TD: Tensor,
     *,
     limit: float,
-    x_global: float,
-    hidden_global: float,
 ) -> Tensor:
     """Experts of an NVFP4 checkpoint on NVFP4 activations: scales E4M3 [.., C / 16], a float32 factor for each expert.
 
-    `x_global` and `hidden_global` are the factors of the two products' activations.
+    `x_global` [1] is the factor of the tokens, which are quantised once for all experts, `hidden_global_E` that of each
+    expert's second product.
     """
     stored = ((w1, s1, g1_E), (w3, s3, g3_E), (w2, s2, g2_E))
 
@@ -119,7 +120,7 @@ def experts_nvfp4(
         data, scale, whole = stored[which]
         return dequantise_mx(data[expert], scale[expert], "nvfp4") * whole[expert]
 
-    factors = (x_global, hidden_global)
+    factors = (x_global, hidden_global_E)
     return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, "nvfp4", factors)
 
 
@@ -131,16 +132,17 @@ def _experts(
     shared_TD: Tensor,
     limit: float,
     fmt: MxFormat,
-    factors: tuple[float, float] = (1.0, 1.0),
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`weight_of`: w1, w3 or w2 (0 to 2) of an expert, float32."""
+    """`weight_of`: w1, w3 or w2 (0 to 2) of an expert, float32. `factors`: of x [1], and of hidden for each expert."""
     out = shared_TD.float()
-    x_TD, dtype = rounded_mx(x_TD, fmt, factors[0]), x_TD.dtype
+    x_TD, dtype = rounded_mx(x_TD, fmt, factors[0] if factors else 1.0), x_TD.dtype
     for expert in chosen_TK.unique().tolist():
         token, k = (chosen_TK == expert).nonzero(as_tuple=True)
         gate, up = (x_TD[token] @ weight_of(which, expert).T for which in (0, 1))
         hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight_TK[token, k].unsqueeze(1)
-        out.index_add_(0, token, rounded_mx(hidden, fmt, factors[1]) @ weight_of(2, expert).T)
+        hidden = rounded_mx(hidden, fmt, factors[1][expert] if factors else 1.0)
+        out.index_add_(0, token, hidden @ weight_of(2, expert).T)
     return out.to(dtype)
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-from dsv4c.schedules._launch import Desc, LaunchArg, TritonLaunch, f32, i32, ptr
+from dsv4c.schedules._launch import Desc, LaunchArg, TritonLaunch, i32, ptr
 from dsv4c.schedules._roofline import MACHINES
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Value, Work
 from dsv4c.schedules.hopper.experts import hit
@@ -51,9 +51,10 @@ def _accepts(node: OpNode) -> str | None:
         return "an input is absent or strided"
     dim, inner, experts, _ = _sizes(node)
     scale = "float8_e4m3fn" if _format(node) == "nvfp4" else "uint8"
-    weight = ["uint8", scale, *(["float32"] if node.op == "experts_nvfp4" else [])]
+    factors = ["float32"] if node.op == "experts_nvfp4" else []
+    weight = ["uint8", scale, *factors]
     dtypes = [value.dtype for value in node.inputs if value is not None]
-    if dtypes != ["bfloat16", "int32", "float32", *weight * 3, "bfloat16"]:
+    if dtypes != ["bfloat16", "int32", "float32", *weight * 3, *factors * 2, "bfloat16"]:
         return f"inputs of {', '.join(dtypes)}, written for bfloat16 rows and weights of {' and '.join(weight)}"
     if dim % 128 or inner % 128:
         return f"{dim} x {inner} channels are no multiples of 128"
@@ -108,10 +109,11 @@ def _build(node: OpNode, config: Config, *, sms: int) -> Build:
     else:
         data, scale, hidden, hidden_scale, rows, out = range(inputs + 5, inputs + 11)
     pairs = f"a1_0 * {topk}"
-    x_global, hidden_global = (float(node.attrs.get(name, 1.0)) for name in ("x_global", "hidden_global"))
+    # factors of activations: of all tokens, and for each expert of hidden; MX formats have none, nothing is read
+    x_global, hidden_global = (ptr(12), ptr(13)) if node.op == "experts_nvfp4" else (ptr(2), ptr(2))
     quantise = TritonLaunch(
         f"{_KERNELS}:quantise_mx",
-        {"x": ptr(0), "data": ptr(data), "scale": ptr(scale), "rows": i32("a0_0"), "global_scale": f32(x_global)},
+        {"x": ptr(0), "data": ptr(data), "scale": ptr(scale), "rows": i32("a0_0"), "factor": x_global},
         {"D": dim, "FORMAT": fmt, "BD": 128, "N": 8},
         ("cdiv(a0_0, 8)", dim // 128, 1),
         pdl=True,
@@ -135,7 +137,7 @@ def _build(node: OpNode, config: Config, *, sms: int) -> Build:
         {
             "data": ptr(data), "scale": ptr(scale), **_weight(node, "1", w1), **_weight(node, "3", w3), **work,
             "pair": ptr(pair), "row_weight": ptr(row_weight), "out": ptr(hidden), "out_scale": ptr(hidden_scale),
-            "x_global": f32(x_global), "out_global": f32(hidden_global),
+            "x_global": x_global, "out_global": hidden_global,
         },
         {**sizes, "K": topk, "LIMIT": float(node.attrs["limit"]), "BK": _step(dim, fmt)},
         grid, num_warps=warps, num_stages=int(config["stages"]), pdl=True,
@@ -144,7 +146,7 @@ def _build(node: OpNode, config: Config, *, sms: int) -> Build:
         f"{_KERNELS}:grouped_down",
         {
             "data": ptr(hidden), "scale": ptr(hidden_scale), **_weight(node, "2", w2), **work, "out": ptr(rows),
-            "x_global": f32(hidden_global),
+            "x_global": hidden_global,
         },
         {**sizes, "BK": _step(inner, fmt)},
         grid, num_warps=warps, num_stages=int(config["stages"]), pdl=True,

@@ -46,6 +46,12 @@ def packed(format):
 
 
 @triton.jit
+def _factor(factors, i, FORMAT: tl.constexpr):
+    """Number i of NVFP4's factors; other formats have none."""
+    return tl.load(factors + i) if FORMAT == "nvfp4" else 1.0
+
+
+@triton.jit
 def _power_of_two_ceil(x):
     """The smallest power of two that is not below x, a normal positive float32."""
     return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -105,7 +111,7 @@ def _store_quantised(
 
 @triton.jit
 def quantise_mx(
-    x, data, scale, rows, global_scale,
+    x, data, scale, rows, factor,
     D: tl.constexpr, FORMAT: tl.constexpr, BD: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """bfloat16 x [T, D] as data and scales: N rows and BD channels a program."""
@@ -116,7 +122,7 @@ def quantise_mx(
     live = row < rows
     at = row.to(tl.int64)[None, :] * D + (channel + tl.arange(0, BD))[:, None]
     value = tl.load(x + at, mask=live[None, :], other=0.0).to(tl.float32)
-    _store_quantised(value, data, scale, row, channel, live, global_scale, D, FORMAT, BD, N)
+    _store_quantised(value, data, scale, row, channel, live, _factor(factor, 0, FORMAT), D, FORMAT, BD, N)
 
 
 @triton.jit
@@ -177,8 +183,9 @@ def grouped_up(
             gate = _multiply(a, a_scale, x, scale, token, k, gate, D, FORMAT, BK)
             up = _multiply(b, b_scale, x, scale, token, k, up, D, FORMAT, BK)
         if FORMAT == "nvfp4":
-            gate *= tl.load(w1_global + expert) * x_global
-            up *= tl.load(w3_global + expert) * x_global
+            of_x = tl.load(x_global)
+            gate *= tl.load(w1_global + expert) * of_x
+            up *= tl.load(w3_global + expert) * of_x
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
         weight = tl.load(row_weight + first + column, mask=live, other=0.0)
@@ -187,7 +194,8 @@ def grouped_up(
             at = (first + column).to(tl.int64)[None, :] * I + (m + tl.arange(0, M))[:, None]
             tl.store(out + at, hidden.to(tl.bfloat16), mask=live[None, :])
         else:
-            _store_quantised(hidden, out, out_scale, first + column, m, live, out_global, I, FORMAT, M, N)
+            of_hidden = _factor(out_global, expert, FORMAT)
+            _store_quantised(hidden, out, out_scale, first + column, m, live, of_hidden, I, FORMAT, M, N)
 
 
 @triton.jit
@@ -214,7 +222,7 @@ def grouped_down(
             a, a_scale = w2.load([line, k // 2]), _weight_scale(s2, line, k, I, G, M, BK)
             acc = _multiply(a, a_scale, x, scale, row, k, acc, I, FORMAT, BK)
         if FORMAT == "nvfp4":
-            acc *= tl.load(w2_global + expert) * x_global
+            acc *= tl.load(w2_global + expert) * tl.load(x_global + expert)
         at = row.to(tl.int64)[None, :] * D + (m + tl.arange(0, M))[:, None]
         tl.store(out + at, acc.to(tl.bfloat16), mask=live[None, :])
 

@@ -19,7 +19,7 @@ from dsv4c.schedules.blackwell import experts
 from dsv4c.schedules.hopper import hyper
 from dsv4c.schedules.workloads.experts import node
 
-from .test_experts import mx_node
+from .test_experts import mx_node, nvfp4_node
 
 pytest.importorskip("triton", reason="Triton is not installed; see the extra `gpu`")
 
@@ -51,10 +51,11 @@ def found(kernel: Kernel, made: Compiled, code: Code | None = None) -> list[str]
 
 
 @pytest.mark.parametrize(
-    ("activations", "instruction"), [("mxfp8", "UTCQMMA"), ("mxfp4", "UTCOMMA"), ("bf16", "UTCHMMA")]
+    ("activations", "instruction"),
+    [("mxfp8", "UTCQMMA"), ("mxfp4", "UTCOMMA"), ("nvfp4", "UTCOMMA.BLOCK16"), ("bf16", "UTCHMMA")],
 )
 def test_experts_hold_the_matrix_instruction_of_their_format(activations: str, instruction: str, cache: Path) -> None:
-    what = node("nano") if activations == "bf16" else mx_node("nano", activations)
+    what = {"bf16": node("nano"), "nvfp4": nvfp4_node("nano")}.get(activations) or mx_node("nano", activations)
     for symbol in ("grouped_up", "grouped_down"):
         kernel, made = built(what, symbol, cache)
         code = read(made.image)

@@ -13,7 +13,7 @@ import torch
 
 from dsv4c.ops import OPS
 from dsv4c.ops.mx import LARGEST, MxFormat, dequantise_mx, mx_group, quantise_mx, rounded_mx
-from dsv4c.schedules._schedule import OpNode, Schedule
+from dsv4c.schedules._schedule import OpNode, Schedule, Value
 from dsv4c.schedules.blackwell.experts import schedules
 from dsv4c.schedules.workloads.experts import make, node
 
@@ -26,6 +26,19 @@ def mx_node(model: str, activations: str = "mxfp8") -> OpNode:
     """The op as the pass leaves it."""
     plain = node(model)
     return dataclasses.replace(plain, op="experts_mx", attrs={**plain.attrs, "activations": activations})
+
+
+def nvfp4_node(model: str) -> OpNode:
+    """The op of an NVFP4 checkpoint."""
+    plain = node(model)
+    inputs = list(plain.inputs[:3])
+    for data, scale in zip(plain.inputs[3:9:2], plain.inputs[4:9:2], strict=True):
+        assert data is not None and scale is not None
+        *lead, groups = scale.shape
+        narrow = dataclasses.replace(scale, shape=(*lead, 2 * int(groups)), dtype="float8_e4m3fn")
+        inputs += [data, narrow, Value(data.shape[:1], "float32", "weight")]
+    inputs += [Value((1,), "float32", "weight"), inputs[-1], plain.inputs[-1]]
+    return dataclasses.replace(plain, op="experts_nvfp4", inputs=tuple(inputs))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -68,10 +81,8 @@ def test_narrower_activations_move_the_result_further() -> None:
 
 @pytest.mark.parametrize("op", sorted(BY_OP))
 def test_every_size_has_configs_and_a_cost(op: str) -> None:
-    what = {"experts_fp4": node("flash"), "experts_mx": mx_node("pro", "mxfp4")}.get(op)
-    if what is None:
-        return  # NVFP4's node is that of the interpreter's cases
-    schedule, last = BY_OP[op], 0.0
+    nodes = {"experts_fp4": node("flash"), "experts_mx": mx_node("pro", "mxfp4"), "experts_nvfp4": nvfp4_node("flash")}
+    what, schedule, last = nodes[op], BY_OP[op], 0.0
     assert schedule.accepts(what) is None
     for tokens in (1, 4, 64, 512, 4096):
         for config in schedule.space(what, {"T": tokens}):
@@ -95,8 +106,11 @@ def test_it_says_what_it_does_not_take() -> None:
     assert "no multiples of 128" in str(changed(0, shape=("T", 4000)))
     assert "input 6 has no scale for each 32 channels" in str(changed(6, shape=(256, 2048, 256)))  # groups of 16
     assert "strided" in str(changed(0, strides=(8192, 1)))
-    nvfp4 = dataclasses.replace(good, op="experts_nvfp4", attrs={"limit": 10.0, "x_global": 1.0, "hidden_global": 1.0})
+    nvfp4 = dataclasses.replace(good, op="experts_nvfp4", attrs={"limit": 10.0})
     assert "float8_e4m3fn and float32" in str(BY_OP["experts_nvfp4"].accepts(nvfp4))  # an MXFP4 checkpoint's weights
+    nvfp4 = nvfp4_node("flash")
+    assert "has no scale for each 16 channels" in str(changed(4, nvfp4, BY_OP["experts_nvfp4"], shape=(256, 2048, 128)))
+    assert "written for" in str(changed(5, nvfp4, BY_OP["experts_nvfp4"], dtype="bfloat16"))
 
 
 def test_kernels_are_exact_models_of_themselves_in_the_interpreter() -> None:
