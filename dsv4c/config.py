@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dsv4c.errors import ConfigError
+from dsv4c.nvfp4 import block_index, block_name, stated_blocks, statement
 
 AttentionKind = Literal["window", "csa", "hca"]
 
@@ -87,6 +88,10 @@ class ModelConfig:
     dspark_noise_token_id: int | None = None
     dspark_target_layer_ids: tuple[int, ...] | None = None
     dspark_markov_rank: int | None = None
+    nvfp4_layers: tuple[int, ...] = ()
+    """Layers whose routed experts are NVFP4 in place of `expert_dtype`, counted as in `compress_ratios`, ascending.
+
+    No key of its own: `quantization_config` says it (see dsv4c/nvfp4.py)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
@@ -100,6 +105,12 @@ class ModelConfig:
             raise ConfigError(
                 f"`compress_ratios` has {len(self.compress_ratios)} entries, expected {expected}",
                 hint="one for each of num_hidden_layers, then one for each of num_nextn_predict_layers",
+            )
+        if any(not 0 <= layer < len(self.compress_ratios) for layer in self.nvfp4_layers):
+            block = block_name(self.nvfp4_layers[-1], self.num_hidden_layers)
+            raise ConfigError(
+                f"`quantized_layers` names `{block}.ffn.experts`, the model has {self.num_hidden_layers} layers and "
+                f"{len(self.compress_ratios) - self.num_hidden_layers} behind them"
             )
         if self.num_attention_heads % self.o_groups:
             raise ConfigError(f"`o_groups` {self.o_groups} does not divide {self.num_attention_heads} heads")
@@ -180,8 +191,11 @@ class ModelConfig:
                 f"`--num-layers` is {layers}, DSpark reads layer {targets[0]} of {self.num_hidden_layers}",
                 hint=f"keep at least {self.num_hidden_layers - targets[0]}",
             )
+        gone = self.num_hidden_layers - layers
+        nvfp4 = (*(i for i in self.nvfp4_layers if i < layers),
+                 *(i - gone for i in self.nvfp4_layers if i >= self.num_hidden_layers))  # fmt: skip
         return dataclasses.replace(
-            self, num_hidden_layers=layers, compress_ratios=ratios, num_hash_layers=hashed,
+            self, num_hidden_layers=layers, compress_ratios=ratios, num_hash_layers=hashed, nvfp4_layers=nvfp4,
             dspark_target_layer_ids=targets and tuple(i - (self.num_hidden_layers - layers) for i in targets),
         )  # fmt: skip
 
@@ -196,7 +210,7 @@ class ModelConfig:
 
         Raises ConfigError that names what is missing or cannot be.
         """
-        known = {f.name: f for f in dataclasses.fields(cls)}
+        known = {f.name: f for f in dataclasses.fields(cls) if f.name != "nvfp4_layers"}
         values = {k: v for k, v in data.items() if k in known}
         missing = [
             n
@@ -215,7 +229,24 @@ class ModelConfig:
                 raise ConfigError(f"`rope_scaling.type` is `{kind}`, expected `yarn`")
             names = {f.name for f in dataclasses.fields(RopeScaling)}
             values["rope_scaling"] = RopeScaling(**{k: v for k, v in scaling.items() if k in names})
-        return cls(**values)
+        return cls(**values).with_nvfp4(stated_blocks(data.get("quantization_config"), "config.json"))
+
+    def with_nvfp4(self, blocks: Collection[str] | None) -> ModelConfig:
+        """The same model with NVFP4 experts in these blocks (`layers.3`, `mtp.0`), or in no others than before.
+
+        Empty means all main layers, as in NVIDIA's checkpoints; None leaves the config as it is. Raises ConfigError for
+        a block that the model lacks.
+        """
+        if blocks is None:
+            return self
+        main = self.num_hidden_layers
+        layers = {block_index(block, main) for block in blocks} or range(main)
+        return dataclasses.replace(self, nvfp4_layers=tuple(sorted(layers)))
+
+    @property
+    def nvfp4_blocks(self) -> tuple[str, ...]:
+        """The blocks of `nvfp4_layers` by name, in order."""
+        return tuple(block_name(layer, self.num_hidden_layers) for layer in self.nvfp4_layers)
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
@@ -229,6 +260,7 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config.json mapping, as DeepSeek publishes it."""
         out = dataclasses.asdict(self)
+        del out["nvfp4_layers"]
         out["compress_ratios"] = list(self.compress_ratios)
         if self.dspark is None:
             out = {key: value for key, value in out.items() if key not in DSPARK_KEYS}
@@ -255,6 +287,7 @@ class ModelConfig:
                 "quant_method": "fp8",
                 "scale_fmt": "ue8m0",
                 "weight_block_size": [128, 128],
+                **(statement(self.nvfp4_blocks) if self.nvfp4_layers else {}),
             },
         )
         return out

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from torch import fx
 
 from dsv4c.ops import LEAVES, OPS, Op, TensorType
-from dsv4c.program import Program, is_op, types_of
+from dsv4c.program import Program, is_op, op_name, types_of
 
 Checker = Callable[[Program], list[fx.Node]]
 
@@ -166,9 +166,10 @@ def _none_of(*names: str) -> Checker:
 
 
 def _unknown_format(program: Program) -> list[fx.Node]:
-    """Experts whose activations are in no format that scaled products take."""
-    found = [n for n in calls(program) if isinstance(n.target, Op) and n.target.name == "experts_mx"]
-    return [n for n in found if n.kwargs.get("activations") not in ("mxfp8", "mxfp4")]
+    """Experts whose activations are in no format that scaled products take with their weights."""
+    taken = {"experts_mx": ("mxfp8", "mxfp4"), "experts_nvfp4": ("nvfp4",)}
+    found = [n for n in calls(program) if isinstance(n.target, Op) and n.target.name in taken]
+    return [n for n in found if n.kwargs.get("activations") not in taken[op_name(n)]]
 
 
 QUANTISED_OUTPUT = {"hc_pre_norm": 0, "hc_post_pre_norm": 1, "rms_norm": None, "swiglu_pair": None}

@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +20,7 @@ from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.errors import ArtifactError
 from dsv4c.ops import OPS, TensorType
 from dsv4c.ops._op import LONG
-from dsv4c.program import Instance, Program, Stored, Value
+from dsv4c.program import Instance, Program, Stored, StoredPart, Value
 
 _BLOCK = re.compile(r"^(graph|recipe|constants)(?: (\S+))? \{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _PLACEHOLDER = re.compile(r"%(\w+)\.(\S+) : (\w+\[[^\]]*\])(?: stored (\S+))?(.*)")
@@ -134,7 +134,7 @@ class _Graph:
         of = name
         if whole:
             part, _, of = whole.partition(" of ")
-            if part.strip() not in ("data", "scale") or not of:
+            if part.strip() not in get_args(StoredPart) or not of:
                 raise _broken(f"{kind}.{name} : {type_}{made_of}", whole)
             self.program.stored[name] = Stored(of, part.strip())  # type: ignore[arg-type]
         if parts:

@@ -26,6 +26,8 @@ from dsv4c.ops import Op, TensorType
 if TYPE_CHECKING:
     from dsv4c.inputs import Inputs
 
+StoredPart = Literal["data", "scale", "weight_scale", "weight_scale_2", "input_scale"]
+"""`scale` is that of FP8 and MXFP4, the last three are NVFP4's, by their names in a checkpoint."""
 ValueKind = Literal["input", "derived", "streams", "state", "weight", "constant"]
 
 
@@ -67,10 +69,10 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Stored:
-    """A program weight that is one part of another as the checkpoint stores it: its data or its scales."""
+    """A program weight that is one part of another, or of several, as the checkpoint stores it: its data or scales."""
 
     of: str
-    part: Literal["data", "scale"]
+    part: StoredPart
 
 
 @dataclass

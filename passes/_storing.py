@@ -1,4 +1,4 @@
-"""Helpers of the passes that let kernels read weights as the checkpoint stores them."""
+"""What passes share that let kernels read weights as the checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Literal
 
 from torch import fx
 
+from dsv4c.errors import PassError
 from dsv4c.facts import BLOCK
+from dsv4c.nvfp4 import NVFP4_GROUP
 from dsv4c.ops import TensorType
 from dsv4c.program import Program, Stored, Value
 
@@ -36,6 +38,36 @@ def stored_pair(
         _part(program, graph, weight, f"{name}.data", data, Stored(name, "data")),
         _part(program, graph, weight, f"{name}.scale", scale, Stored(name, "scale")),
     )
+
+
+def stored_nvfp4(program: Program, graph: fx.Graph, weight: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Placeholders of NVFP4 experts [E, N, K]: data, the scales of 16 channels, and a factor for each expert."""
+    name = weight.meta["value"].name
+    count, n, k = (int(s) for s in weight.meta["type"].shape)
+    if k % NVFP4_GROUP:
+        raise PassError(f"`{name}` has {k} input channels, no multiple of the {NVFP4_GROUP} that share a scale")
+    data, scale = TensorType((count, n, k // 2), "uint8"), TensorType((count, n, k // NVFP4_GROUP), "float8_e4m3fn")
+    factor = TensorType((count,), "float32")
+    return (
+        _part(program, graph, weight, f"{name}.data", data, Stored(name, "data")),
+        _part(program, graph, weight, f"{name}.weight_scale", scale, Stored(name, "weight_scale")),
+        _part(program, graph, weight, f"{name}.weight_scale_2", factor, Stored(name, "weight_scale_2")),
+    )
+
+
+def input_scales(program: Program, graph: fx.Graph, *weights: fx.Node) -> fx.Node:
+    """The placeholder of what NVFP4 experts' inputs are divided by: of one weight, for each expert [E]; of several,
+    which multiply one input, the largest of all [1].
+    """
+    names = [weight.meta["value"].name for weight in weights]
+    whole = names[0]
+    if len(names) > 1:
+        prefix = whole.rpartition(".")[0]
+        whole = f"{prefix}." + "+".join(name.rpartition(".")[2] for name in names)
+        program.weight_sources[whole] = tuple(names)
+    size = 1 if len(names) > 1 else int(weights[0].meta["type"].shape[0])
+    kind = TensorType((size,), "float32")
+    return _part(program, graph, weights[0], f"{whole}.input_scale", kind, Stored(whole, "input_scale"))
 
 
 def _part(program: Program, graph: fx.Graph, weight: fx.Node, name: str, kind: TensorType, stored: Stored) -> fx.Node:

@@ -1,9 +1,11 @@
 """Routed experts round their activations to what the matrix units of Blackwell multiply with FP4 weights.
 
 %1 = dsv4.experts_fp4(%x, ...)   ->   %1 = dsv4.experts_mx(%x, ...) {activations=mxfp8}
+%1 = dsv4.experts_nvfp4(%x, ...) {activations=bf16}   ->   %1 = dsv4.experts_nvfp4(%x, ...) {activations=nvfp4}
 
 `mxfp8` is W4A8, `mxfp4` W4A4. Calls whose scope matches a pattern of `keep` (`L00.*`) stay W4A16: their weights are
-widened to BF16, at a quarter to an eighth of the rate.
+widened to BF16, at a quarter to an eighth of the rate. NVFP4 weights are multiplied with NVFP4 activations, by
+the checkpoint's `input_scale`: there is no choice, and none can be kept.
 """
 
 from __future__ import annotations
@@ -27,31 +29,50 @@ class QuantiseActivations(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"expert-activations-chosen"})
     exact: ClassVar[bool] = False
     tolerance: ClassVar[float] = 0.25  # a channel of mxfp4 is off by 2^-3 at most, twice in a row; terms may cancel
-    why: ClassVar[str] = "activations of routed experts are rounded to MXFP8 or MXFP4 in groups of 32 channels"
+    why: ClassVar[str] = (
+        "activations of routed experts are rounded to MXFP8 or MXFP4 in groups of 32 channels, or to NVFP4 in groups "
+        "of 16, by the input_scale of NVFP4 experts"
+    )
 
-    experts: Literal["mxfp8", "mxfp4"] = "mxfp8"
+    experts: Literal["mxfp8", "mxfp4"] | None = None
+    """Of MXFP4 experts; None: mxfp8. Asked for where all experts are NVFP4, it is an error."""
     keep: tuple[str, ...] = ()
     """Patterns of scopes whose experts take BF16 activations. One that matches nothing is an error."""
 
     def apply(self, program: Program) -> int:
-        calls = [
-            (graph, node) for graph in program.graphs.values() for node in graph.nodes if is_op(node, "experts_fp4")
-        ]
-        scopes = [str(node.meta.get("scope", "")) for _, node in calls]
+        calls = [n for n in program.nodes() if is_op(n, "experts_fp4") or _wide_nvfp4(n)]
+        scopes = {node: str(node.meta.get("scope", "")) for node in calls}
         for pattern in self.keep:
-            if not any(fnmatchcase(scope, pattern) for scope in scopes):
+            if not any(fnmatchcase(scope, pattern) for scope in scopes.values()):
                 raise PassError(
-                    f"`{pattern}` matches no routed experts", hint=f"their scopes are {', '.join(sorted(set(scopes)))}"
+                    f"`{pattern}` matches no routed experts",
+                    hint=f"their scopes are {', '.join(sorted(set(scopes.values())))}",
                 )
-        count = 0
-        for (_, node), scope in zip(calls, scopes, strict=True):
-            if any(fnmatchcase(scope, pattern) for pattern in self.keep):
-                continue
-            self._quantise(node)
-            count += 1
-        return count
+        nvfp4 = [node for node in calls if not is_op(node, "experts_fp4")]
+        if self.experts and nvfp4 and len(nvfp4) == len(calls):
+            raise PassError(
+                f"`{self.experts}` activations fit no experts: those of `{scopes[nvfp4[0]]}` and all others are NVFP4",
+                hint="leave out `--activations`: NVFP4 weights are multiplied with NVFP4 activations",
+            )
+        kept = {node for node in calls if any(fnmatchcase(scopes[node], pattern) for pattern in self.keep)}
+        for node in nvfp4:
+            if node in kept:
+                raise PassError(
+                    f"`{scopes[node]}` cannot be kept: its experts are NVFP4, multiplied with NVFP4 activations",
+                    hint="keep layers of MXFP4 experts, or take the MXFP4 checkpoint",
+                )
+        for node in calls:
+            if node not in kept:
+                self._quantise(node)
+        return len(calls) - len(kept)
 
     def _quantise(self, node: fx.Node) -> None:
-        attrs = {**node.kwargs, "activations": self.experts}
-        node.replace_all_uses_with(call_before(node, "experts_mx", node.args, attrs, types_of(node)[0]))
+        mx = is_op(node, "experts_fp4")
+        attrs = {**node.kwargs, "activations": (self.experts or "mxfp8") if mx else "nvfp4"}
+        name = "experts_mx" if mx else "experts_nvfp4"
+        node.replace_all_uses_with(call_before(node, name, node.args, attrs, types_of(node)[0]))
         erase(node)
+
+
+def _wide_nvfp4(node: fx.Node) -> bool:
+    return is_op(node, "experts_nvfp4") and node.kwargs["activations"] == "bf16"

@@ -2,6 +2,9 @@
 
 %1 = dsv4.experts(%x, %ids, %w, w1, w3, w2, %shared)
     ->  %1 = dsv4.experts_fp4(%x, %ids, %w, w1.data, w1.scale, w3.data, w3.scale, w2.data, w2.scale, %shared)
+NVFP4:
+    ->  %1 = dsv4.experts_nvfp4(%x, %ids, %w, w1.data, w1.weight_scale, w1.weight_scale_2, (w3, w2 alike),
+                                w1+w3.input_scale, w2.input_scale, %shared) {activations=bf16}
 %1 = dsv4.linear_mixed(%x, gate); dsv4.gate_bias(%1, b)   ->  dsv4.gate_linear_bias(%x, gate, b)
 """
 
@@ -16,7 +19,7 @@ from dsv4c.errors import PassError
 from dsv4c.facts import reads
 from dsv4c.ops import TensorType
 from dsv4c.passes._rewriting import call_before, erase, output_of, outputs
-from dsv4c.passes._storing import stored_pair
+from dsv4c.passes._storing import input_scales, stored_nvfp4, stored_pair
 from dsv4c.pipeline import Pass
 from dsv4c.program import Program, is_op, op_name, types_of
 
@@ -59,6 +62,9 @@ def _gate(node: fx.Node) -> None:
 def _experts(program: Program, graph: fx.Graph, node: fx.Node) -> None:
     x, chosen, weight, w1, w3, w2, shared = node.args
     pairs: list[fx.Node] = []
+    if isinstance(w1, fx.Node) and w1.meta["stored"] == "nvfp4":
+        _nvfp4_experts(program, graph, node)
+        return
     for one in (w1, w3, w2):
         assert isinstance(one, fx.Node)
         if one.meta["stored"] != "fp4":
@@ -70,4 +76,16 @@ def _experts(program: Program, graph: fx.Graph, node: fx.Node) -> None:
     args = (x, chosen, weight, *pairs, shared)
     result = TensorType(types_of(node)[0].shape, "bfloat16")
     node.replace_all_uses_with(call_before(node, "experts_fp4", args, dict(node.kwargs), result))
+    erase(node)
+
+
+def _nvfp4_experts(program: Program, graph: fx.Graph, node: fx.Node) -> None:
+    x, chosen, weight, w1, w3, w2, shared = node.args
+    assert isinstance(w1, fx.Node) and isinstance(w3, fx.Node) and isinstance(w2, fx.Node)
+    parts = [part for one in (w1, w3, w2) for part in stored_nvfp4(program, graph, one)]
+    scales = (input_scales(program, graph, w1, w3), input_scales(program, graph, w2))
+    attrs = {**node.kwargs, "activations": "bf16"}
+    result = TensorType(types_of(node)[0].shape, "bfloat16")
+    args = (x, chosen, weight, *parts, *scales, shared)
+    node.replace_all_uses_with(call_before(node, "experts_nvfp4", args, attrs, result))
     erase(node)

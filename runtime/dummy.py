@@ -2,7 +2,8 @@
 
 A weight depends on its name and the seed alone. Values are drawn independently, so layouts, which only permute them,
 need not be applied. Linears have variance 1 / in_features, so that activations stay near 1; FP8 and FP4 weights are
-drawn as bytes, with two neighbouring powers of two as scales in the mix that gives that variance. Routing spreads as
+drawn as bytes, with two neighbouring powers of two as scales in the mix that gives that variance (of NVFP4, scales from
+0.5 to 2 and a factor for the rest). Routing spreads as
 in a trained model: expert tables name distinct experts, evenly, and routers have independent rows and little bias.
 """
 
@@ -30,6 +31,10 @@ _E8M0_ONE = 127  # the byte that stands for 1
 
 _STD = {"ape": 0.5, "attn_sink": 1.0, "bias": 0.01, "base": 0.5}
 """Deviation by the last word of the name. 0.05 of router bias gave the busiest of 256 experts 3.3 times the mean."""
+
+_NVFP4_SCALES = (0.5, 2.0)  # drawn evenly in between
+_NVFP4_RMS = math.sqrt(1.75)  # of such scales
+_INPUT_SCALE = 16 / (6 * 448)  # of activations up to 16
 
 _CHUNK = 1 << 24  # values drawn at once where the dtype cannot be drawn in place: 64 MB of float32
 
@@ -86,6 +91,13 @@ class _Maker:
                     hint="use the dummy weights of a checkpoint's form",
                 )
             return self._table(out, generator) if out.dtype == torch.int64 else _plain(weight, out, generator)
+        if weight.sources[0].endswith(".input_scale"):
+            return out.fill_(_INPUT_SCALE)
+        if weight.sources[0].endswith(".weight_scale"):
+            return out.copy_(torch.empty_like(out, dtype=torch.float32).uniform_(*_NVFP4_SCALES, generator=generator))
+        if weight.sources[0].endswith(".weight_scale_2"):
+            wanted = (2 * self._data_of(weight).shape[-1]) ** -0.5 / (_E2M1_STD * _NVFP4_RMS)
+            return out.uniform_(0.9 * wanted, 1.1 * wanted, generator=generator)
         if weight.sources[0].endswith(".scale"):
             return _scale(self._data_of(weight), out, generator)
         return _bytes(weight, out, generator)
@@ -104,7 +116,7 @@ class _Maker:
 
     def _data_of(self, scale: Weight) -> Weight:
         """The weight whose scales these are."""
-        sources = tuple(name.removesuffix(".scale") + ".weight" for name in scale.sources)
+        sources = tuple(name.rpartition(".")[0] + ".weight" for name in scale.sources)
         if sources not in self._data:
             raise ArtifactError(
                 f"weight `{scale.name}` scales no weight of the artifact", hint="compile it again with this version"

@@ -46,8 +46,21 @@ def at_most(tensor: Tensor, limit: int) -> Tensor:
     return tensor
 
 
+def at_least(tensor: Tensor, limit: float) -> Tensor:
+    """The same tensor, if no value is smaller, or NaN."""
+    if not bool((tensor.float() >= limit).all()):
+        raise ValueError(f"a stored value is not {limit:g} or more")
+    return tensor
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest value, as a tensor of one."""
+    return tensor.amax().reshape(1)
+
+
 LAYOUTS: Mapping[str, Callable[..., Tensor]] = {
     "reshape": reshape, "transpose": transpose, "permute": permute, "narrow": narrow, "at_most": at_most,
+    "at_least": at_least, "largest": largest,
 }  # fmt: skip
 
 

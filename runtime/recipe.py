@@ -25,7 +25,7 @@ _ALIGNMENT = 64  # of a part in a buffer: any dtype may be viewed there
 _OTHER_MODEL = "serve the checkpoint that the artifact was compiled for"
 _TYPING = ("dequantise", "stored", "cast", "narrow", "view")  # done with each source
 _JOINS = ("stack", "concat")
-_LIMIT = "at_most"
+_LIMITS = ("at_most", "at_least")
 
 Transforms = tuple[tuple[str, tuple[Any, ...]], ...]
 
@@ -134,7 +134,8 @@ class Recipe:
     dim: int
     """Along which sources are joined."""
     layouts: Transforms
-    limits: tuple[int, ...]
+    limits: tuple[tuple[str, float], ...]
+    """What no value may exceed or fall below, by the transforms' names."""
     origins: tuple[Origin, ...]
     shape: tuple[int, ...]
     """Of the joined tensor."""
@@ -238,8 +239,8 @@ def recipe_of(weight: Weight, source: WeightSource) -> Recipe:
     shape, starts = _join(weight, [origin.shape for origin in found], transforms, dim)
     origins = tuple(Origin(o.name, o.parts, o.shape, at) for o, at in zip(found, starts, strict=True))
     kept = origins[0].parts[0].dtype if not stored and origins[0].parts[0].dtype == torch.int64 else dtype
-    after = [t for t in transforms if t[0] not in (*_TYPING, *_JOINS, _LIMIT)]
-    limits = tuple(int(args[0]) for name, args in transforms if name == _LIMIT)
+    after = [t for t in transforms if t[0] not in (*_TYPING, *_JOINS, *_LIMITS)]
+    limits = tuple((name, args[0]) for name, args in transforms if name in _LIMITS)
     check_fits(weight, tuple(_laid(weight, torch.empty(shape, dtype=kept, device="meta"), after).shape), kept)
     granule = None if dim else _granule(after, shape)
     if granule is not None and any(at % granule for at in starts):

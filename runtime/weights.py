@@ -113,6 +113,8 @@ def _may_be_joined_first(weight: Weight) -> bool:
     """Whether layouts may need the whole joined tensor: of a stack they are known to keep its rows in order."""
     transforms = transforms_of(weight)
     names = [name for name, _ in transforms]
+    if "largest" in names:
+        return False  # of a few numbers
     columns = any(name == "concat" and any(args) for name, args in transforms)
     laid = any(name in ("reshape", "transpose", "permute") for name in names)
     return columns or (laid and not ("stack" in names or "values" in names))
@@ -199,8 +201,8 @@ class _Builder:
     def add(self, unit: Unit, staged: Tensor) -> None:
         recipe = unit.recipe
         rows = self._stored(unit, staged) if recipe.stored else self._logical(unit, staged)
-        for limit in recipe.limits:
-            self._bound(recipe, rows, limit)
+        for name, limit in recipe.limits:
+            self._bound(recipe, rows, name, limit)
         whole = self._out[recipe.weight.name]
         if recipe.granule is not None:
             laid = recipe.lay_out(rows)
@@ -242,8 +244,15 @@ class _Builder:
             self.checks.refuse_if((rows.to(wide.dtype) != wide).any(), lambda found: _inexact(unit))
         return rows.unsqueeze(0) if recipe.stacked else rows
 
-    def _bound(self, recipe: Recipe, rows: Tensor, limit: int) -> None:
-        if rows.numel():
+    def _bound(self, recipe: Recipe, rows: Tensor, name: str, limit: float) -> None:
+        if not rows.numel():
+            return
+        if name == "at_least":
+            under = (~(rows.float() >= limit)).sum()
+            reason = f"{{}} stored values are NaN or not {limit:g} or more"
+            self.checks.refuse_if(under, lambda found: misfit(recipe.weight, reason.format(found)))
+        else:
+            limit = int(limit)
             over = (rows.max().to(torch.int64) - limit).clamp(min=0)
             reason = "a stored value is {}, the kernel takes {} at most"
             self.checks.refuse_if(over, lambda found: misfit(recipe.weight, reason.format(found + limit, limit)))

@@ -2,7 +2,8 @@
 
 FP8: float8_e4m3fn values, one scale for each tile of 128 x 128 (tiles at the edges are partial).
 FP4: two e2m1 codes a byte, channel 2j in the low nibble and 2j + 1 in the high one; a scale for 32 channels of a row.
-A scale is float8_e8m0fnu (byte b stands for 2^(b - 127), 255 for NaN) or, in FP8 of Base checkpoints, float32.
+NVFP4: the same codes; a float8_e4m3fn scale for 16 channels of a row, and one float32 factor for the matrix.
+Another scale is float8_e8m0fnu (byte b stands for 2^(b - 127), 255 for NaN) or, in FP8 of Base checkpoints, float32.
 Quantisers round scales up to a power of two, so nothing saturates, and values to nearest, ties to even.
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.checkpoint.names import BLOCK, GROUP
+from dsv4c.nvfp4 import NVFP4_GROUP
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
@@ -25,6 +27,7 @@ _TIES_DOWN = (0.25, 1.25, 2.5, 5.0)
 _TIES_UP = (0.75, 1.75, 3.5)
 _BIAS = 127
 _NAN_BYTE = 255
+_E4M3_NAN, _E4M3_MINUS_ZERO = 0x7F, 0x80
 
 
 def e2m1_encode(x: Tensor) -> Tensor:
@@ -44,11 +47,17 @@ def _grid(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=dtype, device=device)
 
 
-def bad_scales(scale: Tensor) -> Tensor:
-    """How many scales are not finite (a count on their device): e8m0 bytes of 255, or NaN or infinite float32."""
+def bad_scales(scale: Tensor, least: float | None = None) -> Tensor:
+    """How many scales cannot be right (a count on their device): e8m0 bytes of 255, NaN or infinite float32 (or below
+    `least`), and of e4m3, which only NVFP4 has, NaN and negative numbers.
+    """
     if scale.dtype == torch.float8_e8m0fnu:
         return (scale.view(torch.uint8) == _NAN_BYTE).sum()
-    return (~torch.isfinite(scale)).sum()
+    if scale.dtype == torch.float8_e4m3fn:
+        byte = scale.view(torch.uint8)
+        return ((byte == _E4M3_NAN) | (byte > _E4M3_MINUS_ZERO)).sum()
+    bad = ~torch.isfinite(scale)
+    return (bad if least is None else bad | (scale < least)).sum()
 
 
 def dequantise_fp8_block(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,19 +81,38 @@ def dequantise_fp4(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.flo
 
     Exact in float32 and bfloat16 (outside of the subnormal range).
     """
-    rows, half = packed.shape
-    grid = _grid(dtype, packed.device)
-    pairs = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], 1)  # byte -> (low nibble, high nibble)
-    out = pairs.index_select(0, packed.view(torch.uint8).flatten().int()).view(rows, half * 2)
+    out = _unpacked(packed, dtype)
     out.unflatten(1, (-1, GROUP)).mul_(scale.to(dtype)[:, :, None])
     return out
 
 
+def dequantise_nvfp4(
+    packed: Tensor, scale: Tensor, factor: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:  # fmt: skip
+    """[out, in/2] bytes, their e4m3 scale [out, in/16] and the matrix's float32 factor as a new [out, in] tensor.
+
+    Codes times scales are exact in float32; the product with the factor is rounded once, and once more to `dtype`.
+    """
+    out = _unpacked(packed, torch.float32)
+    out.unflatten(1, (-1, NVFP4_GROUP)).mul_(scale.float()[:, :, None])
+    return out.mul_(factor.reshape(())).to(dtype)
+
+
+def _unpacked(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out, in/2] bytes -> the values [out, in] of their codes."""
+    rows, half = packed.shape
+    grid = _grid(dtype, packed.device)
+    pairs = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], 1)  # byte -> (low nibble, high nibble)
+    return pairs.index_select(0, packed.view(torch.uint8).flatten().int()).view(rows, half * 2)
+
+
 def widen(parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A stored tensor and, if its type is FP8 or packed FP4, its scale -> its values as `dtype`; int64 stays."""
+    """A stored tensor and, if its type is FP8 or packed FP4, its scales -> its values as `dtype`; int64 stays."""
     weight = parts[0]
     if weight.dtype == torch.float8_e4m3fn:
         return dequantise_fp8_block(weight, parts[1], dtype)
+    if len(parts) == 3:
+        return dequantise_nvfp4(weight, parts[1], parts[2], dtype)
     if weight.dtype in (torch.int8, torch.uint8):
         return dequantise_fp4(weight, parts[1], dtype)
     return weight if weight.dtype == torch.int64 else weight.to(dtype)

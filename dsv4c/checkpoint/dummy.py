@@ -2,8 +2,9 @@
 
 A tensor depends on its name and the seed alone. Linears have variance 1 / in_features, so that activations stay near
 1; FP4 and FP8 weights are drawn directly in their storage, with two neighbouring powers of two as scales in the mix
-that gives that variance. Norms are near 1, everything that a fresh model leaves constant (sinks, ape, hc base and
-scale, gate bias) varies, and expert tables hold distinct experts, evenly spread.
+that gives that variance; NVFP4 with scales from 0.5 to 2 and a factor for the rest. Norms are near 1, everything that
+a fresh model leaves constant (sinks, ape, hc base and scale, gate bias) varies, and expert tables hold distinct
+experts, evenly spread.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from dsv4c.config import ModelConfig
 from dsv4c.errors import CheckpointError
 
 _E2M1_STD = math.sqrt(sum(v * v for v in E2M1_VALUES) / len(E2M1_VALUES))  # of uniformly random codes
+_NVFP4_SCALES = (0.5, 2.0)  # drawn evenly in between
+_NVFP4_RMS = math.sqrt(1.75)  # of such scales
+_INPUT_SCALE = 16 / (6 * 448)  # of activations up to 16
 _E4M3_STD = 64.0  # of the stored FP8 values: 448 is seven deviations away, so nothing is clipped
 
 _STD = {"ape": 0.5, "attn_sink": 1.0, "bias": 0.05, "base": 0.5}
@@ -64,7 +68,10 @@ class DummySource:
             raise CheckpointError(f"`{name}` is no tensor of this model", hint="see `names()`")
         generator = self._generator(name)
         if name != spec.name:
-            return _random_scale(spec, generator)
+            return _random_nvfp4(spec, name, generator) if spec.kind == "nvfp4" else _random_scale(spec, generator)
+        if spec.kind == "nvfp4":
+            packed_shape = stored_tensors(spec)[0].shape
+            return torch.randint(0, 256, packed_shape, dtype=torch.uint8, generator=generator)
         if spec.kind == "fp4":
             packed_shape = stored_tensors(spec)[0].shape
             return torch.randint(-128, 128, packed_shape, dtype=torch.int8, generator=generator)
@@ -96,16 +103,17 @@ class DummySource:
         return Stored(name, DTYPES[tensor.dtype], tensor.shape)
 
     def parts(self, name: str) -> tuple[Stored, ...]:
-        """The stored tensors that make a logical one: itself, then its scale."""
+        """The stored tensors that make a logical one: itself, then its scale, then, of NVFP4, its factor."""
         spec = self._spec(name)
-        covers = {spec.scale_name: BLOCK} if spec.kind == "fp8" else {}
-        return tuple(self.stored(t.name)._replace(covers=covers.get(t.name, 1)) for t in stored_tensors(spec))
+        tensors = stored_tensors(spec)[:3]  # without NVFP4's `input_scale`
+        covers = {spec.scale_name: BLOCK} if spec.kind == "fp8" else {t.name: spec.shape[0] for t in tensors[2:]}
+        return tuple(self.stored(t.name)._replace(covers=covers.get(t.name, 1)) for t in tensors)
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         """Fills `into` (uint8 [n]) with a stored tensor's bytes from `start` on; made once for reads in a row."""
         with self._lock:
             if self._last is None or self._last[0] != name:
-                self._last = name, self.raw(name).flatten().view(torch.uint8)
+                self._last = name, self.raw(name).reshape(-1).view(torch.uint8)
             into.copy_(self._last[1][start : start + into.numel()])
 
     def widen(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -146,6 +154,18 @@ def _random_scale(spec: TensorSpec, generator: torch.Generator) -> Tensor:
     up = torch.rand(scale_shape(spec.shape, kind), generator=generator) < share
     exponent: Tensor = up.to(torch.uint8) + (127 + k)
     return exponent.view(torch.float8_e8m0fnu)
+
+
+def _random_nvfp4(spec: TensorSpec, name: str, generator: torch.Generator) -> Tensor:
+    """E4M3 scales around 1, the factor that makes the weight's deviation in_features^-0.5, or that of its input."""
+    if name.endswith(".input_scale"):
+        return torch.tensor(_INPUT_SCALE)
+    if name.endswith(".weight_scale_2"):
+        wanted = spec.shape[1] ** -0.5 / (_E2M1_STD * _NVFP4_RMS)
+        factor: Tensor = torch.empty(()).uniform_(0.9, 1.1, generator=generator) * wanted
+        return factor
+    scale = torch.empty(scale_shape(spec.shape, "nvfp4")).uniform_(*_NVFP4_SCALES, generator=generator)
+    return scale.to(torch.float8_e4m3fn)
 
 
 def _random_plain(spec: TensorSpec, generator: torch.Generator) -> Tensor:

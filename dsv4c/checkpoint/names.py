@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsv4c.config import DSpark, ModelConfig
+from dsv4c.nvfp4 import NVFP4_GROUP
 
-Kind = Literal["fp8", "fp4", "bf16", "f32", "i64"]
+Kind = Literal["fp8", "fp4", "nvfp4", "bf16", "f32", "i64"]
 Role = Literal["linear", "expert", "plain", "table"]
 
 BLOCK = 128  # an FP8 scale covers a tile of 128 x 128 weights; tiles at the edges are partial
@@ -23,12 +24,21 @@ ITEM_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BF16": 2, "F32": 4,
 """Bytes per element of every storage type that a checkpoint may use."""
 
 _PLAIN_DTYPES: dict[str, Kind] = {"BF16": "bf16", "F32": "f32"}
-_KIND_DTYPES: dict[Kind, str] = {"fp8": "F8_E4M3", "fp4": "I8", "bf16": "BF16", "f32": "F32", "i64": "I64"}
+_KIND_DTYPES: dict[Kind, str] = {
+    "fp8": "F8_E4M3", "fp4": "I8", "nvfp4": "U8", "bf16": "BF16", "f32": "F32", "i64": "I64",
+}  # fmt: skip
+NVFP4_SCALARS = (".weight_scale_2", ".input_scale")
+"""float32, one of each for an NVFP4 matrix: its own factor, and that of what it is multiplied with."""
 
 
 def scale_name(name: str) -> str:
     """Name of the companion tensor of a quantised tensor."""
     return name.removesuffix(".weight") + ".scale"
+
+
+def nvfp4_name(name: str, part: str) -> str:
+    """Name of an NVFP4 matrix's `weight_scale` (E4M3, for 16 channels of a row), `weight_scale_2` or `input_scale`."""
+    return f"{name.removesuffix('.weight')}.{part}"
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,23 @@ class StoredTensor:
 def scale_shape(shape: tuple[int, ...], kind: Kind) -> tuple[int, int]:
     """Shape of the scale of a quantised [out, in] weight."""
     out, inner = shape
-    return (-(-out // BLOCK), -(-inner // BLOCK)) if kind == "fp8" else (out, -(-inner // GROUP))
+    return (-(-out // BLOCK), -(-inner // BLOCK)) if kind == "fp8" else (out, -(-inner // group_of(kind)))
+
+
+def group_of(kind: Kind) -> int:
+    """Input channels of a row that share a scale of this kind, which divides them; 1 where none do."""
+    return {"fp4": GROUP, "nvfp4": NVFP4_GROUP}.get(kind, 1)
 
 
 def stored_tensors(spec: TensorSpec, kind: Kind | None = None) -> tuple[StoredTensor, ...]:
-    """What a file holds for a logical tensor stored as `kind` (default: its usual one): itself, then its scale."""
+    """What a file holds for a logical tensor stored as `kind` (default: its usual one): itself, then its scales."""
     kind = kind or spec.kind
-    shape = (spec.shape[0], spec.shape[1] // 2) if kind == "fp4" else spec.shape
+    shape = (spec.shape[0], spec.shape[1] // 2) if kind in ("fp4", "nvfp4") else spec.shape
     weight = StoredTensor(spec.name, shape, _KIND_DTYPES[kind])
+    if kind == "nvfp4":
+        scale = StoredTensor(nvfp4_name(spec.name, "weight_scale"), scale_shape(spec.shape, kind), "F8_E4M3")
+        scalars = (StoredTensor(spec.name.removesuffix(".weight") + end, (), "F32") for end in NVFP4_SCALARS)
+        return weight, scale, *scalars
     if kind not in ("fp8", "fp4"):
         return (weight,)
     return weight, StoredTensor(spec.scale_name, scale_shape(spec.shape, kind), "F8_E8M0")
@@ -88,13 +107,16 @@ def allowed_dtypes(spec: TensorSpec) -> tuple[str, ...]:
 
 
 def stored_kind(spec: TensorSpec, dtype: str) -> Kind | None:
-    """The kind that a stored type means for this tensor; None if it may not have that type."""
+    """The kind that a stored type means for this tensor; None if it may not have that type.
+
+    Bytes are NVFP4 where the tensor's usual kind is, MXFP4 elsewhere: the names of the scales tell them apart.
+    """
     if dtype not in allowed_dtypes(spec):
         return None
     if dtype == "F8_E4M3":
         return "fp8"
     if dtype in ("I8", "U8"):
-        return "fp4"
+        return "nvfp4" if spec.kind == "nvfp4" else "fp4"
     return "i64" if dtype == "I64" else _PLAIN_DTYPES[dtype]
 
 
@@ -140,21 +162,26 @@ def _experts(config: ModelConfig, prefix: str, inner: int, kind: Kind, role: Rol
     yield TensorSpec(f"{prefix}.w3.weight", (inner, hidden), kind, role)
 
 
-def expert_kind(config: ModelConfig) -> Kind:
-    """Usual storage of routed experts, from `expert_dtype`; anything but `fp8`, `bf16` and `f32` means `fp4`."""
+def expert_kind(config: ModelConfig, layer: int) -> Kind:
+    """Usual storage of a layer's routed experts: NVFP4 where `nvfp4_layers` says so, else from `expert_dtype`, of which
+    anything but `fp8`, `bf16` and `f32` means `fp4`.
+    """
+    if layer in config.nvfp4_layers:
+        return "nvfp4"
     kinds: dict[str, Kind] = {"fp8": "fp8", "bf16": "bf16", "f32": "f32"}
     return kinds.get(config.expert_dtype, "fp4")
 
 
-def _ffn(config: ModelConfig, prefix: str, hashed: bool) -> Iterator[TensorSpec]:
+def _ffn(config: ModelConfig, prefix: str, layer: int, hashed: bool) -> Iterator[TensorSpec]:
     experts, inner = config.n_routed_experts, config.moe_intermediate_size
     yield TensorSpec(f"{prefix}.gate.weight", (experts, config.hidden_size), "bf16")
     if hashed:
         yield TensorSpec(f"{prefix}.gate.tid2eid", (config.vocab_size, config.num_experts_per_tok), "i64", "table")
     else:
         yield TensorSpec(f"{prefix}.gate.bias", (experts,), "f32")
+    kind = expert_kind(config, layer)
     for expert in range(experts):
-        yield from _experts(config, f"{prefix}.experts.{expert}", inner, expert_kind(config), "expert")
+        yield from _experts(config, f"{prefix}.experts.{expert}", inner, kind, "expert")
     yield from _experts(config, f"{prefix}.shared_experts", inner * config.n_shared_experts, "fp8", "linear")
 
 
@@ -174,7 +201,7 @@ def _block(config: ModelConfig, prefix: str, layer: int, hashed: bool) -> Iterat
         yield TensorSpec(f"{prefix}.{part}_norm.weight", (config.hidden_size,), "bf16")
     overlap = config.attention_kind(layer) == "csa"
     yield from _attention(config, f"{prefix}.attn", config.compress_ratios[layer], overlap)
-    yield from _ffn(config, f"{prefix}.ffn", hashed)
+    yield from _ffn(config, f"{prefix}.ffn", layer, hashed)
 
 
 def _mtp(config: ModelConfig, index: int) -> Iterator[TensorSpec]:

@@ -4,8 +4,9 @@
     DIR/model.safetensors                  or, in several files:
     DIR/model.safetensors.index.json       {"weight_map": {tensor name: file name}}
 
-A linear may be FP8 (e8m0 or float32 scales), packed FP4, BF16 or F32, whatever config.json says. Names and shapes
-come from the config (`names.inventory`); MTP tensors may be absent altogether.
+A linear may be FP8 (e8m0 or float32 scales), packed FP4, BF16 or F32, whatever config.json says; experts may be NVFP4,
+where config.json says so too (nvfp4.py). Names and shapes come from the config (`names.inventory`); MTP tensors may be
+absent altogether.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ from torch import Tensor
 from dsv4c.checkpoint.dequantise import bad_scales, widen
 from dsv4c.checkpoint.names import (
     BLOCK,
+    NVFP4_SCALARS,
     Kind,
+    StoredTensor,
     TensorSpec,
     allowed_dtypes,
+    group_of,
     inventory,
     is_mtp,
     num_mtp_layers,
-    scale_shape,
+    nvfp4_name,
     stored_kind,
     stored_tensors,
 )
-from dsv4c.checkpoint.shard import DTYPES, Entry, Shard
+from dsv4c.checkpoint.nvfp4 import PUBLISHED, with_stored_experts
+from dsv4c.checkpoint.shard import DTYPES, Entry, Shard, no_repeats
 from dsv4c.checkpoint.source import Stored, load_model_state
 from dsv4c.config import ModelConfig
 from dsv4c.errors import CheckpointError
@@ -40,7 +45,15 @@ __all__ = ["Checkpoint", "load_model_state"]
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MOST_PROBLEMS = 8  # listed in one error; a wrong config gives thousands
-_SCALE_DTYPES: dict[Kind, tuple[str, ...]] = {"fp8": ("F8_E8M0", "F32"), "fp4": ("F8_E8M0",)}
+_SCALED: tuple[Kind, ...] = ("fp8", "fp4", "nvfp4")
+
+
+_LEAST_INPUT = torch.finfo(torch.float32).tiny
+
+
+def _is_scalar(name: str, entry: Entry) -> bool:
+    """Whether this is one of an NVFP4 matrix's factors, which some write as a vector of one."""
+    return name.endswith(NVFP4_SCALARS) and entry.shape in ((), (1,))
 
 
 class Checkpoint:
@@ -58,9 +71,10 @@ class Checkpoint:
                 f"`{self.path}` is not a checkpoint: {what}",
                 hint="give a folder with config.json and safetensors files",
             )
-        self.config = ModelConfig.from_file(self.path / "config.json")
+        config = ModelConfig.from_file(self.path / "config.json")
         self._shards: dict[str, Shard] = {}
         self._files = self._file_of_each_tensor()
+        self.config = with_stored_experts(config, self.path, self._files)
         self.has_mtp = num_mtp_layers(self.config) > 0 and any(is_mtp(name) for name in self._files)
         self._specs = inventory(self.config, mtp=self.has_mtp)
 
@@ -87,9 +101,8 @@ class Checkpoint:
         self.check(name)
         out = widen(parts, dtype)
         out = out.clone() if out.data_ptr() == parts[0].data_ptr() else out
-        self._shard_of(name).release()
-        if len(parts) > 1:
-            self._shard_of(self._spec(name).scale_name).release()
+        for part in self.parts(name):
+            self._shard_of(part.name).release()
         return out
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -101,10 +114,10 @@ class Checkpoint:
         entry = self._shard_of(name).entries.get(name)
         if entry is None:
             raise CheckpointError(f"`{name}` is missing in {self._where(name)}", hint=self._hint())
-        return Stored(name, DTYPES[entry.dtype], entry.shape)
+        return Stored(name, DTYPES[entry.dtype], () if _is_scalar(name, entry) else entry.shape)
 
     def parts(self, name: str) -> tuple[Stored, ...]:
-        """The stored tensors that make a logical one: itself, then its scale.
+        """The stored tensors that make a logical one: itself, then its scale, then, of NVFP4, its factor.
 
         Raises CheckpointError if one is missing, misshapen or of a wrong type.
         """
@@ -113,8 +126,11 @@ class Checkpoint:
         if problem:
             raise CheckpointError(problem, hint=self._hint())
         kind = self._kind(spec)
-        if kind not in ("fp8", "fp4"):
+        if kind not in _SCALED:
             return (self.stored(name),)
+        if kind == "nvfp4":
+            factor = self.stored(nvfp4_name(name, "weight_scale_2"))._replace(covers=spec.shape[0])
+            return self.stored(name), self.stored(nvfp4_name(name, "weight_scale")), factor
         covers = BLOCK if kind == "fp8" else 1
         return self.stored(name), self.stored(spec.scale_name)._replace(covers=covers)
 
@@ -127,9 +143,9 @@ class Checkpoint:
         return widen(parts, dtype)
 
     def suspect(self, name: str, parts: Sequence[Tensor]) -> Tensor | None:
-        """How many scales of these rows are not finite, or rows of a table that name no distinct experts."""
+        """How many scales of these rows cannot be right, or rows of a table that name no distinct experts."""
         if len(parts) > 1:
-            return bad_scales(parts[1])
+            return torch.stack([bad_scales(part, 0.0 if len(parts) > 2 else None) for part in parts[1:]]).sum()
         if self._spec(name).role != "table":
             return None
         rows = parts[0].sort(-1).values
@@ -137,7 +153,7 @@ class Checkpoint:
         return (bad | (rows[:, 1:] == rows[:, :-1])).sum()
 
     def check(self, name: str) -> None:
-        """Raises CheckpointError if a scale is not finite, or a table row repeats an expert or leaves the range."""
+        """Raises CheckpointError if a scale cannot be right, or a table row repeats an expert or leaves the range."""
         problem = self._data_problem(self._spec(name))
         if problem:
             raise CheckpointError(problem, hint=self._hint())
@@ -162,14 +178,19 @@ class Checkpoint:
         for spec in self._specs.values():
             known.add(spec.name)
             problem = self._stored_problem(spec)
+            kind = self._kind(spec) or spec.kind
+            known.update(tensor.name for tensor in stored_tensors(spec, kind))
             if problem is None:
-                if self._kind(spec) in ("fp8", "fp4"):
-                    known.add(spec.scale_name)
                 problem = self._data_problem(spec)
-            elif spec.role in ("linear", "expert"):
-                known.add(spec.scale_name)  # one complaint a weight
+            elif spec.role in ("linear", "expert"):  # one complaint a weight
+                known.add(spec.scale_name)
+                known.update(tensor.name for tensor in stored_tensors(spec, "nvfp4"))
             if problem:
                 yield problem
+        for file, shard in self._shards.items():
+            for name in shard.entries:
+                if self._files.get(name, file) != file:
+                    yield f"`{name}` is in `{self._files[name]}` and in `{file}`, expected it once"
         stored = {name: file for file, shard in self._shards.items() for name in shard.entries} | self._files
         for name in sorted(stored.keys() - known):
             entry = self._shards[stored[name]].entries.get(name)
@@ -186,36 +207,50 @@ class Checkpoint:
         kind = stored_kind(spec, entry.dtype)
         if kind is None:
             return f"{where}: dtype is {entry.dtype}, expected {' or '.join(allowed_dtypes(spec))}"
-        shape = stored_tensors(spec, kind)[0].shape
-        if entry.shape != shape:
-            return f"{where}: shape is {list(entry.shape)}, expected {list(shape)} for {entry.dtype}"
-        if kind not in ("fp8", "fp4"):
-            return None
-        return self._scale_problem(spec, kind)
+        weight, *scales = stored_tensors(spec, kind)
+        if entry.shape != weight.shape:
+            return f"{where}: shape is {list(entry.shape)}, expected {list(weight.shape)} for {entry.dtype}"
+        if kind in ("fp4", "nvfp4") and spec.shape[1] % group_of(kind):
+            return f"{where}: {spec.shape[1]} input channels are no multiple of {group_of(kind)}, which share a scale"
+        problems = (self._scale_problem(spec, kind, scale) for scale in scales)
+        return next((problem for problem in problems if problem), None)
 
-    def _scale_problem(self, spec: TensorSpec, kind: Kind) -> str | None:
-        name, shape, dtypes = spec.scale_name, scale_shape(spec.shape, kind), _SCALE_DTYPES[kind]
-        entry = self._entry(name)
+    def _scale_problem(self, spec: TensorSpec, kind: Kind, due: StoredTensor) -> str | None:
+        entry, dtypes = self._entry(due.name), (due.dtype, "F32") if kind == "fp8" else (due.dtype,)
+        what = f"{' or '.join(dtypes)} {list(due.shape)}"
         if entry is None:
-            return f"`{name}` is missing in {self._where(name)}: expected {' or '.join(dtypes)} {list(shape)}"
+            missing = f"`{due.name}` is missing in {self._where(due.name)}: expected {what}"
+            return missing + self._found_instead(spec, kind)
+        where = f"`{due.name}` in {self._where(due.name)}"
         if entry.dtype not in dtypes:
-            return f"`{name}` in {self._where(name)}: dtype is {entry.dtype}, expected {' or '.join(dtypes)}"
-        if entry.shape != shape:
-            return f"`{name}` in {self._where(name)}: shape is {list(entry.shape)}, expected {list(shape)}"
+            return f"{where}: dtype is {entry.dtype}, expected {' or '.join(dtypes)}"
+        if entry.shape != due.shape and not (due.shape == () and _is_scalar(due.name, entry)):
+            group = f", a scale for {group_of(kind)} channels" if group_of(kind) > 1 and due.shape else ""
+            return f"{where}: shape is {list(entry.shape)}, expected {list(due.shape)}{group}"
         return None
+
+    def _found_instead(self, spec: TensorSpec, kind: Kind) -> str:
+        """Why a scale is missing, if the tensor has one of another format."""
+        if kind == "nvfp4" and spec.scale_name in self._files:
+            return f"; it is MXFP4, by `{spec.scale_name}`, while other experts of its layer are NVFP4"
+        if kind == "fp4" and nvfp4_name(spec.name, "weight_scale") in self._files:
+            return f"; it is NVFP4, by its `weight_scale`, which only routed experts may be: {PUBLISHED}"
+        return ""
 
     def _data_problem(self, spec: TensorSpec) -> str | None:
         """What is wrong with the scales or the expert ids of a tensor that is stored as it should be."""
         kind = self._kind(spec)
-        if kind in ("fp8", "fp4"):
-            name = spec.scale_name
-            scale = self.raw(name)
-            bad = int(bad_scales(scale))
-            self._shard_of(name).release()
+        for tensor in stored_tensors(spec, kind)[1:]:
+            scale, least, finite = self.raw(tensor.name), None, "NaN or infinite"
+            if kind == "nvfp4":  # a factor of 0 stands for a matrix of zeros, but rows are divided by `input_scale`
+                least = _LEAST_INPUT if tensor.name.endswith(".input_scale") else 0.0
+                finite = "NaN, infinite, negative or zero" if least else "NaN, infinite or negative"
+            bad = int(bad_scales(scale, least))
+            self._shard_of(tensor.name).release()
             if bad:
                 return (
-                    f"`{name}` in {self._where(name)}: found {bad} NaN or infinite scales, "
-                    f"expected all {scale.numel()} to be finite"
+                    f"`{tensor.name}` in {self._where(tensor.name)}: found {bad} {finite} scales, "
+                    f"expected all {scale.numel()} to be finite{' and positive' if kind == 'nvfp4' else ''}"
                 )
         return self._table_problem(spec) if spec.role == "table" else None
 
@@ -275,7 +310,7 @@ class Checkpoint:
             self._shards[SINGLE_FILE] = Shard(self.path / SINGLE_FILE)
             return dict.fromkeys(self._shards[SINGLE_FILE].entries, SINGLE_FILE)
         try:
-            data = json.loads(index.read_text(encoding="utf-8"))
+            data = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=no_repeats)
             files = {str(name): str(file) for name, file in data["weight_map"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"`{index}` has no readable `weight_map`: {error!r}", hint=self._hint()) from error

@@ -15,6 +15,7 @@ import struct
 import sys
 import weakref
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,15 @@ class Shard:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
+def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. Raises ValueError for one that says a key twice, of which a reader would take either."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` is there twice")
+    return out
+
+
 def _read_header(path: Path, prefix: bytes, read: Any, size: int) -> dict[str, Entry]:
     """The entries of a file whose first 8 bytes are `prefix` and whose next ones `read` returns."""
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
@@ -117,7 +127,7 @@ def _read_header(path: Path, prefix: bytes, read: Any, size: int) -> dict[str, E
             f"`{path}` has {size} bytes, expected at least {length + 8} for its header", hint=_TRUNCATED
         )
     try:
-        header = json.loads(read(length))
+        header = json.loads(read(length), object_pairs_hook=no_repeats)
         header.pop("__metadata__", None)
         entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -127,6 +137,10 @@ def _read_header(path: Path, prefix: bytes, read: Any, size: int) -> dict[str, E
             raise CheckpointError(
                 f"`{name}` in `{path}`: data ends at byte {entry.end}, but the file has {size} bytes", hint=_TRUNCATED
             )
+    placed = sorted((entry.start, entry.end, name) for name, entry in entries.items())
+    for (_, end, name), (start, _, other) in pairwise(placed):
+        if start < end:
+            raise CheckpointError(f"`{name}` and `{other}` in `{path}` share bytes from {start} on", hint=_TRUNCATED)
     end = max((entry.end for entry in entries.values()), default=8 + length)
     if end != size:
         raise CheckpointError(f"`{path}` has {size} bytes, expected {end} from its header", hint=_TRUNCATED)

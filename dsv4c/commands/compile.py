@@ -63,7 +63,7 @@ def _pipeline(args: argparse.Namespace, config: ModelConfig, options: Options) -
             f"target `{args.target}` computes experts on BF16 activations or wider",
             hint="`--activations` and `--keep` are for sm_100a and sm_103a",
         )
-    chosen = QuantiseActivations(args.activations or "mxfp8", tuple(args.keep))
+    chosen = QuantiseActivations(args.activations, tuple(args.keep))
     return usual.without(chosen.name).with_(chosen)
 
 

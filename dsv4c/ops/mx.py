@@ -108,11 +108,12 @@ def experts_nvfp4(
     shared_TD: Tensor,
     *,
     limit: float,
+    activations: Literal["bf16", "nvfp4"],
 ) -> Tensor:
-    """Experts of an NVFP4 checkpoint on NVFP4 activations: scales E4M3 [.., C / 16], a float32 factor for each expert.
+    """Experts of an NVFP4 checkpoint: scales E4M3 [.., C / 16], a float32 factor for each expert.
 
-    `x_global` [1] is the factor of the tokens, which are quantised once for all experts, `hidden_global_E` that of each
-    expert's second product.
+    Activations are NVFP4 (W4A4) or as they are (`bf16`, W4A16). `x_global` [1] is the factor of the tokens, which are
+    quantised once for all experts, `hidden_global_E` that of each expert's second product.
     """
     stored = ((w1, s1, g1_E), (w3, s3, g3_E), (w2, s2, g2_E))
 
@@ -120,6 +121,8 @@ def experts_nvfp4(
         data, scale, whole = stored[which]
         return dequantise_mx(data[expert], scale[expert], "nvfp4") * whole[expert]
 
+    if activations == "bf16":
+        return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, None)
     factors = (x_global, hidden_global_E)
     return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, "nvfp4", factors)
 
@@ -131,17 +134,20 @@ def _experts(
     weight_of: Callable[[int, int], Tensor],
     shared_TD: Tensor,
     limit: float,
-    fmt: MxFormat,
+    fmt: MxFormat | None,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`weight_of`: w1, w3 or w2 (0 to 2) of an expert, float32. `factors`: of x [1], and of hidden for each expert."""
-    out = shared_TD.float()
-    x_TD, dtype = rounded_mx(x_TD, fmt, factors[0] if factors else 1.0), x_TD.dtype
+    """`weight_of`: w1, w3 or w2 (0 to 2) of an expert, float32. `factors`: of x [1], and of hidden for each expert.
+
+    `fmt`: of the activations, None if they stay as they are.
+    """
+    out, dtype = shared_TD.float(), x_TD.dtype
+    x_TD = rounded_mx(x_TD, fmt, factors[0] if factors else 1.0) if fmt else x_TD.float()
     for expert in chosen_TK.unique().tolist():
         token, k = (chosen_TK == expert).nonzero(as_tuple=True)
         gate, up = (x_TD[token] @ weight_of(which, expert).T for which in (0, 1))
         hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight_TK[token, k].unsqueeze(1)
-        hidden = rounded_mx(hidden, fmt, factors[1][expert] if factors else 1.0)
+        hidden = rounded_mx(hidden, fmt, factors[1][expert] if factors else 1.0) if fmt else hidden
         out.index_add_(0, token, hidden @ weight_of(2, expert).T)
     return out.to(dtype)
 

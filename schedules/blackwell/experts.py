@@ -49,6 +49,8 @@ def _sizes(node: OpNode) -> tuple[int, int, int, int]:
 def _accepts(node: OpNode) -> str | None:
     if any(value is None or value.strides is not None for value in node.inputs):
         return "an input is absent or strided"
+    if node.op == "experts_nvfp4" and node.attrs["activations"] != "nvfp4":
+        return f"NVFP4 weights are multiplied with NVFP4 activations, not with {node.attrs['activations']}"
     dim, inner, experts, _ = _sizes(node)
     scale = "float8_e4m3fn" if _format(node) == "nvfp4" else "uint8"
     factors = ["float32"] if node.op == "experts_nvfp4" else []

@@ -82,4 +82,4 @@ def test_storage_is_decided_by_the_stored_type() -> None:
     ]
     assert stored_kind(norm, "F8_E4M3") is None
     assert stored_kind(specs["layers.0.ffn.gate.tid2eid"], "BF16") is None
-    assert expert_kind(SMALL) == "fp4"
+    assert expert_kind(SMALL, 0) == "fp4"

@@ -145,7 +145,7 @@ def _node(case: Case, fmt: MxFormat) -> OpNode:
         inputs += [Value((case.experts, lines, channels // mx_group(fmt)), kind, "weight")]
         inputs += [Value((case.experts,), "float32", "weight")] if nv else []
     inputs += [Value((1,), "float32", "weight"), Value((case.experts,), "float32", "weight")] if nv else []
-    attrs = {"limit": 10.0, **({} if nv else {"activations": fmt})}
+    attrs = {"limit": 10.0, "activations": fmt}
     return OpNode("experts_nvfp4" if nv else "experts_mx", attrs, (*inputs, row), (row,))
 
 

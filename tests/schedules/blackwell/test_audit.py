@@ -75,7 +75,7 @@ def test_a_tile_too_small_for_scaled_operands_is_found(cache: Path) -> None:
 def test_eight_bit_products_of_four_bit_values_are_found(cache: Path) -> None:
     """As TileLang's packed FP4 and its groups of 16 compile: products of the wrong kind."""
     _, made = built(mx_node("nano", "mxfp8"), "grouped_down", cache)
-    for op, attrs in (("experts_mx", {"activations": "mxfp4"}), ("experts_nvfp4", {})):
+    for op, attrs in (("experts_mx", {"activations": "mxfp4"}), ("experts_nvfp4", {"activations": "nvfp4"})):
         kernel = Kernel(op, "gpu", op, "", "", 0.0, "", op_attrs=attrs)
         assert any("unexpected UTCQMMA" in fault for fault in found(kernel, made))
     kernel, made = built(mx_node("nano", "mxfp4"), "grouped_down", cache)

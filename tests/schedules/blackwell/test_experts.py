@@ -38,7 +38,8 @@ def nvfp4_node(model: str) -> OpNode:
         narrow = dataclasses.replace(scale, shape=(*lead, 2 * int(groups)), dtype="float8_e4m3fn")
         inputs += [data, narrow, Value(data.shape[:1], "float32", "weight")]
     inputs += [Value((1,), "float32", "weight"), inputs[-1], plain.inputs[-1]]
-    return dataclasses.replace(plain, op="experts_nvfp4", inputs=tuple(inputs))
+    attrs = {**plain.attrs, "activations": "nvfp4"}
+    return dataclasses.replace(plain, op="experts_nvfp4", attrs=attrs, inputs=tuple(inputs))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -106,7 +107,7 @@ def test_it_says_what_it_does_not_take() -> None:
     assert "no multiples of 128" in str(changed(0, shape=("T", 4000)))
     assert "input 6 has no scale for each 32 channels" in str(changed(6, shape=(256, 2048, 256)))  # groups of 16
     assert "strided" in str(changed(0, strides=(8192, 1)))
-    nvfp4 = dataclasses.replace(good, op="experts_nvfp4", attrs={"limit": 10.0})
+    nvfp4 = dataclasses.replace(good, op="experts_nvfp4", attrs={"limit": 10.0, "activations": "nvfp4"})
     assert "float8_e4m3fn and float32" in str(BY_OP["experts_nvfp4"].accepts(nvfp4))  # an MXFP4 checkpoint's weights
     nvfp4 = nvfp4_node("flash")
     assert "has no scale for each 16 channels" in str(changed(4, nvfp4, BY_OP["experts_nvfp4"], shape=(256, 2048, 128)))
