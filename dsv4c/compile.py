@@ -36,6 +36,7 @@ from dsv4c.plan import Plan, plan
 from dsv4c.program import Program
 from dsv4c.schedules._gpu import ptxas_version
 from dsv4c.schedules._schedule import Progress, Schedule
+from dsv4c.schedules._toolchain import check_toolchain
 from dsv4c.schedules.emit import emit, records
 from dsv4c.schedules.select import SCHEDULES
 from dsv4c.weights import stored_formats
@@ -219,11 +220,14 @@ def _check_ops(program: Program, arch: str, schedules: Sequence[Schedule]) -> No
     known = {schedule.op for schedule in schedules if arch in schedule.targets}
     ops = {node.target.name for node in program.nodes() if isinstance(node.target, Op)} - VIEWS
     missing = sorted(ops - known) if "*" not in known else []
-    if missing:
-        raise ScheduleError(
-            f"target `{arch}` has no schedule for {len(missing)} ops of this model: `{'`, `'.join(missing)}`",
-            hint="nothing is computed by a reference instead; give schedules of your own, or take another target",
-        )
+    if not missing:
+        return
+    hint = "nothing is computed by a reference instead; give schedules of your own, or take another target"
+    if missing == ["experts_nvfp4"]:
+        hint = "NVFP4 experts are for sm_100a, sm_103a and cpu; elsewhere take the MXFP4 checkpoint"
+    raise ScheduleError(
+        f"target `{arch}` has no schedule for {len(missing)} ops of this model: `{'`, `'.join(missing)}`", hint=hint
+    )
 
 
 def numerics(program: Program, options: Options) -> tuple[str, ...]:
@@ -233,6 +237,8 @@ def numerics(program: Program, options: Options) -> tuple[str, ...]:
         out.append("KV entries and index vectors are fake-quantised (FP8 groups of 64, FP4 groups of 32)")
     if "state-packed" not in program.facts:
         out.append("activations and state are float32; FP8 and FP4 weights are widened exactly when loaded")
+        if program.config.nvfp4_layers:
+            out.append("NVFP4 weights are widened with one rounding, their input_scale is not used")
     return tuple(out)
 
 
@@ -270,6 +276,8 @@ def compile_artifact(
     for options out of range, ArtifactError if `output` holds something else than an artifact.
     """
     _check_options(config, options, output)
+    if target.arch != "cpu":
+        check_toolchain(target.arch)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         directory = Path(scratch) / "artifact"
@@ -381,12 +389,15 @@ def _tools(target: Target) -> dict[str, str]:
     return {"ptxas": ptxas_version(), **{name: version(name) for name in ("tilelang", "triton")}}
 
 
+_CHECKPOINT_FILES = ("config.json", "hf_quant_config.json", "model.safetensors.index.json")
+
+
 def _embed(checkpoint: Path, directory: Path) -> None:
     """Weights as hard links where the file system allows it, else copies; tokenizer and chat format beside them."""
     (directory / "weights").mkdir()
     (directory / "tokenizer").mkdir()
     for file in sorted(checkpoint.iterdir()):
-        if file.suffix == ".safetensors" or file.name in ("config.json", "model.safetensors.index.json"):
+        if file.suffix == ".safetensors" or file.name in _CHECKPOINT_FILES:
             _link(file, directory / "weights" / file.name)
         elif file.name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(file, directory / "tokenizer" / file.name)

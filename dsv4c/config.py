@@ -257,6 +257,27 @@ class ModelConfig:
             raise ConfigError(f"cannot read `{path}`: {error}") from error
         return cls.from_dict(data)
 
+    @property
+    def expert_formats(self) -> str:
+        """How routed experts are stored, in words: `MXFP4`, or `NVFP4 in layers.0 to layers.42, MXFP4 in mtp.0`."""
+        usual = {"fp4": "MXFP4"}.get(self.expert_dtype, self.expert_dtype.upper())
+        if not self.nvfp4_layers:
+            return usual
+        others = tuple(layer for layer in range(len(self.compress_ratios)) if layer not in self.nvfp4_layers)
+        found = f"NVFP4 in {self._blocks_text(self.nvfp4_layers)}"
+        return f"{found}, {usual} in {self._blocks_text(others)}" if others else found
+
+    def _blocks_text(self, layers: tuple[int, ...]) -> str:
+        """`layers.0 to layers.42`, `layers.0 to layers.3, mtp.0`."""
+        runs: list[list[int]] = []
+        for layer in layers:
+            if runs and runs[-1][-1] == layer - 1 and layer != self.num_hidden_layers:
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        ends = ([block_name(run[i], self.num_hidden_layers) for i in sorted({0, len(run) - 1})] for run in runs)
+        return ", ".join(" to ".join(names) for names in ends)
+
     def to_dict(self) -> dict[str, Any]:
         """The config.json mapping, as DeepSeek publishes it."""
         out = dataclasses.asdict(self)
@@ -351,12 +372,15 @@ NANO = ModelConfig(
 )  # fmt: skip
 """Small, and with every component: window, csa and hca layers, hash and bias gates, MTP, FP4 experts."""
 
-PRESETS: dict[str, ModelConfig] = {"flash": FLASH, "flash-0731": FLASH_0731, "nano": NANO, "pro": PRO}
-"""The models that are known by name: `flash`, `flash-0731` and `pro` as published, `nano` for tests and shows."""
+PRESETS: dict[str, ModelConfig] = {
+    "flash": FLASH, "flash-0731": FLASH_0731, "flash-nvfp4": FLASH.with_nvfp4(()), "nano": NANO, "pro": PRO,
+    "pro-nvfp4": PRO.with_nvfp4(()),
+}  # fmt: skip
+"""The models that are known by name: `nano` for tests and shows, the others as published, `-nvfp4` by NVIDIA."""
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset of this `name` (`flash`, `pro`, `nano`); raises ConfigError with the nearest name."""
+    """The preset of this `name` (`flash`, `pro`, `nano`, ...); raises ConfigError with the nearest name."""
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1)

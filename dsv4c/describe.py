@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsv4c.artifact import KVGroup, Manifest, StateGroup
+from dsv4c.config import ModelConfig
 from dsv4c.ops import DTYPE_BYTES
 from dsv4c.pipeline import Step
 from dsv4c.plan import Plan
@@ -96,6 +97,7 @@ def manifest_tables(manifest: Manifest) -> RenderableType:
     for label, value in (
         ("model", f"{_layers(manifest)} layers, hidden size {model['hidden_size']}, "
                   f"{model['n_routed_experts']} experts, vocabulary {manifest.vocab_size:,}"),
+        ("routed experts", ModelConfig.from_dict(model).expert_formats),
         ("model hash", manifest.model_sha256[:16]),
         ("target", f"{manifest.target} ({manifest.isa}), {manifest.compute_dtype}"),
         ("longest context", f"{manifest.max_context:,} tokens"),

@@ -358,6 +358,12 @@ def _check_model(manifest: Manifest, config: ModelConfig) -> None:
     compiled = ModelConfig.from_dict(manifest.model)
     if manifest.truncated_from == config.num_hidden_layers:
         config = config.truncated(compiled.num_hidden_layers)
+    if compiled.nvfp4_layers != config.nvfp4_layers:
+        raise ArtifactError(
+            f"the artifact was compiled for experts in {compiled.expert_formats}, "
+            f"the weights have {config.expert_formats}",
+            hint="compile the artifact from this checkpoint",
+        )
     expected = compiled.to_dict()
     for key, found in config.to_dict().items():
         if expected[key] != found:

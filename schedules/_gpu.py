@@ -274,6 +274,14 @@ def ptxas_version() -> str:
     return _ptxas()[1]
 
 
+def ptxas_path(arch: str) -> Path:
+    """The assembler for `arch`: the ptxas on PATH if it is of CUDA_RELEASE, else the one that Triton takes."""
+    import triton
+
+    name = "ptxas-blackwell" if ARCHS[arch] >= 100 else "ptxas"
+    return Path(_ptxas()[0] or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
 def _signature(
     request: Request, launch: TritonLaunch, names: list[str], gluon: bool
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command's parser."""
     parser = commands.add_parser("compile", help="compile a checkpoint folder or a preset to an artifact")
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, or flash, pro, nano")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder, or a preset: flash, pro, flash-nvfp4, pro-nvfp4, nano"
+    )
     parser.add_argument(
         "--target", required=True, help="what to compile for: cpu, sm_90a (Hopper), sm_100a (B200) or sm_103a (B300)"
     )
@@ -37,7 +39,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--activations",
         choices=("mxfp8", "mxfp4"),
-        help="of routed experts on sm_100a and sm_103a (default mxfp8); mxfp4 is W4A4, faster and coarser",
+        help="of MXFP4 experts on sm_100a and sm_103a (default mxfp8); mxfp4 is W4A4, faster and coarser",
     )
     parser.add_argument(
         "--keep", action="append", default=[], metavar="PATTERN",
@@ -62,6 +64,11 @@ def _pipeline(args: argparse.Namespace, config: ModelConfig, options: Options) -
         raise ConfigError(
             f"target `{args.target}` computes experts on BF16 activations or wider",
             hint="`--activations` and `--keep` are for sm_100a and sm_103a",
+        )
+    if args.activations and not options.speculative_tokens and len(config.nvfp4_layers) >= config.num_hidden_layers:
+        raise ConfigError(
+            f"`--activations {args.activations}` fits no experts: all of this checkpoint are NVFP4",
+            hint="leave it out: NVFP4 weights are multiplied with NVFP4 activations, by the checkpoint's input_scale",
         )
     chosen = QuantiseActivations(args.activations, tuple(args.keep))
     return usual.without(chosen.name).with_(chosen)

@@ -25,7 +25,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command's parser."""
     parser = commands.add_parser("inspect", help="what the passes do to a model, or an artifact, or two, in words")
     parser.add_argument(
-        "what", metavar="MODEL|DIR", help="flash, pro, nano, a checkpoint folder, or an artifact's folder"
+        "what",
+        metavar="MODEL|DIR",
+        help="a preset (flash, pro, nano, ...), a checkpoint folder, or an artifact's folder",
     )
     parser.add_argument("other", metavar="DIR", nargs="?", help="another artifact: print what differs")
     parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="one pass: its contract and what it replaced")

@@ -41,15 +41,15 @@ def chosen_model(name: str, num_layers: int | None) -> Chosen:
     if num_layers is None or num_layers == whole:
         return Chosen(config, folder, None)
     if folder is not None:
-        raise ConfigError("`--num-layers` is for presets", hint="compile flash, pro or nano, and give it `--weights`")
+        raise ConfigError("`--num-layers` is for presets", hint="compile a preset, and give it `--weights`")
     config = config.truncated(num_layers)
     print(f"a truncated model: the first {num_layers} of {whole} layers, for measurement", file=sys.stderr)
     return Chosen(config, None, whole)
 
 
 def _preset(name: str) -> ModelConfig:
-    from dsv4c.config import preset
+    from dsv4c.config import PRESETS, preset
 
     if any(c in name for c in "/\\.") or Path(name).is_absolute():
-        raise ConfigError(f"`{name}` does not exist", hint="MODEL is a checkpoint folder, or flash, pro, nano")
+        raise ConfigError(f"`{name}` does not exist", hint=f"MODEL is a checkpoint folder, or {', '.join(PRESETS)}")
     return preset(name)

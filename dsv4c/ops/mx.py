@@ -141,7 +141,7 @@ def _experts(
 
     `fmt`: of the activations, None if they stay as they are.
     """
-    out, dtype = shared_TD.float(), x_TD.dtype
+    out, dtype = shared_TD.to(torch.float32, copy=True), x_TD.dtype
     x_TD = rounded_mx(x_TD, fmt, factors[0] if factors else 1.0) if fmt else x_TD.float()
     for expert in chosen_TK.unique().tolist():
         token, k = (chosen_TK == expert).nonzero(as_tuple=True)
