@@ -322,7 +322,7 @@ class Weight:
     `transforms` run left to right over the list of source tensors; each is a name and its arguments:
     ("dequantise",) every source with its `.scale` to float32, or ("stored",) its bytes as they are; ("stack",) along a
     new dim 0; ("concat", dim); ("cast", dtype); ("narrow", dtype), a cast that must lose no bit; ("view", dtype), the
-    same bytes; the layouts of runtime/layouts.py; ("values", [floats]), a constant that has no source.
+    same bytes; the layouts and checks of runtime/layouts.py; ("values", [floats]), a constant that has no source.
     """
 
     name: str
