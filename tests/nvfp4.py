@@ -65,7 +65,8 @@ def convert(source: Path, target: Path, form: Form = "layers", *, mtp: bool = Fa
         wide = (unpacked(tensors[name]).unflatten(1, (-1, 32)) * powers).flatten(1)
         tensors[name], tensors[f"{base}.weight_scale"], tensors[f"{base}.weight_scale_2"] = quantised(wide)
         most = 12.0 if base.endswith("w2") else 4.0  # the bundled nano's activations reach 4
-        tensors[f"{base}.input_scale"] = torch.tensor((most + int(base.split(".")[-2]) / 8) / (6 * 448))
+        most *= 1.0037 + int(base.split(".")[-2]) / 97  # no round number: products then never lie between two codes
+        tensors[f"{base}.input_scale"] = torch.tensor(most / (6 * 448))
         layers[base if form == "matrices" else base.rsplit(".", 2)[0]] = None
     config["quantization_config"]["moe_quant_algo"] = "NVFP4"
     target.mkdir(parents=True)
