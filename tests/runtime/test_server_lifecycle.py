@@ -282,6 +282,11 @@ def test_bad_addresses(host: str, port: int, message: str) -> None:
         bind(host, port)
 
 
+def test_idle_connections_outlast_those_of_clients_and_proxies(toy_server: Live) -> None:
+    """Else a request may be sent into a connection that is being closed: "server disconnected", now and then."""
+    assert toy_server.server.config.timeout_keep_alive > 60
+
+
 def test_default_host_is_loopback() -> None:
     sock = bind(port=0)
     assert sock.getsockname()[0] == "127.0.0.1"
