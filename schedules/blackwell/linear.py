@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from dsv4c.schedules._gpu import SHARED_LIMIT
 from dsv4c.schedules._launch import Desc, LaunchArg, TritonLaunch, i32, ptr
 from dsv4c.schedules._roofline import MACHINES
 from dsv4c.schedules._schedule import Build, Config, OpNode, Schedule, Transforms, Value, Work
@@ -52,16 +53,34 @@ def _layouts(node: OpNode) -> dict[int, Transforms]:
 
 
 def _space(node: OpNode, symbols: Mapping[str, int], *, sms: int) -> tuple[Config, ...]:
-    """As many columns as tokens, 16 to 128; parts of the channels while the tiles leave multiprocessors idle."""
+    """As many columns as tokens, 16 to 128; parts of the channels while the tiles leave multiprocessors idle.
+
+    `blocks` of 128 channels make a step. Programs that have one tile each share a multiprocessor with another; where
+    they take several, roles of warps run across these.
+    """
     n, k, _ = _sizes(node)
     tokens = max(1, symbols["T"])
     columns = max(16, min(128, 1 << (tokens - 1).bit_length()))
     tiles = _cdiv(n, _ROWS) * _cdiv(tokens, columns)
-    steps = k // (128 if _fp8(node) else 64)
+    blocks = 2 if _fp8(node) and k % 512 == 0 else 1
+    steps = k // (128 * blocks if _fp8(node) else 64)
     fits = [s for s in (1, 2, 4, 8, 16) if steps % s == 0 and (s == 1 or tiles * s <= 2 * sms)]
-    warps = 8 if columns == 128 else 4
-    parts = dict.fromkeys((fits[-1] if tokens <= 512 else 1, 1))
-    return tuple({"columns": columns, "parts": s, "stages": 4, "warps": warps} for s in parts)
+    out = []
+    for parts in dict.fromkeys((fits[-1] if tokens <= 512 else 1, 1)):
+        share = 2 if columns < 128 and tiles * parts <= 2 * sms else 1
+        out.append({
+            "columns": columns, "blocks": blocks, "share": share, "parts": parts,
+            "stages": _stages(node, columns, blocks, share), "warps": 8 if columns == 128 else 4,
+            "roles": "loop" if share == 2 or tiles * parts <= sms else "tiles",
+        })  # fmt: skip
+    return tuple(out)
+
+
+def _stages(node: OpNode, columns: int, blocks: int, share: int) -> int:
+    """Steps in flight: as many as fit in the share of shared memory that a block has, beside what it finishes with."""
+    each = (_ROWS + columns) * 128 * blocks + (16 * columns if blocks > 1 else 0)
+    room = (SHARED_LIMIT + 1024) // share - 1024 - (20 << 10 if share == 1 else 4 << 10)
+    return max(2, min(6, room // each))
 
 
 def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
@@ -70,20 +89,26 @@ def _workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     return (Value((int(config["parts"]), "T", _sizes(node)[0]), "float32"),)
 
 
-def product(node: OpNode, config: Config, work: int, out: int) -> tuple[TritonLaunch, ...]:
-    """The launches of a map that writes argument `out`, with its parts in argument `work`."""
+def product(node: OpNode, config: Config, work: int, out: int, *, sms: int, native: bool) -> tuple[TritonLaunch, ...]:
+    """The launches of a map that writes argument `out`, with its parts in argument `work`. `native`: with roles."""
     n, k, groups = _sizes(node)
-    columns, parts = int(config["columns"]), int(config["parts"])
-    grid = (f"cdiv(a0_0, {columns}) * {_cdiv(n, _ROWS)}", parts, 1)
-    constants = {"N": n, "K": k, "S": parts, "BM": _ROWS, "BT": columns}
+    columns, parts, blocks = int(config["columns"]), int(config["parts"]), int(config["blocks"])
+    programs = max(1, sms * int(config["share"]) // parts)
+    grid = (f"min({programs}, cdiv(a0_0, {columns}) * {_cdiv(n, _ROWS)})", parts, 1)
+    constants = {
+        "N": n, "K": k, "S": parts, "BM": _ROWS, "BT": columns, "STAGES": int(config["stages"]),
+        "ROLES": config["roles"] if native else "none",
+    }  # fmt: skip
     args: dict[str, LaunchArg] = {"out": ptr(work if parts > 1 else out), "tokens": i32("a0_0")}
     width = groups * k
     if _fp8(node):
+        scales = width // 128
         args |= {
-            "data": Desc(0, ("a0_0", width), (width, 1), (columns, 128)), "scale": ptr(1),
-            "weight": Desc(2, (n, k), (k, 1), (_ROWS, 128)), "weight_scale": ptr(3),
+            "data": Desc(0, ("a0_0", width), (width, 1), (columns, 128 * blocks)),
+            "scale": ptr(1) if blocks == 1 else Desc(1, ("a0_0", scales), (scales, 1), (columns, 4)),
+            "weight": Desc(2, (n, k), (k, 1), (_ROWS, 128 * blocks)), "weight_scale": ptr(3),
         }  # fmt: skip
-        constants["ROWS"] = n // groups
+        constants |= {"ROWS": n // groups, "B": blocks}
     else:
         args |= {
             "x": Desc(0, ("a0_0", k), (k, 1), (columns, 64)), "weight": Desc(1, (n, k), (k, 1), (_ROWS, 64)),
@@ -92,6 +117,7 @@ def product(node: OpNode, config: Config, work: int, out: int) -> tuple[TritonLa
     first = TritonLaunch(
         f"{_KERNELS}:{'scaled' if _fp8(node) else 'mixed'}", args, constants, grid,
         num_warps=int(config["warps"]), num_stages=int(config["stages"]), pdl=True,
+        maxnreg=128 if native and config["share"] == 2 else None,  # of 8 warps, so that two blocks fit
     )  # fmt: skip
     if parts == 1:
         return (first,)
@@ -106,9 +132,10 @@ def product(node: OpNode, config: Config, work: int, out: int) -> tuple[TritonLa
     return first, add
 
 
-def _build(node: OpNode, config: Config) -> Build:
+def _build(node: OpNode, config: Config, *, sms: int, native: bool) -> Build:
     inputs = len(node.inputs)
-    return Build("gpu", launches=product(node, config, inputs, inputs + (config["parts"] > 1)))
+    out = inputs + (config["parts"] > 1)
+    return Build("gpu", launches=product(node, config, inputs, out, sms=sms, native=native))
 
 
 def _cost(node: OpNode, symbols: Mapping[str, int], config: Config, *, sms: int) -> Work:
@@ -132,9 +159,9 @@ def _gate_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     return (Value(inner.outputs[0].shape, "float32"), *_workspace(inner, config))
 
 
-def _gate_build(node: OpNode, config: Config) -> Build:
+def _gate_build(node: OpNode, config: Config, *, sms: int, native: bool) -> Build:
     inputs = len(node.inputs)
-    launches = product(router_product(node), config, inputs + 1, inputs)
+    launches = product(router_product(node), config, inputs + 1, inputs, sms=sms, native=native)
     out = inputs + 1 + (config["parts"] > 1)
     return Build("gpu", launches=(*launches, gate_launch(node, 1, inputs, tuple(range(2, inputs)), out)))
 
@@ -157,23 +184,26 @@ _FP8_TOLERANCE, _MIXED_TOLERANCE, _GATE_TOLERANCE = 8e-3, 2e-5, 1e-4
 
 
 def schedules(arch: str) -> tuple[Schedule, ...]:
-    """The family for one Blackwell architecture."""
+    """The family for one Blackwell architecture, or for `sm_90a`: the same kernels, their products emulated, to check
+    numbers on a card."""
     targets, sms = frozenset({arch}), MACHINES[arch].multiprocessors
+    native = arch != "sm_90a"
     space, cost = partial(_space, sms=sms), partial(_cost, sms=sms)
+    build, gate_build = (partial(make, sms=sms, native=native) for make in (_build, _gate_build))
     maps = {
         "linear_fp8": _FP8_TOLERANCE, "grouped_linear_fp8": _FP8_TOLERANCE, "linear_mixed": _MIXED_TOLERANCE,
     }  # fmt: skip
     return (
         *(
             Schedule(
-                f"{op}.triton_scaled" if op.endswith("fp8") else f"{op}.triton_tiles", op, targets, _build, cost,
+                f"{op}.triton_scaled" if op.endswith("fp8") else f"{op}.triton_tiles", op, targets, build, cost,
                 _accepts, layouts=_layouts, workspace=_workspace, space=space, tolerance=tolerance,
             )
             for op, tolerance in maps.items()
         ),
         *(
             Schedule(
-                f"{op}.triton_tiles", op, targets, _gate_build, partial(_gate_cost, sms=sms), _gate_accepts,
+                f"{op}.triton_tiles", op, targets, gate_build, partial(_gate_cost, sms=sms), _gate_accepts,
                 workspace=_gate_workspace, space=partial(_gate_space, sms=sms), tolerance=_GATE_TOLERANCE,
             )
             for op in ("gate_linear_bias", "gate_linear_hash")

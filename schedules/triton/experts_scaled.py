@@ -1,230 +1,218 @@
-"""A mixture of experts on Blackwell's block-scaled matrix units: FP4 weights, activations in MXFP8, MXFP4 or NVFP4.
+"""A mixture of experts on Blackwell's block-scaled matrix units: FP4 weights, activations in a format of mx_rows.py.
 
-    quantise_mx     rows of tokens to data and scales, once a token
+    sort_gather     tokens' rows in the order of their experts, quantised (mx_rows.py)
     grouped_up      weight * swiglu(w1 x, w3 x) of an expert's tokens, quantised again on its way out
     grouped_down    w2 times that, a bfloat16 row a pair
     combine_pairs   the shared expert's row and a token's pairs, summed in float32
 
 The weight is the left operand, 128 of its rows a tile, the tokens are the right one: 16 columns at least, so that a
-decoding batch pads to 16 tokens an expert and not to 128. Sums stay in tensor memory. Rows of tokens are gathered
-where they lie (pair // K), weights come through tensor maps. Which tokens an expert has: moe_sort.py.
+decoding batch pads to 16 tokens an expert and not to 128. Sums stay in tensor memory. All operands and scales come
+through tensor maps. Weights' scales lie as tensor memory takes them (`[rows / 128, C / (4 G), 2, 256]`, see
+`scale_layout` in schedules/blackwell/experts.py): they go there straight from shared memory (`tcgen05.cp`), and so do
+those of 128 columns; those of fewer pass through registers.
 
-    FORMAT  data of a row's channels          scales                                 instruction
-    mxfp8   E4M3                              E8M0 byte for 32 channels              kind::mxf8f6f4
-    mxfp4   E2M1, even channel in low nibble  E8M0 byte for 32                       kind::mxf4
-    nvfp4   E2M1, the same                    E4M3 for 16, and float32 for a tensor  kind::mxf4nvf4
-    bf16    as they are; weights are widened  none                                   kind::f16
+ROLES: who loads, multiplies and finishes. "none": all warps, in software pipelining; "loop": warps of their own for
+copies and for products inside one tile's channels; "tiles": across tiles, so that copies and products of the next tile
+run while the results of the last one are finished. Two sums (grouped_up) want "loop", one takes "tiles".
 
-Scales of MX formats are powers of two, rounded up, so nothing saturates. With nvfp4 `*_global` holds a float32 factor
-for each expert; that of activations is a number of the kernel.
+With nvfp4 `*_global` holds a float32 factor for each expert, of tokens one for all.
 
 Legend: T tokens, D hidden_size, I moe_intermediate_size, K experts a token, M weight rows and N tokens of a tile,
-G channels of a scale.
+BK channels of a step, G channels of a scale.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.constexpr_function
-def group_of(format):
-    """Channels that share a scale."""
-    return 16 if format == "nvfp4" else 32
-
-
-@triton.constexpr_function
-def element_of(format):
-    """The matrix unit's name for one value of a row."""
-    return {"bf16": "bf16", "mxfp8": "e4m3"}.get(format, "e2m1")
-
-
-@triton.constexpr_function
-def packed(format):
-    """Values of a byte."""
-    return 1 if format in ("bf16", "mxfp8") else 2
+from dsv4c.schedules.triton.mx_rows import e2m1_pair, element_of, factor_of, group_of, packed, scale_place, scales_of
 
 
 @triton.jit
-def _factor(factors, i, FORMAT: tl.constexpr):
-    """Number i of NVFP4's factors; other formats have none."""
-    return tl.load(factors + i) if FORMAT == "nvfp4" else 1.0
+def weight_scale(scale, line, k, C: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BK: tl.constexpr):
+    """Scales [M, BK / G] of the weight's rows from `line` on, multiples of 128."""
+    block = scale.load([line // 128, k // (4 * G), 0, 0])
+    block = tl.permute(tl.reshape(block, (M // 128, BK // G // 4, 32, 4, 4)), (0, 3, 2, 1, 4))
+    return tl.reshape(block, (M, BK // G))
 
 
 @triton.jit
-def _power_of_two_ceil(x):
-    """The smallest power of two that is not below x, a normal positive float32."""
-    return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _e2m1_code(x):
-    """Nearest E2M1 code of float32 |x| <= 6, ties to even; int32 0 to 15."""
-    power = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
-    magic = (power + ((22 << 23) + 0x400000)).to(tl.float32, bitcast=True)
-    bits = ((x + magic) - magic).to(tl.int32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    # from 1 on a code is the exponent and a bit of mantissa; below it counts halves
-    large = (size >> 22) - 2 * 127 + 2
-    small = (size >= 0x3F000000).to(tl.int32)
-    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
-    return tl.where(size >= 0x3F800000, large, small) | sign
-
-
-@triton.jit
-def _scales(most, global_scale, FORMAT: tl.constexpr):
-    """(stored scales, float32 factors that bring values into the format's range) of groups' largest magnitudes."""
-    if FORMAT == "nvfp4":
-        # E4M3 rounds to nearest: a group may then saturate by a sixteenth, as NVIDIA's own quantisers do
-        stored = tl.minimum(tl.div_rn(most, 6.0 * global_scale), 448.0).to(tl.float8e4nv)
-        wide = stored.to(tl.float32)
-        return stored, tl.where(wide > 0, tl.div_rn(1.0, tl.maximum(wide, 0.001953125) * global_scale), 0.0)
+def _row_scale(scale, tile, k, C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BK: tl.constexpr):
+    """Scales [N, BK / G] of a tile's rows."""
+    if N == 128:
+        return weight_scale(scale, tile * 128, k, C, G, 128, BK)
     else:
-        LARGEST: tl.constexpr = 448.0 if FORMAT == "mxfp8" else 6.0
-        scale = _power_of_two_ceil(tl.maximum(tl.div_rn(most, LARGEST), 1.1754943508222875e-38))  # 2^-126
-        byte = (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
-        return byte, ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        return tl.reshape(scale.load([tile, k // BK, 0, 0]), (N, BK // G))
 
 
 @triton.jit
-def _store_quantised(
-    x, data, scale, row, channel, live, global_scale,
-    C: tl.constexpr, FORMAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+def _halves(x, M: tl.constexpr, N: tl.constexpr):
+    """The left and the right half of the columns of x [M, N]."""
+    return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_hidden(
+    x, data, scale, m, column, live, global_scale,
+    C: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr, M: tl.constexpr, PIECE: tl.constexpr, N: tl.constexpr,
+    S: tl.constexpr,
 ):  # fmt: skip
-    """Writes float32 x [M channels from `channel` on, N rows] as rows of C channels and their scales."""
-    G: tl.constexpr = group_of(FORMAT)
-    grouped = tl.reshape(x, (M // G, G, N))
-    stored, factor = _scales(tl.max(tl.abs(grouped), axis=1), global_scale, FORMAT)
-    group = channel // G + tl.arange(0, M // G)
-    to = scale + row.to(tl.int64)[None, :] * (C // G) + group[:, None]
-    tl.store(to, stored, mask=live[None, :])
-    values = tl.reshape(grouped * factor[:, None, :], (M, N))
-    if FORMAT == "mxfp8":
-        at = row.to(tl.int64)[None, :] * C + (channel + tl.arange(0, M))[:, None]
-        tl.store(data + at, values.to(tl.float8e4nv), mask=live[None, :])
-    else:
-        code = _e2m1_code(tl.minimum(tl.maximum(values, -6.0), 6.0))
-        even, odd = tl.split(tl.permute(tl.reshape(code, (M // 2, 2, N)), (0, 2, 1)))
-        at = row.to(tl.int64)[None, :] * (C // 2) + (channel // 2 + tl.arange(0, M // 2))[:, None]
-        tl.store(data + at, (even | (odd << 4)).to(tl.uint8), mask=live[None, :])
-
-
-@triton.jit
-def quantise_mx(
-    x, data, scale, rows, factor,
-    D: tl.constexpr, FORMAT: tl.constexpr, BD: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """bfloat16 x [T, D] as data and scales: N rows and BD channels a program."""
-    gdc_wait()
-    gdc_launch_dependents()
-    row = tl.program_id(0) * N + tl.arange(0, N)
-    channel = tl.program_id(1) * BD
-    live = row < rows
-    at = row.to(tl.int64)[None, :] * D + (channel + tl.arange(0, BD))[:, None]
-    value = tl.load(x + at, mask=live[None, :], other=0.0).to(tl.float32)
-    _store_quantised(value, data, scale, row, channel, live, _factor(factor, 0, FORMAT), D, FORMAT, BD, N)
-
-
-@triton.jit
-def _operand(data, row, k, C: tl.constexpr, FORMAT: tl.constexpr, BK: tl.constexpr):
-    """Channels k to k + BK of rows [N]: data [BK, N], or its bytes."""
-    P: tl.constexpr = packed(FORMAT)
-    byte = k // P + tl.arange(0, BK // P)
-    return tl.load(data + row.to(tl.int64)[None, :] * (C // P) + byte[:, None])
-
-
-@triton.jit
-def _multiply(a, a_scale, x, scale, row, k, acc, C: tl.constexpr, FORMAT: tl.constexpr, BK: tl.constexpr):
-    """acc + a x, with the scales [N, BK / G] of x's rows."""
-    G: tl.constexpr = group_of(FORMAT)
-    E: tl.constexpr = element_of(FORMAT)
+    """Writes float32 x [M channels from `m` on, PIECE rows] as rows of C channels, and their scales."""
     if FORMAT == "bf16":
-        acc = tl.dot_scaled(a, a_scale, "e2m1", x, None, E, acc)
+        at = column[None, :] * C + tl.arange(0, M)[:, None]
+        tl.store(data + m + at, x.to(tl.bfloat16), mask=live[None, :])
     else:
-        group = k // G + tl.arange(0, BK // G)
-        x_scale = tl.load(scale + row.to(tl.int64)[:, None] * (C // G) + group[None, :])
-        acc = tl.dot_scaled(a, a_scale, "e2m1", x, x_scale, E, acc)
-    return acc
+        G: tl.constexpr = group_of(FORMAT)
+        P: tl.constexpr = packed(FORMAT)
+        grouped = tl.reshape(x, (M // G, G, PIECE))
+        stored, factor = scales_of(tl.max(tl.abs(grouped), axis=1), global_scale, FORMAT)
+        group = m // G + tl.arange(0, M // G)
+        tl.store(scale + scale_place(column[None, :], group[:, None], G, N, S), stored, mask=live[None, :])
+        values = grouped * factor[:, None, :]
+        at = column[None, :] * (C // P) + tl.arange(0, M // P)[:, None]
+        if FORMAT == "mxfp8":
+            tl.store(data + m + at, tl.reshape(values, (M, PIECE)).to(tl.float8e4nv), mask=live[None, :])
+        else:
+            even, odd = tl.split(tl.permute(tl.reshape(values, (M // 2, 2, PIECE)), (0, 2, 1)))
+            tl.store(data + m // 2 + at, e2m1_pair(even, odd, NATIVE), mask=live[None, :])
 
 
 @triton.jit
-def _weight_scale(scale, line, k, C: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BK: tl.constexpr):
-    """Scales [M, BK / G] of weight rows from `line` on."""
-    row = (line + tl.arange(0, M)).to(tl.int64)
-    return tl.load(scale + row[:, None] * (C // G) + (k // G + tl.arange(0, BK // G))[None, :])
+def _finish(
+    gate, up, gate_factor, up_factor, slot_weight, out, out_scale, m, first, size, global_scale,
+    LIMIT: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+    PIECE: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """SwiGLU of the columns `first` to first + PIECE of a tile, times the rows' weights."""
+    column = first + tl.arange(0, PIECE)
+    live = column < size
+    if FORMAT == "nvfp4":
+        gate *= gate_factor
+        up *= up_factor
+    gate = tl.minimum(gate, LIMIT)
+    up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    weight = tl.load(slot_weight + column, mask=live, other=0.0)
+    hidden = gate / (1.0 + tl.exp(-gate)) * up * weight[None, :]
+    _store_hidden(hidden, out, out_scale, m, column, live, global_scale, C, FORMAT, NATIVE, M, PIECE, N, S)
 
 
 @triton.jit
 def grouped_up(
-    data, scale, w1, s1, w3, s3, w1_global, w3_global, tiles, meta, pair, row_weight, out, out_scale,
+    x, x_scale, x_scale_again, w1, s1, w3, s3, w1_global, w3_global, tiles, meta, slot_weight, out, out_scale,
     x_global, out_global,
-    LIMIT: tl.constexpr, FORMAT: tl.constexpr, D: tl.constexpr, I: tl.constexpr, K: tl.constexpr,  # noqa: E741
-    M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr,
+    LIMIT: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr, ROLES: tl.constexpr, D: tl.constexpr,
+    I: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIECE: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,  # noqa: E741
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, I] = quantised row_weight * swiglu(w1 x, w3 x) of the rows in meta[0] tiles."""
+    """out [rows, I] = quantised row weight * swiglu(w1 x, w3 x) of the rows in meta[0] tiles. S: BK of grouped_down.
+
+    PIECE columns are finished at a time: N, or a half or a quarter of it, which keeps registers few.
+    """
     gdc_wait()
     gdc_launch_dependents()
     G: tl.constexpr = group_of(FORMAT)
+    P: tl.constexpr = packed(FORMAT)
+    E: tl.constexpr = element_of(FORMAT)
     count = tl.load(meta) * (I // M)
-    for unit in range(tl.program_id(0), count, tl.num_programs(0)):
+    for unit in tl.range(tl.program_id(0), count, tl.num_programs(0), warp_specialize=ROLES == "tiles"):
         tile, m = unit // (I // M), unit % (I // M) * M
         expert = tl.load(tiles + 4 * tile)
         first = tl.load(tiles + 4 * tile + 1)
-        column = tl.arange(0, N)
-        live = column < tl.load(tiles + 4 * tile + 2)
-        token = tl.load(pair + first + column, mask=live, other=0) // K
         line = expert * I + m
         gate = tl.zeros([M, N], tl.float32)
         up = tl.zeros([M, N], tl.float32)
-        for k in range(0, D, BK):
-            x = _operand(data, token, k, D, FORMAT, BK)
-            a, a_scale = w1.load([line, k // 2]), _weight_scale(s1, line, k, D, G, M, BK)
-            b, b_scale = w3.load([line, k // 2]), _weight_scale(s3, line, k, D, G, M, BK)
-            gate = _multiply(a, a_scale, x, scale, token, k, gate, D, FORMAT, BK)
-            up = _multiply(b, b_scale, x, scale, token, k, up, D, FORMAT, BK)
+        for k in tl.range(0, D, BK, num_stages=STAGES, warp_specialize=ROLES == "loop"):
+            rows = tl.trans(x.load([first, k // P]))
+            if FORMAT == "bf16":
+                gate_scale = None
+                up_scale = None
+            else:
+                # two loads: what passes through registers may feed one product only where warps have roles
+                gate_scale = _row_scale(x_scale, tile, k, D, G, N, BK)
+                up_scale = gate_scale if N == 128 else _row_scale(x_scale_again, tile, k, D, G, N, BK)
+            a, a_scale = w1.load([line, k // 2]), weight_scale(s1, line, k, D, G, M, BK)
+            gate = tl.dot_scaled(a, a_scale, "e2m1", rows, gate_scale, E, gate)
+            b, b_scale = w3.load([line, k // 2]), weight_scale(s3, line, k, D, G, M, BK)
+            up = tl.dot_scaled(b, b_scale, "e2m1", rows, up_scale, E, up)
+        gate_factor = 1.0
+        up_factor = 1.0
         if FORMAT == "nvfp4":
-            of_x = tl.load(x_global)
-            gate *= tl.load(w1_global + expert) * of_x
-            up *= tl.load(w3_global + expert) * of_x
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-        weight = tl.load(row_weight + first + column, mask=live, other=0.0)
-        hidden = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up * weight[None, :]
-        if FORMAT == "bf16":
-            at = (first + column).to(tl.int64)[None, :] * I + (m + tl.arange(0, M))[:, None]
-            tl.store(out + at, hidden.to(tl.bfloat16), mask=live[None, :])
+            gate_factor = tl.load(w1_global + expert) * tl.load(x_global)
+            up_factor = tl.load(w3_global + expert) * tl.load(x_global)
+        size = tl.load(tiles + 4 * tile + 2)
+        of_out = factor_of(out_global, expert, FORMAT)
+        weight = slot_weight + tile * N
+        to = out + first.to(tl.int64) * (I // P)
+        scale = None if FORMAT == "bf16" else out_scale + tl.cast(tile, tl.int64) * (N * (I // G))
+        if PIECE == N:
+            _finish(
+                gate, up, gate_factor, up_factor, weight, to, scale, m, 0, size, of_out,
+                LIMIT, FORMAT, NATIVE, I, M, N, N, S,
+            )  # fmt: skip
         else:
-            of_hidden = _factor(out_global, expert, FORMAT)
-            _store_quantised(hidden, out, out_scale, first + column, m, live, of_hidden, I, FORMAT, M, N)
+            H: tl.constexpr = N // 2
+            gates, ups = _halves(gate, M, N), _halves(up, M, N)
+            for i in tl.static_range(2):
+                if PIECE == H:
+                    _finish(
+                        gates[i], ups[i], gate_factor, up_factor, weight, to, scale, m, i * H, size, of_out,
+                        LIMIT, FORMAT, NATIVE, I, M, H, N, S,
+                    )  # fmt: skip
+                else:
+                    gate_parts, up_parts = _halves(gates[i], M, H), _halves(ups[i], M, H)
+                    for j in tl.static_range(2):
+                        _finish(
+                            gate_parts[j], up_parts[j], gate_factor, up_factor, weight, to, scale, m, i * H + j * PIECE,
+                            size, of_out,
+                            LIMIT, FORMAT, NATIVE, I, M, PIECE, N, S,
+                        )  # fmt: skip
+
+
+@triton.jit
+def _store_rows(acc, factor, out, column, size, FORMAT: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    if FORMAT == "nvfp4":
+        acc *= factor
+    at = column[None, :] * D + tl.arange(0, M)[:, None]
+    tl.store(out + at, acc.to(tl.bfloat16), mask=(column < size)[None, :])
 
 
 @triton.jit
 def grouped_down(
-    data, scale, w2, s2, w2_global, tiles, meta, out, x_global,
-    FORMAT: tl.constexpr, D: tl.constexpr, I: tl.constexpr,  # noqa: E741
-    M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr,
+    x, x_scale, w2, s2, w2_global, tiles, meta, out, x_global,
+    FORMAT: tl.constexpr, ROLES: tl.constexpr, D: tl.constexpr, I: tl.constexpr,  # noqa: E741
+    M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [rows, D], bfloat16: w2 times the rows that `grouped_up` wrote."""
     gdc_wait()
     gdc_launch_dependents()
     G: tl.constexpr = group_of(FORMAT)
+    P: tl.constexpr = packed(FORMAT)
+    E: tl.constexpr = element_of(FORMAT)
     count = tl.load(meta) * (D // M)
-    for unit in range(tl.program_id(0), count, tl.num_programs(0)):
+    for unit in tl.range(tl.program_id(0), count, tl.num_programs(0), warp_specialize=ROLES == "tiles"):
         tile, m = unit // (D // M), unit % (D // M) * M
         expert = tl.load(tiles + 4 * tile)
-        column = tl.arange(0, N)
-        live = column < tl.load(tiles + 4 * tile + 2)
-        row = tl.load(tiles + 4 * tile + 1) + tl.where(live, column, 0)
+        first = tl.load(tiles + 4 * tile + 1)
         line = expert * D + m
         acc = tl.zeros([M, N], tl.float32)
-        for k in range(0, I, BK):
-            x = _operand(data, row, k, I, FORMAT, BK)
-            a, a_scale = w2.load([line, k // 2]), _weight_scale(s2, line, k, I, G, M, BK)
-            acc = _multiply(a, a_scale, x, scale, row, k, acc, I, FORMAT, BK)
+        for k in tl.range(0, I, BK, num_stages=STAGES, warp_specialize=ROLES == "loop"):
+            rows = tl.trans(x.load([first, k // P]))
+            scale = None if FORMAT == "bf16" else _row_scale(x_scale, tile, k, I, G, N, BK)
+            a, a_scale = w2.load([line, k // 2]), weight_scale(s2, line, k, I, G, M, BK)
+            acc = tl.dot_scaled(a, a_scale, "e2m1", rows, scale, E, acc)
+        factor = 1.0
         if FORMAT == "nvfp4":
-            acc *= tl.load(w2_global + expert) * tl.load(x_global + expert)
-        at = row.to(tl.int64)[None, :] * D + (m + tl.arange(0, M))[:, None]
-        tl.store(out + at, acc.to(tl.bfloat16), mask=live[None, :])
+            factor = tl.load(w2_global + expert) * tl.load(x_global + expert)
+        size = tl.load(tiles + 4 * tile + 2)
+        to = out + first.to(tl.int64) * D + m
+        column = tl.arange(0, N)
+        if N < 128:
+            _store_rows(acc, factor, to, column, size, FORMAT, D, M)
+        else:
+            left, right = _halves(acc, M, N)
+            half = tl.arange(0, N // 2)
+            _store_rows(left, factor, to, half, size, FORMAT, D, M)
+            _store_rows(right, factor, to, half + N // 2, size, FORMAT, D, M)
 
 
 @triton.jit
@@ -236,8 +224,6 @@ def combine_pairs(y, place, shared, out, K: tl.constexpr, D: tl.constexpr, BD: t
     total = tl.load(shared + token * D + channel, mask=inside, other=0.0).to(tl.float32)
     gdc_wait()
     for k in tl.static_range(K):
-        row = (tl.load(place + token * K + k) // 8).to(
-            tl.int64
-        )  # behind it is the row's rank, which Hopper swizzles by
+        row = tl.load(place + token * K + k).to(tl.int64)
         total += tl.load(y + row * D + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * D + channel, total.to(tl.bfloat16), mask=inside)
