@@ -59,7 +59,7 @@ def build(folder: Path, families: Sequence[str], label: str) -> int:
     return len(entries)
 
 
-def run(folder: Path) -> int:
+def run(folder: Path, families: Sequence[str], label: str) -> int:
     """Every candidate twice on poisoned outputs, beside the reference: a line each, a table by op; how many failed."""
     data = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
     kernels: dict[str, artifact.Kernel] = decode(dict[str, artifact.Kernel], data["kernels"])
@@ -67,6 +67,8 @@ def run(folder: Path) -> int:
     ran: Counter[tuple[str, str]] = Counter()
     failed: Counter[tuple[str, str]] = Counter()
     for entry in (Entry(**e) for e in data["entries"]):
+        if entry.family not in families or label not in entry.label:
+            continue
         workload = next(w for w in workloads_of(entry.family) if (w.op, w.label) == (entry.op, entry.label))
         schedule = next(s for s in schedules_of(entry.family) if s.name == entry.schedule)
         choice = choose(schedule, workload.node, ARCH, workload.symbols, "", entry.config)
@@ -96,7 +98,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.build:
         print(f"{build(args.build, args.family or FAMILIES, args.label)} candidates built")
-    return run(args.run) if args.run else 0
+    return run(args.run, args.family or FAMILIES, args.label) if args.run else 0
 
 
 if __name__ == "__main__":

@@ -323,8 +323,11 @@ def select_space(node: OpNode, symbols: Symbols, sms: int, capped: bool) -> tupl
         shapes = [(16, 64), (16, 0), (8, 0)] if many else [(8, 0), (16, 0)]
     else:
         shapes = [(8, 128), (16, 64)] if many else [(8, 0), (8, 128)]
-    shapes = list(dict.fromkeys((w, r if capped else 0) for w, r in shapes))
-    return tuple({"long": long, "select_warps": w, "select_registers": r} for w, r in shapes)
+    if not capped:  # what fits without a spill: of a thread 32 keys with 16 warps, 64 with 8, but long lists of 1,024
+        wide = node.attrs["topk"] > 512
+        long = long and not wide
+        shapes = [(16, 0)] if wide else [(16, 0), (8, 0)] if many and not long else [(8, 0)]
+    return tuple({"long": long, "select_warps": w, "select_registers": r} for w, r in dict.fromkeys(shapes))
 
 
 def _rows_space(node: OpNode, symbols: Symbols, *, sms: int, capped: bool) -> tuple[Config, ...]:
