@@ -210,6 +210,11 @@ def test_an_artifact_takes_no_checkpoint_of_the_other_format(
             launch(directory, LaunchOptions(weights=weights))
 
 
+def test_inspect_says_which_layers_are_nvfp4(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(artifact)]) == 0
+    assert "NVFP4 in layers.0 to layers.5, MXFP4 in mtp.0" in capsys.readouterr().out
+
+
 class Damaged(DummySource):
     """Dummy weights with one tensor changed."""
 
