@@ -105,8 +105,9 @@ def counterparts(before: Program, after: Program) -> dict[fx.Node, fx.Node]:
     """Call of a stitched program -> the call of an earlier stage that it is, or stands for.
 
     Calls of one scope and op that read the same weights, state and inputs are the same, in order, if both programs have
-    as many. Of the others, those of op `linear_fp8` stand for those of op `linear`, if there are as many and of the
-    same shapes. Nothing else is known of calls whose programs were read from text.
+    as many. Of the others, those of op `linear_fp8` stand for those of op `linear`, and those of `experts_mx` for those
+    of `experts_fp4`, if there are as many and of the same shapes. Nothing else is known of calls whose programs were
+    read from text.
     """
     out: dict[fx.Node, fx.Node] = {}
     for entry in before.graphs:
@@ -119,7 +120,8 @@ def counterparts(before: Program, after: Program) -> dict[fx.Node, fx.Node]:
         others = [n for nodes in new.values() for n in nodes if isinstance(n.target, Op) and n not in out]
         for scope, name in dict.fromkeys((n.meta.get("scope"), op_name(n)) for n in left):
             mine = [n for n in left if (n.meta.get("scope"), op_name(n)) == (scope, name)]
-            theirs = [n for n in others if n.meta.get("scope") == scope and op_name(n).startswith(name)]
+            kin = name.removesuffix("_fp4")
+            theirs = [n for n in others if n.meta.get("scope") == scope and op_name(n).startswith(kin)]
             if len(mine) == len(theirs) and all(map(_alike, mine, theirs)):
                 out.update(zip(theirs, mine, strict=True))
         out.update(_parts(after.graphs[entry], out))

@@ -32,6 +32,7 @@ class Runnable(Contract, Protocol):
     def tolerance(self) -> float: ...
     @property
     def why(self) -> str: ...
+    def tolerance_in(self, program: Program) -> float: ...
     def apply(self, program: Program) -> int: ...
 
 
@@ -55,7 +56,7 @@ def run_checked(one: Runnable, before: Program, program: Program, checkers: Mapp
     program.facts = (program.facts - one.breaks) | one.gives
     _check_facts(one, program, {**CHECKERS, **checkers}, hint)
     nodes = before.num_nodes(), program.num_nodes()
-    record = PassRecord(one.name, rewrites, *nodes, one.exact, one.why, one.tolerance)
+    record = PassRecord(one.name, rewrites, *nodes, one.exact, one.why, one.tolerance_in(program))
     program.history = (*program.history, record)
     return record
 

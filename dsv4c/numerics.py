@@ -37,11 +37,15 @@ WatchAt = Callable[..., Any]
 
 
 class Runs:
-    """Runs of programs on the same inputs. `count`: how many there were; weights are kept between them."""
+    """Runs of programs on the same inputs. `count`: how many there were; weights are kept between them.
 
-    def __init__(self, inputs: Inputs) -> None:
+    `weights`: values by the names of programs' weights, in place of what is made of the inputs' source.
+    """
+
+    def __init__(self, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> None:
         self.inputs = inputs
         self.count = 0
+        self._given = dict(weights or {})
         self._weights: dict[tuple[Any, ...], Tensor] = {}
         self._entries = ("step", "mtp") if inputs.source.has_mtp else ("step",)
 
@@ -95,10 +99,11 @@ class Runs:
 
     def _weights_of(self, program: Program) -> dict[str, Tensor]:
         wanted = [w for w in read_weights(program) if self.inputs.source.has_mtp or not w.name.startswith("mtp.")]
-        missing = {_made_of(w): w for w in wanted if _made_of(w) not in self._weights}
+        made = [w for w in wanted if w.name not in self._given]
+        missing = {_made_of(w): w for w in made if _made_of(w) not in self._weights}
         loaded, _ = load_weights(tuple(missing.values()), self.inputs.source)
         self._weights.update({key: loaded[w.name] for key, w in missing.items()})
-        return {w.name: self._weights[_made_of(w)] for w in wanted}
+        return {**{w.name: self._weights[_made_of(w)] for w in made}, **self._given}
 
 
 def _made_of(weight: Weight) -> tuple[Any, ...]:

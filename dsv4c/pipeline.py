@@ -53,6 +53,10 @@ class Pass:
         """Rewrites one graph in place; the number of rewrites."""
         raise NotImplementedError
 
+    def tolerance_in(self, program: Program) -> float:
+        """The tolerance of what the pass has made of this program; overridden where that is less than `tolerance`."""
+        return self.tolerance
+
     def apply(self, program: Program) -> int:
         """Rewrites the program in place; the number of rewrites. Overridden by passes that need all of it."""
         return sum(self.run(graph) for graph in program.graphs.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def experts_fp4(
 
     w1, w3: uint8 [E, I, D / 2] with scale bytes [E, I, D / 32]; w2: [E, D, I / 2] with [E, D, I / 32].
     """
-    out = shared_TD.float()
+    out = shared_TD.to(torch.float32, copy=True)
     for expert in range(w1.shape[0]):
         token, k = (chosen_TK == expert).nonzero(as_tuple=True)
         if not len(token):

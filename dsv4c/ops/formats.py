@@ -11,7 +11,7 @@ uint8 [rows, entry bytes] as the pages need it, but a page of E entries holds al
     index fp4 data: E2M1 pairs, the even channel in the low nibble; scale: 4 bytes, one E8M0 byte for each group of 32
               channels (one group if fewer), the rest 0                                       128: 64 + 4 = 68
 
-E8M0 byte b stands for 2 ** (b - 127). Legend: N rows of a pool, C channels of an entry, E entries a page.
+E8M0 byte b stands for 2 ** (b - 127), 255 for NaN. Legend: N rows of a pool, C channels of an entry, E entries a page.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dsv4c.model.quant import power_of_two_ceil, round_e2m1
 
 IndexFormat = Literal["fp8", "fp4"]
 
+E8M0_NAN = 255
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -80,8 +81,9 @@ def to_e8m0(scale: Tensor) -> Tensor:
 
 
 def from_e8m0(byte: Tensor) -> Tensor:
-    """float32 powers of two of uint8 exponents."""
-    return torch.ldexp(torch.ones_like(byte, dtype=torch.float32), byte.int() - 127)
+    """float32 powers of two of uint8 exponents, and NaN."""
+    power = torch.ldexp(torch.ones_like(byte, dtype=torch.float32), byte.int() - 127)
+    return power.where(byte != E8M0_NAN, torch.nan)
 
 
 def kv_sizes(head_dim: int, rope_dim: int) -> tuple[int, int]:

@@ -4,8 +4,10 @@
     mxfp4   E2M1 pairs, the even channel in the low nibble, an E8M0 byte for 32 channels
     nvfp4   E2M1 pairs, an E4M3 scale for 16 channels, and one float32 factor for all
 
-MX scales are the powers of two from amax / largest up, at least 2**-126: nothing saturates. NVFP4's are rounded to the
-nearest E4M3, so a group's largest value may saturate by a sixteenth; groups whose scale rounds to 0 are 0.
+MX scales are the powers of two from amax / largest up, at least 2**-126: nothing saturates. (The conversion that OCP's
+MX specification describes rounds down instead, and lets values above the largest saturate.) NVFP4's are rounded to the
+nearest E4M3, at most 448, so a group's largest value may saturate; groups whose scale rounds to 0 are 0. Values round
+to nearest even. A group that holds a NaN or an infinity gets a NaN for its scale, E8M0's 255 or E4M3's 127, and is NaN.
 
 Legend: T tokens, D hidden_size, K experts a token, E experts, I `moe_intermediate_size`.
 """
@@ -22,7 +24,15 @@ from torch import Tensor
 from dsv4c.model.quant import power_of_two_ceil
 from dsv4c.ops._op import Index, Op
 from dsv4c.ops.experts import expert_flops
-from dsv4c.ops.formats import dequantise_fp4, dequantise_rows, from_e8m0, pack_e2m1, to_e8m0, unpack_e2m1
+from dsv4c.ops.formats import (
+    E8M0_NAN,
+    dequantise_fp4,
+    dequantise_rows,
+    from_e8m0,
+    pack_e2m1,
+    to_e8m0,
+    unpack_e2m1,
+)
 
 MxFormat = Literal["mxfp8", "mxfp4", "nvfp4"]
 LARGEST = {"mxfp8": 448.0, "mxfp4": 6.0, "nvfp4": 6.0}
@@ -37,15 +47,18 @@ def quantise_mx(x: Tensor, fmt: MxFormat, global_scale: Tensor | float = 1.0) ->
     """Data and scales of rows [..., C]; `global_scale` (float32, one element) is NVFP4's factor for all."""
     wide = x.float().unflatten(-1, (-1, mx_group(fmt)))
     most = wide.abs().amax(-1, keepdim=True)
+    finite = most.isfinite()
+    wide, most = wide.where(finite, 0.0), most.where(finite, 0.0)
     if fmt == "nvfp4":
         scale = (most / (6.0 * global_scale)).clamp(max=448).to(torch.float8_e4m3fn)
         factor = scale.float() * global_scale
         values = (wide * torch.where(factor > 0, 1 / factor, 0.0)).clamp(-6, 6)
-        return pack_e2m1(values.flatten(-2)), scale.squeeze(-1)
+        stored = torch.where(finite, scale.float(), torch.nan).to(torch.float8_e4m3fn)
+        return pack_e2m1(values.flatten(-2)), stored.squeeze(-1)
     power = power_of_two_ceil((most / LARGEST[fmt]).clamp(min=2.0**-126))
     values = (wide / power).flatten(-2)
     data = values.to(torch.float8_e4m3fn) if fmt == "mxfp8" else pack_e2m1(values)
-    return data, to_e8m0(power.squeeze(-1))
+    return data, torch.where(finite, to_e8m0(power), E8M0_NAN).squeeze(-1)
 
 
 def dequantise_mx(data: Tensor, scale: Tensor, fmt: MxFormat, global_scale: Tensor | float = 1.0) -> Tensor:
@@ -87,7 +100,10 @@ def experts_mx(
         data, scale = pairs[which]
         return dequantise_fp4(data[expert], scale[expert])
 
-    return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, activations)
+    def rounded(x: Tensor, expert: int = 0) -> Tensor:
+        return rounded_mx(x, activations)
+
+    return experts_of(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, rounded, rounded)
 
 
 def experts_nvfp4(
@@ -121,34 +137,36 @@ def experts_nvfp4(
         data, scale, whole = stored[which]
         return dequantise_mx(data[expert], scale[expert], "nvfp4") * whole[expert]
 
-    if activations == "bf16":
-        return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, None)
-    factors = (x_global, hidden_global_E)
-    return _experts(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, "nvfp4", factors)
+    def tokens(x: Tensor) -> Tensor:
+        return rounded_mx(x, "nvfp4", x_global) if activations == "nvfp4" else x
+
+    def hidden(x: Tensor, expert: int) -> Tensor:
+        return rounded_mx(x, "nvfp4", hidden_global_E[expert]) if activations == "nvfp4" else x
+
+    return experts_of(x_TD, chosen_TK, weight_TK, weights, shared_TD, limit, tokens, hidden)
 
 
-def _experts(
+def experts_of(
     x_TD: Tensor,
     chosen_TK: Tensor,
     weight_TK: Tensor,
     weight_of: Callable[[int, int], Tensor],
     shared_TD: Tensor,
     limit: float,
-    fmt: MxFormat | None,
-    factors: tuple[Tensor, Tensor] | None = None,
+    round_x: Callable[[Tensor], Tensor],
+    round_hidden: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """`weight_of`: w1, w3 or w2 (0 to 2) of an expert, float32. `factors`: of x [1], and of hidden for each expert.
+    """Routed experts whose two products read what `round_x` and `round_hidden` make of their float32 rows.
 
-    `fmt`: of the activations, None if they stay as they are.
+    `weight_of`: w1, w3 or w2 (0 to 2) of an expert, float32. `round_hidden` is told the expert.
     """
-    out, dtype = shared_TD.to(torch.float32, copy=True), x_TD.dtype
-    x_TD = rounded_mx(x_TD, fmt, factors[0] if factors else 1.0) if fmt else x_TD.float()
+    out = shared_TD.to(torch.float32, copy=True)
+    rows, dtype = round_x(x_TD.float()), x_TD.dtype
     for expert in chosen_TK.unique().tolist():
         token, k = (chosen_TK == expert).nonzero(as_tuple=True)
-        gate, up = (x_TD[token] @ weight_of(which, expert).T for which in (0, 1))
+        gate, up = (rows[token] @ weight_of(which, expert).T for which in (0, 1))
         hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight_TK[token, k].unsqueeze(1)
-        hidden = rounded_mx(hidden, fmt, factors[1][expert] if factors else 1.0) if fmt else hidden
-        out.index_add_(0, token, hidden @ weight_of(2, expert).T)
+        out.index_add_(0, token, round_hidden(hidden, expert) @ weight_of(2, expert).T)
     return out.to(dtype)
 
 

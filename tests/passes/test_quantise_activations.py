@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from dsv4c.chat.tokenizer import Tokenizer
+from dsv4c.checked import run_checked
+from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.compile import Options, lower
 from dsv4c.config import NANO
 from dsv4c.errors import PassError
+from dsv4c.inputs import Inputs
+from dsv4c.numerics import Check, Runs, on_equal_inputs
 from dsv4c.ops import Op
 from dsv4c.passes import default_pipeline
-from dsv4c.passes.quantise_activations import QuantiseActivations
+from dsv4c.passes.quantise_activations import TOLERANCE, QuantiseActivations
 from dsv4c.program import Program
+from dsv4c.prompts import OWN, read_prompts
 from dsv4c.weights import stored_formats
 
 PASS = QuantiseActivations()
+NANO_FOLDER = Path(__file__).parents[2] / "examples" / "nano"
 
 
 @pytest.fixture(scope="module")
@@ -55,4 +64,30 @@ def test_it_is_the_default_of_blackwell_alone() -> None:
     formats = stored_formats(NANO)
     names = {arch: {p.name for p in default_pipeline(formats, arch).passes} for arch in ("cpu", "sm_90a", "sm_103a")}
     assert {arch for arch, found in names.items() if PASS.name in found} == {"sm_103a"}
-    assert not PASS.exact and PASS.why and PASS.tolerance > 0
+    assert not PASS.exact and PASS.why
+
+
+@pytest.mark.parametrize("activations", ["mxfp8", "mxfp4"])
+def test_no_call_is_further_off_than_the_manifest_says(hopper: Program, activations: Literal["mxfp8", "mxfp4"]) -> None:
+    """On text with nano's own weights, and on random inputs; benchmarks/accuracy.py takes more of both."""
+    one = QuantiseActivations(activations)
+    after = hopper.clone()
+    one.apply(after)
+    stated = one.tolerance_in(after)
+    source = Checkpoint(NANO_FOLDER)
+    text = Inputs.of_prompts(source, Tokenizer.from_file(NANO_FOLDER), read_prompts(OWN))
+    for inputs in (text, Inputs.random(NANO, 3)):
+        found = on_equal_inputs(Check(equal=False), hopper, after, Runs(inputs))
+        assert found.worst_op is not None and found.worst_op.startswith("`dsv4.experts_mx` in `")  # paired, op by op
+        assert found.equal_inputs is not None and stated / 8 < found.equal_inputs < stated
+
+
+def test_the_coarsest_format_of_a_program_is_what_its_record_states(hopper: Program) -> None:
+    stated = []
+    for one in (QuantiseActivations("mxfp8"), QuantiseActivations("mxfp4"), QuantiseActivations("mxfp4", ("*",))):
+        program = hopper.clone()
+        record = run_checked(one, hopper, program, {})
+        assert program.history[-1] == record
+        stated.append(record.tolerance)
+    assert stated == [TOLERANCE["mxfp8"], TOLERANCE["mxfp4"], PASS.tolerance]
+    assert 0 < stated[0] < stated[1] == PASS.tolerance == max(TOLERANCE.values())
