@@ -21,7 +21,7 @@ from dsv4c.passes._rewriting import call_before, erase
 from dsv4c.pipeline import Pass
 from dsv4c.program import Program, is_op, types_of
 
-TOLERANCE = {"mxfp8": 2.0**-3, "mxfp4": 2.0**-1, "nvfp4": 2.0**-1, "bf16": 0.0}
+TOLERANCE = {"mxfp8": 3 * 2.0**-4, "mxfp4": 2.0**-1, "nvfp4": 2.0**-1, "bf16": 0.0}
 """Of a row of the experts' result, both products' rounding together: a channel is off by 2^-4 of itself (mxfp8) or by
 2^-2 (E2M1; by all of itself far below the largest of its group), and terms cancel. Measured: docs/blackwell.md."""
 
