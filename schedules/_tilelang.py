@@ -30,6 +30,7 @@ from dsv4c.ops import DTYPE_BYTES
 from dsv4c.schedules._gpu import SHARED_LIMIT, Compiled
 from dsv4c.schedules._launch import Expr, TileLaunch
 from dsv4c.schedules._schedule import Value
+from dsv4c.schedules._tiletraps import traps
 from dsv4c.strictjson import decode
 
 # A GEMM lowered to these runs at a quarter of wgmma's rate or less, and TileLang chooses them without a word.
@@ -96,6 +97,8 @@ def lower(launch: TileLaunch, values: Sequence[Value | None], arch: str) -> Lowe
         # Tracing asks for the target as well as lowering does.
         with target:
             function = _factory(launch)(**launch.constants)
+            if not arch.startswith("sm_9") and (wrong := next(traps(function), None)):
+                raise _refusal(launch, wrong)
             made = tilelang.lower(function, target=target)
     except ScheduleError:
         raise
