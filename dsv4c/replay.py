@@ -9,6 +9,7 @@ tensor maps of the launch record, byte for byte; the maps must be such that a dr
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -122,7 +123,16 @@ class _Recorder:
     """The recording driver, loaded into this process before any other."""
 
     def __init__(self, file: Path) -> None:
-        self._library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+        """`file`: the library. A launcher asks the first one of its name that a process has."""
+        try:
+            self._library = ctypes.CDLL(file.name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        except OSError:  # none is loaded yet
+            self._library = ctypes.CDLL(str(file))
+        if not hasattr(self._library, "recorder_take"):
+            raise ArtifactError(
+                "a CUDA driver is loaded, and launchers would ask it in place of the recording one",
+                hint="replay in a process without one, such as on a machine without a GPU",
+            )
 
     def launch(
         self, kernels: GpuKernels, call: Call, index: int, args: list[Tensor | None], cubin: Cubin, given: int
@@ -140,10 +150,7 @@ class _Recorder:
         run(0)
         out = _Launched()
         if not self._library.recorder_take(ctypes.byref(out)):
-            raise ArtifactError(
-                "the launcher asked another CUDA driver than the recording one",
-                hint="replay where no CUDA driver is loaded, such as on a machine without a GPU",
-            )
+            raise ArtifactError(f"a launch of `{call.kernel}` did not reach the recording driver")
         return out
 
 

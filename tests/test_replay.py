@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from dsv4c.artifact import Buffer, Call, Kernel, Launch, Program, Segment
+from dsv4c.cli import main
 from dsv4c.errors import ArtifactError
 from dsv4c.replay import Map, replay
 from dsv4c.schedules.blackwell import experts
@@ -106,3 +108,23 @@ def test_rules_of_tensor_maps() -> None:
         replace(padded, sizes=(192, 64)), replace(padded, swizzle=2),
     ):  # fmt: skip
         assert wrong.faults() != [], wrong
+
+
+def test_the_command_says_what_it_found(
+    built: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, manifest = built
+    monkeypatch.setattr("dsv4c.artifact.load_manifest", lambda _: manifest)
+    assert main(["audit", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "5 launches of 1 programs replayed" in said and "0 faults" in said and "UTCQMMA" in said
+    assert main(["audit", str(folder), "--no-replay", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["replayed"] is None and told["launches"][0]["symbol"] == "quantise_mx"
+    assert all(one["faults"] == [] and one["registers"] > 0 for one in told["launches"])
+    ((name, kernel),) = manifest.kernels.items()
+    broken = tuple(replace(one, threads=64) for one in kernel.launches)
+    other = SimpleNamespace(**{**vars(manifest), "kernels": {name: replace(kernel, launches=broken)}})
+    monkeypatch.setattr("dsv4c.artifact.load_manifest", lambda _: other)
+    assert main(["audit", str(folder)]) == 1
+    assert f"fault: `sort_pairs` of {name} is launched with 64 threads" in capsys.readouterr().out
