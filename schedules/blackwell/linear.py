@@ -71,7 +71,8 @@ def _space(node: OpNode, symbols: Mapping[str, int], *, sms: int) -> tuple[Confi
         out.append({
             "columns": columns, "blocks": blocks, "share": share, "parts": parts,
             "stages": _stages(node, columns, blocks, share), "warps": 8 if columns == 128 else 4,
-            "roles": "loop" if share == 2 or tiles * parts <= sms else "tiles",
+            # parts are written as float32: with roles across tiles the warps of 128 columns that do so would spill
+            "roles": "loop" if share == 2 or parts > 1 or tiles * parts <= sms else "tiles",
         })  # fmt: skip
     return tuple(out)
 
