@@ -285,6 +285,7 @@ def main() -> int:
         raise
     finally:
         server.kill()
+    row["options"] = " ".join(args.run[1:])
     row |= {"exit": server.returncode, "traces": said.count("Traceback"), "date": datetime.date.today().isoformat()}
     print(json.dumps(row, indent=1))
     if row["traces"]:
