@@ -30,7 +30,7 @@ from dsv4c.runtime.server import Server
 from dsv4c.runtime.tls import Tls
 
 DRAIN_S = 30.0  # what orchestrators grant between SIGTERM and SIGKILL by default
-_IDLE_S = 75  # longer than clients (httpx 5 s, aiohttp 15 s) and proxies (60 s) keep an idle one: they close first
+IDLE_S = 75  # longer than clients (httpx 5 s, aiohttp 15 s) and proxies (60 s) keep an idle one: they close first
 _TICK_S = 0.1  # as often as uvicorn looks for signals
 _LAST_WORDS_S = 2  # for error events of aborted streams to reach their clients
 
@@ -91,6 +91,7 @@ class GracefulServer(uvicorn.Server):
         *,
         drain_s: float = DRAIN_S,
         drain_delay_s: float = 0.0,
+        idle_s: int = IDLE_S,
         tls: Tls | None = None,
         log_level: str = "info",
         log_format: LogFormat = "text",
@@ -112,7 +113,7 @@ class GracefulServer(uvicorn.Server):
                 ssl_keyfile=None if tls is None else tls.key,
                 ssl_ca_certs=None if tls is None or tls.ca is None else str(tls.ca),
                 ssl_cert_reqs=ssl.CERT_NONE if tls is None or tls.ca is None else ssl.CERT_REQUIRED,
-                timeout_keep_alive=_IDLE_S,
+                timeout_keep_alive=idle_s,
                 timeout_graceful_shutdown=int(drain_s) + _LAST_WORDS_S,
             )
         )

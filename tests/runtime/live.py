@@ -25,7 +25,7 @@ from dsv4c.runtime.loop import EngineLoop
 from dsv4c.runtime.outputs import ServedEngine
 from dsv4c.runtime.poolsizes import PoolSizes
 from dsv4c.runtime.scheduler import Limits
-from dsv4c.runtime.serve import GracefulServer, bind
+from dsv4c.runtime.serve import IDLE_S, GracefulServer, bind
 from tests.runtime.standin import VOCAB, make_engine
 
 MODEL = "toy"
@@ -175,11 +175,13 @@ class Live:
         self.loop.close(drain=False)
 
 
-def start(engine: Engine, codec: Any, model: str = MODEL, *, drain_s: float = 5.0, **options: Any) -> Live:
+def start(
+    engine: Engine, codec: Any, model: str = MODEL, *, drain_s: float = 5.0, idle_s: int = IDLE_S, **options: Any
+) -> Live:
     """Serves this engine on a free port of the loopback interface."""
     loop = EngineLoop(engine).start()
     app = create_app(ServedEngine(loop), codec, model, **options)
-    server = GracefulServer(app, bind(port=0), drain_s=drain_s, log_level="error")
+    server = GracefulServer(app, bind(port=0), drain_s=drain_s, idle_s=idle_s, log_level="error")
     thread = threading.Thread(target=server.run, name="test-server", daemon=True)
     url = server.url
     thread.start()

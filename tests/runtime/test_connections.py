@@ -109,7 +109,7 @@ def impatient(
         pytest.importorskip("httptools", reason="uvicorn then parses with h11 alone")
     monkeypatch.setattr("dsv4c.runtime.connections._GRACE_S", 0.1)
     given = Operations(head_timeout_s=0.2, body_timeout_s=0.2, stall_timeout_s=0.2, observers=(records.append,))
-    live, _ = start_toy(operations=given)
+    live, _ = start_toy(operations=given, idle_s=1)
     live.narrow()
     yield live
     live.close()
