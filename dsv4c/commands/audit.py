@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4c.commands.terminal import console
+from dsv4c.errors import ArtifactError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,6 +38,11 @@ def run(args: argparse.Namespace) -> int:
     from dsv4c.schedules.audit import audit
 
     manifest = load_manifest(args.artifact)
+    if not any(kernel.launches for kernel in manifest.kernels.values()):
+        raise ArtifactError(
+            f"`{args.artifact}` is for `{manifest.target}`: it holds no GPU machine code to audit",
+            hint="audit what `dsv4c compile --target sm_103a` (or sm_100a, sm_90a) has made",
+        )
     found = list(audit(args.artifact, manifest))
     replayed = _replayed(args, manifest)
     said = [(one.kernel.name, one.launch.symbol, fault) for one in found for fault in one.faults]

@@ -12,9 +12,7 @@ from tests.schedules.hopper import interpret  # first: sets TRITON_INTERPRET and
 
 # isort: on
 import sys
-import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from dsv4c.schedules._launch import TritonLaunch
 from dsv4c.schedules._schedule import OpNode, Value
 from dsv4c.schedules.blackwell.attention import schedules
 from dsv4c.schedules.triton import attend_wide
+from tests.schedules.blackwell.checks import Check, random_cases, run_checks
 
 DIM, ROPE, ENTRY = 512, 64, 584
 SCHEDULES = {s.op: s for s in schedules("sm_103a") if s.name.endswith("triton_wide")}
@@ -262,20 +261,8 @@ def check(case: Case) -> None:
 
 def main(count: int, part: str) -> int:
     attend_wide.widen = widen
-    quiet = settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    checks: dict[str, Callable[[], None]] = {"widen": simulated, "attention": quiet(given(cases())(check))}
-    failed = 0
-    for name, run in checks.items():
-        if part and part != name:
-            continue
-        try:
-            run()
-        except Exception:  # noqa: BLE001 - one failed check must not hide the others
-            failed += 1
-            print(f"FAIL {name}\n{traceback.format_exc()}", flush=True)
-        else:
-            print(f"ok   {name}", flush=True)
-    return int(failed > 0)
+    checks: dict[str, Check] = {"widen": simulated, "attention": random_cases(given(cases())(check), count)}
+    return run_checks(checks, part)
 
 
 if __name__ == "__main__":

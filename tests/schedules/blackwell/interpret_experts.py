@@ -11,7 +11,6 @@ from tests.schedules.hopper import interpret  # first: sets TRITON_INTERPRET and
 
 # isort: on
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,13 +19,14 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from dsv4c.ops.mx import MxFormat, dequantise_mx, quantise_mx
 from dsv4c.schedules._launch import TritonLaunch
 
+from .checks import Check, random_cases, run_checks
 from .expert_models import (
     FORMATS,
     SCHEDULES,
@@ -151,23 +151,11 @@ def _checked(fmt: str) -> Callable[[Case], None]:
 
 
 def main(count: int, part: str, number: int) -> int:
-    checks: dict[str, Callable[[], None]] = {"canaries": canaries}
+    checks: dict[str, Check] = {"canaries": canaries}
     interpreter._dot_scaled_scale_to_f32, interpreter._mxfp_value_handle_to_float32 = _scale, _values
     for fmt in FORMATS:
-        quiet = settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        checks[fmt] = seed(number)(quiet(given(cases())(_checked(fmt))))
-    failed = 0
-    for name, run in checks.items():
-        if part and part != name:
-            continue
-        try:
-            run()
-        except Exception:  # noqa: BLE001 - one failed check must not hide the others
-            failed += 1
-            print(f"FAIL {name}\n{traceback.format_exc()}", flush=True)
-        else:
-            print(f"ok   {name}", flush=True)
-    return int(failed > 0)
+        checks[fmt] = random_cases(given(cases())(_checked(fmt)), count, number)
+    return run_checks(checks, part)
 
 
 if __name__ == "__main__":

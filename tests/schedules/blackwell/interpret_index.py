@@ -12,14 +12,12 @@ from tests.schedules.hopper import interpret  # first: sets TRITON_INTERPRET and
 
 # isort: on
 import sys
-import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +26,7 @@ from dsv4c.schedules._launch import TritonLaunch
 from dsv4c.schedules._schedule import OpNode, Value
 from dsv4c.schedules.blackwell import index
 from dsv4c.schedules.hopper.index import GROUP, PAGE
+from tests.schedules.blackwell.checks import Check, random_cases, run_checks
 
 RATIO = 4
 SCHEDULES = {s.name: s for s in index.schedules("sm_103a")}
@@ -199,20 +198,8 @@ def check(case: Case) -> None:
 
 
 def main(count: int, part: str) -> int:
-    quiet = settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    checks: dict[str, Callable[[], None]] = {fmt: quiet(given(cases(fmt))(check)) for fmt in ("fp8", "fp4")}
-    failed = 0
-    for name, run in checks.items():
-        if part and part != name:
-            continue
-        try:
-            run()
-        except Exception:  # noqa: BLE001 - one failed check must not hide the others
-            failed += 1
-            print(f"FAIL {name}\n{traceback.format_exc()}", flush=True)
-        else:
-            print(f"ok   {name}", flush=True)
-    return int(failed > 0)
+    checks: dict[str, Check] = {fmt: random_cases(given(cases(fmt))(check), count) for fmt in ("fp8", "fp4")}
+    return run_checks(checks, part)
 
 
 if __name__ == "__main__":

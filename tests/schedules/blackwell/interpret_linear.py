@@ -10,7 +10,6 @@ from tests.schedules.hopper import interpret  # first: sets TRITON_INTERPRET and
 
 # isort: on
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 import torch
 import triton
 import triton.language as tl
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from dsv4c.schedules._schedule import Config, OpNode, Value
 from dsv4c.schedules.blackwell.linear import schedules
 from dsv4c.schedules.triton import gate
 from dsv4c.schedules.workloads.gate import choice_error, scores_and_ranks
+from tests.schedules.blackwell.checks import random_cases, run_checks
 
 
 @triton.jit
@@ -192,20 +192,8 @@ def _checked(op: str) -> Callable[[Case], None]:
 
 
 def main(count: int, part: str, number: int) -> int:
-    failed = 0
-    for op in SCHEDULES:
-        if part and part != op:
-            continue
-        quiet = settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        run: Callable[[], None] = seed(number)(quiet(given(cases(op))(_checked(op))))
-        try:
-            run()
-        except Exception:  # noqa: BLE001 - one failed op must not hide the others
-            failed += 1
-            print(f"FAIL {op}\n{traceback.format_exc()}", flush=True)
-        else:
-            print(f"ok   {op}", flush=True)
-    return int(failed > 0)
+    checks = {op: random_cases(given(cases(op))(_checked(op)), count, number) for op in SCHEDULES}
+    return run_checks(checks, part)
 
 
 if __name__ == "__main__":
