@@ -22,6 +22,7 @@ from dsv4c.schedules.blackwell.experts import WORKSPACE, _config, _step, schedul
 FORMATS = ("mxfp8", "mxfp4", "nvfp4", "bf16")
 SCHEDULES: Mapping[str, Schedule] = {schedule.op: schedule for schedule in schedules("sm_103a")}
 LIMIT = 10.0
+NO_NUMBERS = {"NaN": float("nan"), "infinity": float("inf")}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Case:
     """`usual`, `extreme` (bytes from 0 to 129, or every E4M3), `tiny` (E8M0 0 to 3, E4M3 subnormals), `zero` (0 alone),
     `largest` (E8M0 up to 254, E4M3 448)."""
     rows: str
-    """`usual`, `zeros` (groups of nothing but 0), `large` (the format's largest, and far more), `max` (2^127)."""
+    """`usual`, `zeros` (groups of nothing but 0), `large` (the format's largest, and far more), `max` (2^127), `NaN`
+    and `infinity` (such values among the rows, one of the routing weights, one NaN among the scales of w1)."""
     seed: int
     apart: bool = False
     """Sort and gather are launches of their own."""
@@ -89,6 +91,8 @@ def inputs_of(case: Case, fmt: str, what: OpNode, device: str = "cpu") -> list[T
     if case.routing == "last":
         scores = scores + torch.arange(case.experts)
     weight = torch.rand(case.tokens, case.topk, generator=generator) + 0.1
+    if case.rows in NO_NUMBERS:
+        weight[case.seed % case.tokens, 0] = NO_NUMBERS[case.rows]
     args = [_rows(case, generator), scores.topk(case.topk, -1).indices.to(torch.int32), weight]
     each = 3 if fmt == "nvfp4" else 2
     for i, value in enumerate(what.inputs[3 : 3 + 3 * each]):
@@ -98,6 +102,8 @@ def inputs_of(case: Case, fmt: str, what: OpNode, device: str = "cpu") -> list[T
             args.append(_weight(case, shape, last, generator))
         elif i % each == 1:
             args.append(_weight_scales(case, fmt, shape, last, generator))
+            if i == 1 and case.rows in NO_NUMBERS:  # a channel of hidden, and so its group
+                args[-1].view(torch.uint8)[0, case.seed % case.inner, 0] = 127 if fmt == "nvfp4" else 255
         else:
             args.append(torch.rand(shape, generator=generator) + 0.01)
     if fmt == "nvfp4":
@@ -119,6 +125,9 @@ def _rows(case: Case, generator: torch.Generator) -> Tensor:
         x[:, case.seed % case.dim] = 0.99 * most * (1 if case.seed % 2 else -1)
     if case.scale == "largest":
         x *= 2.0**-122  # times 2^127 it is an ordinary number
+    if case.rows in NO_NUMBERS:
+        few = torch.rand(x.shape, generator=generator) < 0.5 / case.dim  # two rows of five have some
+        x = torch.where(few, torch.copysign(torch.tensor(NO_NUMBERS[case.rows]), x), x)
     return x.to(torch.bfloat16)
 
 
@@ -193,8 +202,10 @@ def stages(fmt: str, case: Case, args: Sequence[Tensor], buffers: Sequence[Tenso
     else:
         scale = rows_scales(named["scale"], slots, case.dim, case.columns, fmt)
         wanted = quantise_mx(args[0][token], fmt, x_global)  # type: ignore[arg-type]
-        yield _equal("tokens", data, wanted[0])
         yield _equal("tokens' scales", scale, wanted[1])
+        same = dequantise_mx(*wanted, fmt, x_global).isnan()  # type: ignore[arg-type]
+        same = same if fmt == "mxfp8" else same[:, ::2]
+        yield _equal("tokens", *(one.view(torch.uint8).masked_fill(same, 0) for one in (data, wanted[0])))
         x = dequantise_mx(data, scale, fmt, x_global).double()  # type: ignore[arg-type]
 
     w1, w3, w2 = _wide(args, fmt)
@@ -211,6 +222,7 @@ def stages(fmt: str, case: Case, args: Sequence[Tensor], buffers: Sequence[Tenso
         stored = rows_scales(named["hidden_scale"], slots, case.inner, case.columns, fmt)
         found = dequantise_mx(hidden, stored, fmt, hidden_global).double()  # type: ignore[arg-type]
         rounding = _rounding(fmt, stored, model, hidden_global)
+        model = _whole_groups(model, mx_group(fmt))  # type: ignore[arg-type]
     yield _within("hidden", found, model, rounding + slack)
 
     result = _by_expert(found, w2, expert)
@@ -219,7 +231,7 @@ def stages(fmt: str, case: Case, args: Sequence[Tensor], buffers: Sequence[Tenso
     yield _within("rows of pairs", rows, result, 2.0**-8 * result.abs() + 1e-5 * reach + 1e-37)
 
     total = args[-1].double().index_add(0, token, rows)
-    yield _within("sum", out.double(), total, 2.0**-8 * total.abs() + 1e-6 * rows.abs().max() + 1e-30)
+    yield _within("sum", out.double(), total, 2.0**-8 * total.abs() + 1e-6 * rows.nan_to_num(0, 0, 0).abs().max() + 1e-30)
 
 
 def _by_expert(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
@@ -243,6 +255,12 @@ def _rounding(fmt: str, stored: Tensor, model: Tensor, factor: Tensor) -> Tensor
     return torch.where(most > 6 * 448 * factor, most, rounding)
 
 
+def _whole_groups(model: Tensor, group: int) -> Tensor:
+    """NaN throughout the groups that hold a NaN or an infinity."""
+    finite = model.isfinite().unflatten(1, (-1, group)).all(-1)
+    return model.where(finite.repeat_interleave(group, 1), torch.nan)
+
+
 def _sorted(pair: Tensor, place: Tensor, slots: Tensor, expert: Tensor, tiles: Tensor, case: Case, pairs: int) -> Stage:
     """Rows are a permutation by expert, tiles cover them, each row's slot is in its tile."""
     device = pair.device
@@ -261,10 +279,11 @@ def _equal(name: str, found: Tensor, wanted: Tensor) -> Stage:
 
 
 def _within(name: str, found: Tensor, wanted: Tensor, allowed: Tensor) -> Stage:
-    """Error and what is allowed, where their ratio is largest; NaN is as bad as can be."""
-    error = (found - wanted).abs()
-    error = torch.where(error.isnan(), torch.inf, error)
-    worst = int((error / allowed).nan_to_num(nan=0.0, posinf=torch.inf).argmax())
+    """Error and what is allowed, where their ratio is largest; NaN and infinities must be the same ones."""
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    error = (found - wanted).abs().nan_to_num(torch.inf, torch.inf).masked_fill(same, 0)
+    allowed = allowed.masked_fill(~wanted.isfinite(), 0)
+    worst = int((error / allowed).nan_to_num(torch.inf, torch.inf).masked_fill(same, 0).argmax())
     return Stage(name, float(error.flatten()[worst]), float(allowed.flatten()[worst]))
 
 

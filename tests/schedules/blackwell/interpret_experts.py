@@ -124,7 +124,8 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from((128, 256))), columns,
         draw(st.sampled_from(("random", "one", "last"))),
         draw(st.sampled_from(("usual", "extreme", "tiny", "zero", "largest"))),
-        draw(st.sampled_from(("usual", "zeros", "large", "max"))), draw(st.integers(0, 2**31)), draw(st.booleans()),
+        draw(st.sampled_from(("usual", "zeros", "large", "max", "NaN", "infinity"))), draw(st.integers(0, 2**31)),
+        draw(st.booleans()),
     )  # fmt: skip
 
 
