@@ -25,7 +25,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv4c.schedules.triton.mx_rows import e2m1_pair, element_of, factor_of, group_of, packed, scale_place, scales_of
+from dsv4c.schedules.triton.mx_rows import (
+    e2m1_pair,
+    element_of,
+    factor_of,
+    group_of,
+    largest,
+    packed,
+    scale_place,
+    scales_of,
+)
 
 
 @triton.jit
@@ -65,7 +74,7 @@ def _store_hidden(
         G: tl.constexpr = group_of(FORMAT)
         P: tl.constexpr = packed(FORMAT)
         grouped = tl.reshape(x, (M // G, G, PIECE))
-        stored, factor = scales_of(tl.max(tl.abs(grouped), axis=1), global_scale, FORMAT)
+        stored, factor = scales_of(largest(grouped, 1), global_scale, FORMAT)
         group = m // G + tl.arange(0, M // G)
         tl.store(scale + scale_place(column[None, :], group[:, None], G, N, S), stored, mask=live[None, :])
         values = grouped * factor[:, None, :]
@@ -89,8 +98,8 @@ def _finish(
     if FORMAT == "nvfp4":
         gate *= gate_factor
         up *= up_factor
-    gate = tl.minimum(gate, LIMIT)
-    up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    gate = tl.minimum(gate, LIMIT, tl.PropagateNan.ALL)
+    up = tl.minimum(tl.maximum(up, -LIMIT, tl.PropagateNan.ALL), LIMIT, tl.PropagateNan.ALL)
     weight = tl.load(slot_weight + column, mask=live, other=0.0)
     hidden = gate / (1.0 + tl.exp(-gate)) * up * weight[None, :]
     _store_hidden(hidden, out, out_scale, m, column, live, global_scale, C, FORMAT, NATIVE, M, PIECE, N, S)

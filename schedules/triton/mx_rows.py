@@ -7,7 +7,8 @@ sort of a mixture of experts that leaves its tokens' rows in them.
     nvfp4   E2M1, the same                    E4M3 for 16, and float32 for a tensor  kind::mxf4nvf4
     bf16    as they are                       none                                   kind::f16
 
-Scales of MX formats are powers of two, rounded up, so nothing saturates.
+Scales of MX formats are powers of two, rounded up, so nothing saturates. A group that holds a NaN or an infinity has a
+NaN for its scale (E8M0 255, E4M3 127): what multiplies it is NaN, whatever its data.
 
 A tile of N rows has its scales in one block, in the order in which they are copied: for 128 rows as tensor memory
 takes them (`tcgen05.cp`: 512 bytes hold 4 groups of 128 rows, [32][4][4] by row % 32, row // 32, group), for fewer
@@ -80,20 +81,30 @@ def e2m1_pair(even, odd, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def largest(x, AXIS: tl.constexpr):
+    """float32 bits of the largest magnitudes of x along an axis; infinity's are above every number's, NaN's above both."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
+
+
+@triton.jit
 def scales_of(most, global_scale, FORMAT: tl.constexpr):
-    """(stored scales, float32 factors that bring values into the format's range) of groups' largest magnitudes."""
+    """(stored scales, float32 factors that bring values into the format's range) of groups' `largest`.
+
+    Where that is no number the scale is NaN, and the factor anything."""
+    number = most < 0x7F800000
     if FORMAT == "nvfp4":
         # E4M3 rounds to nearest: a group may then saturate by a sixteenth, as NVIDIA's own quantisers do
-        stored = tl.minimum(tl.div_rn(most, 6.0 * global_scale), 448.0).to(tl.float8e4nv)
+        wanted = tl.minimum(tl.div_rn(most.to(tl.float32, bitcast=True), 6.0 * global_scale), 448.0)
+        stored = tl.where(number, wanted, float("nan")).to(tl.float8e4nv)
         wide = stored.to(tl.float32)
         return stored, tl.where(wide > 0, tl.div_rn(1.0, tl.maximum(wide, 0.001953125) * global_scale), 0.0)
     else:
         # the power of two from most / (1.75 * 2^8) or most / (1.5 * 2^2) up: a mantissa beyond 1.75 or 1.5 carries
         BEYOND: tl.constexpr = 0x1FFFFF if FORMAT == "mxfp8" else 0x3FFFFF
         BELOW: tl.constexpr = 8 << 23 if FORMAT == "mxfp8" else 2 << 23
-        power = ((most.to(tl.int32, bitcast=True) + BEYOND) & 0x7F800000) - BELOW
+        power = ((most + BEYOND) & 0x7F800000) - BELOW
         power = tl.maximum(power, 0x00800000)  # 2^-126
-        return (power >> 23).to(tl.uint8), ((254 << 23) - power).to(tl.float32, bitcast=True)
+        return tl.where(number, power >> 23, 255).to(tl.uint8), ((254 << 23) - power).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -119,7 +130,7 @@ def _store_rows(
         G: tl.constexpr = group_of(FORMAT)
         P: tl.constexpr = packed(FORMAT)
         grouped = tl.reshape(x.to(tl.float32), (R, BD // G, G))
-        stored, factor = scales_of(tl.max(tl.abs(grouped), axis=2), global_scale, FORMAT)
+        stored, factor = scales_of(largest(grouped, 2), global_scale, FORMAT)
         group = channel // G + tl.arange(0, BD // G)
         block = (slot // N).to(tl.int64) * (N * (C // G))
         to = block[:, None] + scale_place((slot % N)[:, None], group[None, :], G, N, S)

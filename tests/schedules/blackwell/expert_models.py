@@ -217,13 +217,14 @@ def stages(fmt: str, case: Case, args: Sequence[Tensor], buffers: Sequence[Tenso
     slack = 1.2e-4 * reach.clamp(max=2e6) * weight + 1e-6 * model.abs() + 1e-30
     hidden = named["hidden"].flatten(0, 1)
     if fmt == "bf16":
-        found, rounding = hidden.double(), 2.0**-8 * model.abs()
+        found, rounding, group = hidden.double(), 2.0**-8 * model.abs(), 1
     else:
         stored = rows_scales(named["hidden_scale"], slots, case.inner, case.columns, fmt)
         found = dequantise_mx(hidden, stored, fmt, hidden_global).double()  # type: ignore[arg-type]
-        rounding = _rounding(fmt, stored, model, hidden_global)
-        model = _whole_groups(model, mx_group(fmt))  # type: ignore[arg-type]
-    yield _within("hidden", found, model, rounding + slack)
+        rounding, group = _rounding(fmt, stored, model, hidden_global), mx_group(fmt)  # type: ignore[arg-type]
+    # an infinite weight times what float32 rounds to 0 is NaN: of BF16 neither is told from the other
+    numbers = (_whole_groups(one, of) for one, of in ((found, 1), (model, group)))
+    yield _within("hidden", *numbers, rounding + slack)
 
     result = _by_expert(found, w2, expert)
     reach = _by_expert(found.abs(), w2.abs(), expert)
@@ -256,7 +257,7 @@ def _rounding(fmt: str, stored: Tensor, model: Tensor, factor: Tensor) -> Tensor
 
 
 def _whole_groups(model: Tensor, group: int) -> Tensor:
-    """NaN throughout the groups that hold a NaN or an infinity."""
+    """NaN throughout the groups of channels that hold a NaN or an infinity."""
     finite = model.isfinite().unflatten(1, (-1, group)).all(-1)
     return model.where(finite.repeat_interleave(group, 1), torch.nan)
 
