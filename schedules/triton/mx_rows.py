@@ -82,7 +82,7 @@ def e2m1_pair(even, odd, NATIVE: tl.constexpr):
 
 @triton.jit
 def largest(x, AXIS: tl.constexpr):
-    """float32 bits of the largest magnitudes of x along an axis; infinity's are above every number's, NaN's above both."""
+    """float32 bits of the largest magnitudes of x along an axis; infinity is above numbers, NaN above it."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
 
 

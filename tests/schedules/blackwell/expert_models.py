@@ -232,7 +232,8 @@ def stages(fmt: str, case: Case, args: Sequence[Tensor], buffers: Sequence[Tenso
     yield _within("rows of pairs", rows, result, 2.0**-8 * result.abs() + 1e-5 * reach + 1e-37)
 
     total = args[-1].double().index_add(0, token, rows)
-    yield _within("sum", out.double(), total, 2.0**-8 * total.abs() + 1e-6 * rows.nan_to_num(0, 0, 0).abs().max() + 1e-30)
+    most = rows.nan_to_num(0, 0, 0).abs().max()
+    yield _within("sum", out.double(), total, 2.0**-8 * total.abs() + 1e-6 * most + 1e-30)
 
 
 def _by_expert(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
