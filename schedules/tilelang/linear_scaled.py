@@ -144,6 +144,7 @@ def scaled(N: int, K: int, CLUSTERS: int, G: int, stages: int, slots: int):
                     for i in T.unroll(COLUMNS // OUT):
                         T.copy(sums[:, i * OUT : i * OUT + OUT], part)
                         if i == COLUMNS // OUT - 1:
+                            T.tcgen05_before_thread_sync()
                             T.mbarrier_arrive(read, 0)
                         T.copy(part, out)
                         T.copy(out, y[row, line + i * OUT])
