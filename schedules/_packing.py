@@ -31,13 +31,22 @@ def mismatches(args: tuple[LaunchArg, ...], cubin: Cubin) -> list[str]:
 
 
 def _layout(args: tuple[LaunchArg, ...], cubin: Cubin) -> list[str]:
-    """Whether the parameters lie one behind the other, each at a multiple of what it needs: maps 64, others their size.
-    Constant memory begins at a place of the card's own, so the first offset says what multiples count from.
+    """Whether the parameters lie one behind the other, each at a multiple of what it needs: maps 64 (Triton) or 128
+    (CUDA 13's own type), others their size.
+    """
+    tried = [_laid_out(args, cubin, multiple) for multiple in (64, 128)]
+    return [] if [] in tried else tried[0]
+
+
+def _laid_out(args: tuple[LaunchArg, ...], cubin: Cubin, multiple: int) -> list[str]:
+    """The layout with maps at multiples of `multiple` bytes. Constant memory begins at a place of the card's own, so the
+    first offset says what multiples count from.
     """
     if not args:
         return []
-    alignment = [64 if arg.kind == "map" else BYTES[arg.kind] for arg in args]
-    base = next((-p.offset % 64 for p, a in zip(cubin.parameters, alignment, strict=True) if a == 64), 0)
+    alignment = [multiple if arg.kind == "map" else BYTES[arg.kind] for arg in args]
+    maps = (p for p, a in zip(cubin.parameters, alignment, strict=True) if a == multiple)
+    base = next((-p.offset % multiple for p in maps), 0)
     at = 0
     for i, (arg, parameter) in enumerate(zip(args, cubin.parameters, strict=True)):
         at = -(-(at + base) // alignment[i]) * alignment[i] - base

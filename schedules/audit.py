@@ -37,7 +37,7 @@ _MATRIX = re.compile(r"\b((?:UTC[HQOI]MMA(?:\.BLOCK16)?)|(?:[HIQODB]G?MMA))\b")
 
 _SCALED = {"bf16": "UTCHMMA", "mxfp8": "UTCQMMA", "mxfp4": "UTCOMMA", "nvfp4": "UTCOMMA.BLOCK16"}
 _BLACKWELL = {
-    "scaled": "UTCQMMA", "mixed": "UTCHMMA", "attend": "UTCHMMA", "score_tiles": "UTCQMMA", "score_runs": "UTCQMMA",
+    "scaled": "UTCQMMA", "scaled_pairs_kernel": "UTCQMMA", "mixed": "UTCHMMA", "attend": "UTCHMMA", "score_tiles": "UTCQMMA", "score_runs": "UTCQMMA",
     "index_query": "UTCHMMA", "project": "UTCHMMA",
 }  # fmt: skip
 """Kernel function -> its matrix instruction: operands of 16, 8 or 4 bits (H, Q, O), sums in tensor memory."""
@@ -47,7 +47,8 @@ _FP4 = {
 """Op -> its inputs that hold two FP4 values a byte."""
 _WEIGHTS: Mapping[str, Callable[[Kernel], frozenset[int]]] = {
     "grouped_up": lambda kernel: _fp4(kernel), "grouped_down": lambda kernel: _fp4(kernel),
-    "scaled": lambda kernel: frozenset({2}), "mixed": lambda kernel: frozenset({1}),
+    "scaled": lambda kernel: frozenset({2}), "scaled_pairs_kernel": lambda kernel: frozenset({2}),
+    "mixed": lambda kernel: frozenset({1}),
 }  # fmt: skip
 """Kernel function -> the arguments whose tiles are its products' left operands."""
 

@@ -8,7 +8,7 @@ kernel was run on such a card: docs/blackwell.md.
 from __future__ import annotations
 
 from dsv4c.schedules._schedule import Schedule
-from dsv4c.schedules.blackwell import attention, experts, index, linear
+from dsv4c.schedules.blackwell import attention, experts, index, linear, tile
 from dsv4c.schedules.hopper import compress, gate, hyper, rows, sampling, speculation
 
 TARGETS = ("sm_100a", "sm_103a")
@@ -24,6 +24,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
         *gate.schedules(arch),
         *experts.schedules(arch),
         *linear.schedules(arch),
+        *tile.schedules(arch),
         *attention.schedules(arch),
         *sampling.schedules(arch),
         *speculation.schedules(arch),

@@ -43,9 +43,7 @@ def spelt(source: str) -> str:
     """CUDA text as the emulated cluster takes it."""
     source = re.sub(r"(?m)^#.*\n", "", source)
     source = re.sub(r"extern __shared__ .*? buf_dyn_shmem\[\];", "uchar* buf_dyn_shmem = emu::dynamic();", source)
-    return re.sub(
-        r"__shared__ __align__\(16\) (\w+) (\w+)\[(\d+)\];", r'\1* \2 = emu::variable<\1>("\2", \3);', source
-    )
+    return re.sub(r"__shared__ __align__\(16\) (\w+) (\w+)\[(\d+)\];", r'\1* \2 = emu::variable<\1>("\2", \3);', source)
 
 
 def program(lowered: Lowered) -> str:
@@ -85,7 +83,7 @@ class Emulated:
         with TemporaryDirectory() as folder:
             text, library = Path(folder) / "kernel.cc", Path(folder) / "kernel.so"
             text.write_text(program(lowered), encoding="utf-8")
-            flags = ["-std=c++20", "-O2", "-w", "-fwrapv", "-fno-strict-aliasing", "-shared", "-fPIC"]
+            flags = ["-std=c++20", "-O1", "-w", "-fwrapv", "-fno-strict-aliasing", "-shared", "-fPIC"]
             subprocess.run(["g++", *flags, str(text), "-o", str(library)], check=True)
             self._entry = ctypes.CDLL(str(library)).entry
         self._entry.restype = ctypes.c_bool
