@@ -39,8 +39,8 @@ def _layout(args: tuple[LaunchArg, ...], cubin: Cubin) -> list[str]:
 
 
 def _laid_out(args: tuple[LaunchArg, ...], cubin: Cubin, multiple: int) -> list[str]:
-    """The layout with maps at multiples of `multiple` bytes. Constant memory begins at a place of the card's own, so the
-    first offset says what multiples count from.
+    """The layout with maps at multiples of `multiple` bytes. Constant memory begins at a place of the card's own, so
+    the first offset says what multiples count from.
     """
     if not args:
         return []

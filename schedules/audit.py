@@ -37,8 +37,8 @@ _MATRIX = re.compile(r"\b((?:UTC[HQOI]MMA(?:\.BLOCK16)?)|(?:[HIQODB]G?MMA))\b")
 
 _SCALED = {"bf16": "UTCHMMA", "mxfp8": "UTCQMMA", "mxfp4": "UTCOMMA", "nvfp4": "UTCOMMA.BLOCK16"}
 _BLACKWELL = {
-    "scaled": "UTCQMMA", "scaled_pairs_kernel": "UTCQMMA", "mixed": "UTCHMMA", "attend": "UTCHMMA", "score_tiles": "UTCQMMA", "score_runs": "UTCQMMA",
-    "index_query": "UTCHMMA", "project": "UTCHMMA",
+    "scaled": "UTCQMMA", "mixed": "UTCHMMA", "attend": "UTCHMMA", "score_tiles": "UTCQMMA", "score_runs": "UTCQMMA",
+    "scaled_pairs_kernel": "UTCQMMA", "index_query": "UTCHMMA", "project": "UTCHMMA",
 }  # fmt: skip
 """Kernel function -> its matrix instruction: operands of 16, 8 or 4 bits (H, Q, O), sums in tensor memory."""
 _FP4 = {
