@@ -63,7 +63,7 @@ struct Block {
   size_t used = 0;  // by named variables, from the end of the tiles on
   uint32_t tensor[LANES][COLUMNS];
   uint columns = 0;
-  struct Named { int count = 0; long turn = 0; } named[16];
+  struct Named { int count = 0; long turn = 0; } named[16], warps[THREADS / 32];
 };
 struct Fibre {
   ucontext_t context;
@@ -153,7 +153,10 @@ template <int extent>
 bool tl_shuffle_elect() {
   return emu::self->thread.x % (extent ? extent : emu::THREADS) == 0;
 }
-inline bool elected() { return emu::self->thread.x % 32 == 0; }
+inline bool elected() {  // elect.sync: the lanes of a warp meet
+  emu::meet(emu::mine().warps[emu::self->thread.x / 32], 32);
+  return emu::self->thread.x % 32 == 0;
+}
 
 template <bool pair>
 void tmem_allocate(void* where, int columns) {
