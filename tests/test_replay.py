@@ -140,3 +140,9 @@ def test_the_command_says_what_it_found(
     monkeypatch.setattr("dsv4c.artifact.load_manifest", lambda _: other)
     assert main(["audit", str(folder)]) == 1
     assert f"of {name} is launched with 32 threads" in capsys.readouterr().out
+
+
+def test_an_artifact_without_machine_code_is_refused(nano_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(nano_artifact)]) == 2
+    said = capsys.readouterr().err
+    assert "is for `cpu`" in said and "--target sm_103a" in said

@@ -27,6 +27,7 @@ Stages = Callable[[OpNode, Mapping[str, int], Config, Situation, Card], tuple[St
 
 _BY_WAY: dict[str, Stages] = {
     "gluon_few": _matrix.few, "gluon_many": _matrix.many, "tile_ring": _matrix.tile_ring, "aten": _matrix.vendor,
+    "tilelang_pairs": _matrix.pairs,
     "triton_scaled": _matrix.scaled, "triton_tiles": _matrix.scaled, "gluon_groups": _attention.groups,
     "triton_wide": _attention.wide, "tile_pair": _attention.pair, "triton_gather": _attention.gather,
     "gluon_pages": _attention.scores, "gluon_keys": _attention.scores, "triton_tokens": _attention.scores,

@@ -101,6 +101,11 @@ def scaled(node: OpNode, symbols: Symbols, config: Config, step: Situation, card
     return stage, Stage("rows", cached=4.0 * 2 * parts * tokens * n)  # parts stay in the L2 cache
 
 
+def pairs(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: Card) -> tuple[Stage, ...]:
+    """TileLang's on Blackwell: a cluster of two blocks a tile of 256 x 256; half of its channels for each to count."""
+    return (_product(f"linear.many_{_sizes(node)[3]}.tcgen05", node, symbols, card, 256, 128, 1, 1),)
+
+
 def _gate(node: OpNode, symbols: Symbols) -> Stage:
     """Scores of a row in a warp's registers, K dependent choices. The operations: about 8 an expert and choice."""
     fused = "linear" in node.op
