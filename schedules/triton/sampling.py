@@ -271,7 +271,7 @@ def _draw_listed(
     cut = 0.0
     p = _weight(tl.load(listed + at, i[None, :] < many[:, None], float("-inf")), best, degree)
     p = tl.where(p < least, 0.0, p)
-    flat = tl.reshape(p, (PC * N,), can_reorder=True)
+    flat = tl.reshape(p, (PC * N,))
     count, mass = tl.reduce(((flat > 0).to(tl.int32), flat), 0, _both)
     wanted = tl.where(least > 0, mass, total) * share
     if (k > 0) & (k < V):
