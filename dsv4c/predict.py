@@ -221,18 +221,22 @@ def kinds(config: ModelConfig) -> list[int]:
     return [
         layer
         if layer in (0, last) or layer in read
-        else first.setdefault((config.compress_ratios[layer], config.gate_kind(layer)), layer)
+        else first.setdefault(
+            (config.compress_ratios[layer], config.gate_kind(layer), layer in config.nvfp4_layers), layer
+        )
         for layer in range(last + 1)
     ]
 
 
 def of_layers(config: ModelConfig, chosen: Sequence[int]) -> ModelConfig:
     """The model with these layers alone, in their order, its first and last among them."""
-    ratios = tuple(config.compress_ratios[layer] for layer in chosen)
+    behind = range(config.num_hidden_layers, len(config.compress_ratios))
+    kept = (*chosen, *behind)
     targets = config.dspark_target_layer_ids
     return replace(
         config, num_hidden_layers=len(chosen),
-        compress_ratios=(*ratios, *config.compress_ratios[config.num_hidden_layers :]),
+        compress_ratios=tuple(config.compress_ratios[layer] for layer in kept),
+        nvfp4_layers=tuple(at for at, layer in enumerate(kept) if layer in config.nvfp4_layers),
         num_hash_layers=sum(config.gate_kind(layer) == "hash" for layer in chosen),
         dspark_target_layer_ids=targets and tuple(chosen.index(layer) for layer in targets),
     )  # fmt: skip

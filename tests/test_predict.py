@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def hopper() -> Predictor:
 
 
 def test_layers_that_do_the_same_are_counted_once() -> None:
-    for name in ("flash", "pro"):
+    for name in ("flash", "pro", "flash-nvfp4", "pro-nvfp4"):
         config = preset(name)
         like = kinds(config)
         few = of_layers(config, sorted(set(like)))
@@ -30,6 +31,15 @@ def test_layers_that_do_the_same_are_counted_once() -> None:
             place = sorted(set(like)).index(first)
             assert few.compress_ratios[place] == config.compress_ratios[layer]
             assert few.gate_kind(place) == config.gate_kind(layer)
+            assert (place in few.nvfp4_layers) == (layer in config.nvfp4_layers)
+
+
+def test_experts_of_both_formats_are_kinds_of_their_own() -> None:
+    mixed = replace(preset("nano"), nvfp4_layers=(1, 3))
+    step = Predictor(mixed, "sm_103a").decode(8, 1024)
+    assert {op.op: op.calls for op in step.ops if op.op.startswith("experts_")} == {
+        "experts_nvfp4": 2, "experts_mx": mixed.num_hidden_layers - 2,
+    }  # fmt: skip
 
 
 def test_a_step_is_the_sum_of_its_ops(hopper: Predictor) -> None:

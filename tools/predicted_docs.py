@@ -102,6 +102,28 @@ def _op_rows(step: StepCost, least: float = 0.01) -> Iterator[str]:
     )
 
 
+def _format_rows() -> Iterator[str]:
+    """Steps of flash on a GB300 by what its experts multiply."""
+    yield "| experts | step | experts, ms | from, to | whole step, ms | from, to |"
+    yield "| --- " * 6 + "|"
+    for words, predictor in (
+        ("W4A8 MXFP8", Predictor(preset("flash"), "sm_103a")),
+        ("W4A4 MXFP4", Predictor(preset("flash"), "sm_103a", activations="mxfp4")),
+        ("NVFP4 checkpoint", Predictor(preset("flash-nvfp4"), "sm_103a")),
+    ):
+        for name, step in (
+            ("decode 64", predictor.decode(64, CONTEXT)), ("decode 256", predictor.decode(256, CONTEXT)),
+            ("prefill 8,192", predictor.prefill(8192)),
+        ):  # fmt: skip
+            experts = [op for op in step.ops if op.op.startswith("experts_")]
+            cells = (
+                f"{1e3 * sum(part.seconds for part in parts):.2f} "
+                f"| {1e3 * sum(part.low for part in parts):.2f}, {1e3 * sum(part.high for part in parts):.2f}"
+                for parts in (experts, (step,))
+            )
+            yield f"| {words} | {name} | {' | '.join(cells)} |"
+
+
 def page(steps: Steps) -> str:
     """The whole page."""
     errors, args = io.StringIO(), ["--steps"]
@@ -116,6 +138,7 @@ def page(steps: Steps) -> str:
         "## Ops of `flash` on a GB300", "",
         *(line for batch in (1, 64, 256) for line in (f"### decode {batch}", "", *_op_rows(flash[batch]), "")),
         "### prefill 8,192", "", *_op_rows(steps["flash", "sm_103a"][1][1]), "",
+        "## Formats of the experts", "", FORMATS, *_format_rows(), "",
         "## Error on an H200", "", ERROR, "### Ops above 20 us", "", ops, "",
         *(f"- {line}" for line in summary.splitlines()), "", MISSES, "### Whole steps", "", STEPS, whole, "",
     ]  # fmt: skip
@@ -152,6 +175,10 @@ time in which its 128 rows of weights are read from shared memory at 128 bytes a
 One card, no communication. `pro` fits none (its weights are 865 GB): its times are those of one card as if it did.
 Routing is even, contexts are equal, rows sample with a temperature, drafts are off. GB and TFLOP are what a step must
 move and compute: each weight that routing touches once, activations between calls, the keys that are seen.
+"""
+FORMATS = """\
+`flash` on a GB300, context 8,192. Decoding reads weights, which are FP4 in all three: narrower activations are next to
+nothing there, and a prompt's experts alone are faster. What they cost in accuracy: [blackwell.md](blackwell.md).
 """
 ERROR = """\
 A call is its kernels one after another; a kernel takes
