@@ -1,7 +1,7 @@
 """Fake quantisation of what engines store in 8 or 4 bits, as the model saw it in training (model.md 2.10).
 
 Scales are powers of two, rounded up; values round to nearest even. Gradients pass straight through. The sum
-`x + (q - x)` is exactly q: q lies within a factor of two of x or is 0.
+`x + (q - x)` is exactly q: q lies within a factor of two of x or is 0. A group that holds a NaN or an infinity is NaN.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 
 def power_of_two_ceil(x: Tensor) -> Tensor:
-    """The smallest power of two that is not below x (x > 0, float32), exactly."""
+    """The smallest power of two that is not below x (x > 0, float32), exactly; NaN if x is NaN or infinite."""
     mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.ones_like(x), torch.where(mantissa == 0.5, exponent - 1, exponent))
+    power = torch.ldexp(torch.ones_like(x), torch.where(mantissa == 0.5, exponent - 1, exponent))
+    return torch.where(x.isfinite(), power, torch.nan)
 
 
 def round_e2m1(x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ uint8 [rows, entry bytes] as the pages need it, but a page of E entries holds al
     index fp4 data: E2M1 pairs, the even channel in the low nibble; scale: 4 bytes, one E8M0 byte for each group of 32
               channels (one group if fewer), the rest 0                                       128: 64 + 4 = 68
 
-E8M0 byte b stands for 2 ** (b - 127), 255 for NaN. Legend: N rows of a pool, C channels of an entry, E entries a page.
+E8M0 byte b stands for 2 ** (b - 127), 255 for NaN. A group that holds a NaN or an infinity is NaN as a whole: its scale
+is, and its data are where they can be (E4M3; E2M1 has no NaN). Legend: N rows of a pool, C channels of an entry, E entries a page.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def quantise_rows(x: Tensor, *, group: int) -> tuple[Tensor, Tensor]:
-    """E4M3 values [..., C] and float32 power-of-two scales [..., C / group] of x; amax is at least 1e-4."""
+    """E4M3 values [..., C] and float32 power-of-two scales [..., C / group] of x; amax is at least 1e-4.
+
+    Both are NaN for a group that holds a NaN or an infinity.
+    """
     wide = x.float().unflatten(-1, (-1, group))
     scale = power_of_two_ceil(wide.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448)
     data = (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -52,7 +56,8 @@ def dequantise_blocks(data: Tensor, scale: Tensor) -> Tensor:
 
 
 def pack_e2m1(x: Tensor) -> Tensor:
-    """uint8 [..., C / 2] of x rounded to E2M1 (|x| <= 6); the even channel is the low nibble."""
+    """uint8 [..., C / 2] of x rounded to E2M1 (|x| <= 6); the even channel is the low nibble. For NaN it holds 0."""
+    x = torch.where(x.isnan(), 0.0, x)
     size = round_e2m1(x).abs()
     code = torch.bucketize(size, torch.tensor(_E2M1, device=x.device))
     code = code + 8 * torch.signbit(x).long()
@@ -76,8 +81,8 @@ def dequantise_fp4(data: Tensor, scale: Tensor) -> Tensor:
 
 
 def to_e8m0(scale: Tensor) -> Tensor:
-    """uint8 exponents of float32 powers of two."""
-    return (torch.frexp(scale).exponent + 126).to(torch.uint8)
+    """uint8 exponents of float32 powers of two, and of NaN."""
+    return torch.where(scale.isnan(), E8M0_NAN, torch.frexp(scale).exponent + 126).to(torch.uint8)
 
 
 def from_e8m0(byte: Tensor) -> Tensor:

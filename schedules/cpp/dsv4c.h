@@ -37,8 +37,9 @@ inline vf load(const bf16* p) {
 }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 inline vf splat(float x) { return vf{} + x; }
-inline vf max(vf a, vf b) { return a > b ? a : b; }
-inline vf min(vf a, vf b) { return a < b ? a : b; }
+// where the first is NaN, so is the result
+inline vf max(vf a, vf b) { return a < b ? b : a; }
+inline vf min(vf a, vf b) { return a > b ? b : a; }
 inline vf lanes() { return vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 inline float sum(vf v) {
@@ -59,7 +60,7 @@ inline float maximum(vf v) {
 // e^x to 1 ulp or so: 2^n * p(r), x = n ln 2 + r, p the degree-6 minimax polynomial of Cephes; 0 below -87.3.
 inline vf exp(vf x) {
   vf low = splat(-87.3f);
-  vf y = min(max(x, low), splat(88.3f));
+  vf y = min(splat(88.3f), max(low, x));  // a number whatever x is
   vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vf n = (y * 1.44269504088896341f + magic) - magic;
   vf r = y - n * 0.693359375f;

@@ -74,7 +74,7 @@ def attend(
     end = tl.minimum(first + length, total)
 
     # scores in units of log2, so that exp2 serves
-    top = tl.maximum(tl.load(sink + h, mask=h < HEADS, other=0.0) * LOG2E, -1e30)
+    top = tl.maximum(tl.load(sink + h, mask=h < HEADS, other=0.0) * LOG2E, -1e30, tl.PropagateNan.ALL)
     weight_sum = tl.where(share == 0, tl.full([BLOCK_H], 1.0, tl.float32), 0.0)
     acc = tl.zeros([BLOCK_H, CHANNELS], tl.float32)
     for at in range(first, end, BLOCK_K):
@@ -116,7 +116,7 @@ def attend(
     row = (token * SHARES + share) * HEADS + h
     tl.store(out + row[:, None] * C + c[None, :], result.to(tl.bfloat16), mask=here)
     if SHARES > 1:
-        tl.store(lse + row, tl.where(weight_sum > 0, top + tl.log2(weight_sum), float("-inf")), mask=h < HEADS)
+        tl.store(lse + row, tl.where(weight_sum == 0, float("-inf"), top + tl.log2(weight_sum)), mask=h < HEADS)
 
 
 @triton.jit

@@ -146,8 +146,9 @@ def _store_addresses(
 @gluon.jit
 def _store_plain(words, scales, to, G: gl.constexpr):
     """16 E4M3 bytes a thread, of group G, as bfloat16."""
-    byte = (scales >> (8 * (G % 4))) & 255
-    # the exponent field of a bfloat16, in both halves; scales of up to 2**7 fit, 57344 as the largest value
+    byte = gl.minimum((scales >> (8 * (G % 4))) & 255, 135)
+    # the exponent field of a bfloat16, in both halves; scales of up to 2**7 fit, 57344 as the largest value; beyond it
+    # is infinity's: all that is left of E8M0's NaN, as the bytes of E4M3's NaN are taken for 480
     factor = (byte + 120) * 0x00800080
     low, high = gl.inline_asm_elementwise(
         DEQUANTISE, "=r,=r,r,r", [words, gl.expand_dims(factor, 1)], (gl.int32, gl.int32), True, 1

@@ -13,6 +13,7 @@ Legend: K = 64 keys of a tile, H = 64 heads of an item.
 """
 
 import triton.experimental.gluon.language as gl
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -92,7 +93,7 @@ def _score(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         token, block, share = item_of(item, BLOCKS, SHARES)
         # starts at the sink, whose weight counts once
-        top = gl.maximum(next_sink * LOG2E, -1e30)
+        top = gl.maximum(next_sink * LOG2E, -1e30, propagate_nan=tl.PropagateNan.ALL)
         weight_sum = gl.where(share == 0, 1.0, 0.0) + gl.zeros([64], gl.float32, ROWS)
         inverse = inverses.index(number & 3)
         number = number + 1
@@ -120,7 +121,7 @@ def _score(
         step += 1
         if SHARES > 1:
             at = lse + ((token.to(gl.int64) * SHARES + share) * BLOCKS + block) * 64
-            gl.store(at + h, gl.where(weight_sum > 0, top + gl.log2(weight_sum), float("-inf")))
+            gl.store(at + h, gl.where(weight_sum == 0, float("-inf"), top + gl.log2(weight_sum)))
     async_copy.wait_group(0)
 
 

@@ -54,8 +54,8 @@ def _group(data, scales, seen, GROUP: tl.constexpr, K: tl.constexpr):
     x = tl.load(data[:, None] + (GROUP * 64 + tl.arange(0, 64))[None, :], mask=seen[:, None], other=0)
     half = (scales >> 32).to(tl.int32) if GROUP > 3 else scales.to(tl.int32)
     byte = (half >> (8 * (GROUP % 4))) & 255
-    # an exponent field; scales of up to 2**7 fit, 57344 as the largest value
-    factor = ((byte + 120) << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    # an exponent field; scales of up to 2**7 fit, 57344 as the largest value, and beyond it is infinity's, as for NaN
+    factor = ((tl.minimum(byte, 135) + 120) << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return widen(x, tl.broadcast_to(factor[:, None], (K, 64)))
 
 
@@ -114,7 +114,7 @@ def attend(
     first = share * length
 
     # scores in units of log2, so that exp2 serves
-    top = tl.maximum(tl.load(sink + h, mask=h < HEADS, other=0.0) * LOG2E, -1e30)
+    top = tl.maximum(tl.load(sink + h, mask=h < HEADS, other=0.0) * LOG2E, -1e30, tl.PropagateNan.ALL)
     weight_sum = tl.where(share == 0, tl.full([64], 1.0, tl.float32), 0.0)
     sums = tl.zeros([C, 64], tl.float32)
     # what stays the same is computed anew: 96 descriptors of operands would be kept in registers that there are not
@@ -157,4 +157,4 @@ def attend(
     line = (token * SHARES + share) * HEADS + h
     tl.store(out + line[:, None] * C + c[None, :], tl.trans(result.to(tl.bfloat16)), mask=(h < HEADS)[:, None])
     if SHARES > 1:
-        tl.store(lse + line, tl.where(weight_sum > 0, top + tl.log2(weight_sum), float("-inf")), mask=h < HEADS)
+        tl.store(lse + line, tl.where(weight_sum == 0, float("-inf"), top + tl.log2(weight_sum)), mask=h < HEADS)

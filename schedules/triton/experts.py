@@ -17,6 +17,7 @@ Legend: M weight rows of an expert, K channels, V 64-row tiles a CTA takes at on
 blocks a stage.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @gluon.constexpr_function
@@ -316,8 +319,8 @@ def _finish(
         _finish(right, out, row_weight, m, first + N // 2, live - N // 2, rows, out_smem, UP, LIMIT, V, N // 2)
     elif UP:
         gate, up = acc.reshape([4 * V, 2, 8, N]).permute((0, 2, 3, 1)).split()
-        gate = gl.minimum(gate, LIMIT)
-        up = gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
+        gate = gl.minimum(gate, LIMIT, propagate_nan=NAN)
+        up = gl.minimum(gl.maximum(up, -LIMIT, propagate_nan=NAN), LIMIT, propagate_nan=NAN)
         value = (gate * up / (1.0 + gl.exp(-gate))).reshape([32 * V, N])
         index = gl.arange(0, N, layout=gl.SliceLayout(0, value.type.layout))
         value *= gl.load(row_weight + first + index, mask=index < live, other=0.0)[None, :]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv4c.schedules.triton.rows import e4m3_byte, inverse_power, power
+from dsv4c.schedules.triton.rows import e4m3_byte, inverse_power, largest, power
 
 PART = tl.constexpr(32)  # floats a token and split: 24 products (4 for the head), then the sum of squares
 SQUARES = tl.constexpr(24)
@@ -252,7 +252,7 @@ def finish(
     tl.store(x + t * D + d, out, mask=d < D)
     if QUANTISE:
         groups = tl.reshape(out.to(tl.float32), [BD // 128, 128])
-        byte = e4m3_byte(tl.max(tl.abs(groups), 1))
+        byte = e4m3_byte(largest(groups, 1))
         small = tl.reshape(groups * inverse_power(byte)[:, None], [BD])
         tl.store(data + t * D + d, small.to(tl.float8e4nv), mask=d < D)
         g = tl.arange(0, BD // 128)

@@ -23,6 +23,7 @@ Thread (w, g, q) = (id / 32, id / 4 % 8, id % 4) holds channels 32 w + 8 q + 0..
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -220,20 +221,28 @@ def _solve(comb_out, last, first, step, tokens, eps, ITERS: gl.constexpr):
 
 
 @gluon.jit
+def _larger(a, b):
+    """The larger of two, NaN if one is NaN."""
+    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
 def _quantise(pairs, data, data_scale, t, ch, first, tokens, D: gl.constexpr, L: gl.constexpr):
     """Groups of 128 channels of the rounded rows as E4M3, and their power-of-two scales."""
     M: gl.constexpr = pairs.shape[2]
     groups = gl.reshape(_unpack(pairs, L), [2, 128, M])
-    top = gl.max(gl.abs(groups), axis=1)
-    byte = ((gl.maximum(top, 1e-4).to(gl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8  # 448 = 1.75 * 2**8
-    inverse = ((254 - byte) << 23).to(gl.float32, bitcast=True)
+    top = _larger(gl.reduce(gl.abs(groups), 1, _larger), 1e-4).to(gl.int32, bitcast=True)
+    number = top < 0x7F800000  # else the group's data and scale are NaN
+    byte = ((top + 0x1FFFFF) >> 23) - 8  # 448 = 1.75 * 2**8
+    inverse = gl.where(number, (254 - byte) << 23, 0x7FC00000).to(gl.float32, bitcast=True)
     small = gl.convert_layout(gl.reshape(groups * gl.expand_dims(inverse, 1), [W, K, M]), L)
     gl.store(data + (_spread(t.to(gl.int64)) * D + ch), small.to(gl.float8e4nv), mask=_spread(t < tokens))
     flat: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, W], [1, 0])
     g = gl.arange(0, 2, gl.SliceLayout(1, flat))
     tm = gl.convert_layout(t, gl.SliceLayout(0, flat))
     at = data_scale + tm.to(gl.int64)[None, :] * (D // 128) + (first // 128 + g)[:, None]
-    power = gl.convert_layout((byte << 23).to(gl.float32, bitcast=True), flat)
+    power = gl.where(number, byte << 23, 0x7FC00000).to(gl.float32, bitcast=True)
+    power = gl.convert_layout(power, flat)
     gl.store(at, power, mask=(tm < tokens)[None, :])
 
 

@@ -242,7 +242,7 @@ def weights_text(tokens, norm):
             lines += [f"fma.rn.f32 x, p{j}, r{row}, x;" for j, row in others]
             lines += ["add.f32 x, x, x;", f"fma.rn.f32 x, p{i}, r{4 + i}, x;"]
             lines.append(f"mul.f32 y, p{i}, x;" if i == 0 else f"fma.rn.f32 y, p{i}, x, y;")
-        lines += ["max.f32 y, y, 0f00000000;", "fma.rn.f32 y, y, $5, $8;", "rsqrt.approx.ftz.f32 y, y;"]
+        lines += ["max.NaN.f32 y, y, 0f00000000;", "fma.rn.f32 y, y, $5, $8;", "rsqrt.approx.ftz.f32 y, y;"]
         lines += [f"mul.f32 p{j}, p{j}, y;" for j in range(4)]
     return _text(*lines, "mad.lo.u32 a, k, 16, $1;", "st.shared.v4.f32 [a], {p0, p1, p2, p3};", "DONE:")
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dsv4c.schedules.triton.rows import e2m1_byte, e4m3_byte, inverse_power, largest, power
+
 PAGE: tl.constexpr = tl.constexpr(64)  # keys: what StateLayout gives the index group
 GROUP: tl.constexpr = tl.constexpr(16)  # entries whose maximum top-k asks for (triton/topk.py)
 
@@ -32,17 +34,6 @@ shl.b32 s, s, 1;
 lop3.b32 $1, s, 0x80808080, high, 0xEA;
 }
 """)
-
-
-@triton.jit
-def power_of_two_ceil(x):
-    """The smallest power of two that is not below x, a normal positive float32."""
-    return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def power_of_two_inverse(x):
-    return ((254 << 23) - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -94,18 +85,16 @@ def index_query(
         w = tl.load(weight + token * W_STRIDE + head, mask=inside, other=0.0).to(tl.float32) * ((H * C) ** -0.5)
         if FP4:
             groups = tl.reshape(y, (BM, (C + 31) // 32, min(32, C)))
-            most = tl.maximum(tl.max(tl.abs(groups), axis=2), 7.052966104933725e-38)  # 6 * 2^-126
-            scale = power_of_two_ceil(tl.div_rn(most, 6.0))
-            largest = tl.max(scale, axis=1)
-            lift = scale * power_of_two_inverse(largest)[:, None] * 64.0
-            rounded = round_e2m1(groups * power_of_two_inverse(scale)[:, :, None]) * lift[:, :, None]
+            scale = e2m1_byte(largest(groups, 2))
+            most = tl.max(scale, axis=1)  # NaN's byte is above all others
+            lift = power(scale) * inverse_power(most)[:, None] * 64.0
+            rounded = round_e2m1(groups * inverse_power(scale)[:, :, None]) * lift[:, :, None]
             out = tl.reshape(rounded, (BM, C))
-            w *= largest * 0.015625
+            w *= power(most) * 0.015625
         else:
-            most = tl.maximum(tl.max(tl.abs(y), axis=1), 1e-4)
-            scale = power_of_two_ceil(tl.div_rn(most, 448.0))
-            out = y * power_of_two_inverse(scale)[:, None]
-            w *= scale
+            scale = e4m3_byte(largest(y, 1))
+            out = y * inverse_power(scale)[:, None]
+            w *= power(scale)
         byte = out.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         tl.store(data + row.to(tl.int64)[:, None] * C + channel[None, :], byte, mask=inside[:, None])
         tl.store(scaled + row, w, mask=inside)
@@ -147,7 +136,7 @@ def load_keys(pool, page, inside, C: tl.constexpr, FP4: tl.constexpr, BN: tl.con
         first = tl.reshape(first, (BN, C // 8, 4))
         second = tl.reshape(second, (BN, C // 8, 4))
         keys = tl.reshape(tl.permute(tl.join(first, second), (0, 1, 3, 2)), (BN, C))
-        return keys.to(tl.float8e4nv, bitcast=True), (most << 23).to(tl.float32, bitcast=True) * 0.015625
+        return keys.to(tl.float8e4nv, bitcast=True), power(most) * 0.015625
     else:
         base = page * (PAGE * (C + 4))
         at = (base + key * C)[:, None] + tl.arange(0, C)[None, :]

@@ -38,8 +38,8 @@ def largest_exponent(word):
 
 @gluon.jit
 def power_of_two(exponent):
-    """The scale of a key whose largest E8M0 byte is `exponent`: its E4M3 values carry 2^6 more."""
-    return (exponent << 23).to(gl.float32, bitcast=True) * 0.015625
+    """The scale of a key whose largest E8M0 byte is `exponent`: its E4M3 values carry 2^6 more. NaN for 255."""
+    return gl.where(exponent == 255, 0x7FC00000, exponent << 23).to(gl.float32, bitcast=True) * 0.015625
 
 
 # Words with the E4M3 magnitudes of the E2M1 codes 0-3 and 4-7 times 2^(e - 6), for e up to 12. Below 2^-6 E4M3 is a

@@ -14,29 +14,47 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def larger(a, b):
+    """The larger of two, NaN if one is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(x, AXIS: tl.constexpr):
+    """The largest magnitudes along an axis, NaN where one is NaN."""
+    return tl.reduce(tl.abs(x), AXIS, larger)
+
+
+@triton.jit
 def e4m3_byte(amax):
-    """E8M0 byte of the smallest power of two s with amax / s <= 448 = 1.75 * 2**8; amax counts as at least 1e-4."""
-    bits = tl.maximum(amax, 1e-4).to(tl.int32, bitcast=True)
-    return ((bits + 0x1FFFFF) >> 23) - 8  # 0x1FFFFF: a mantissa above 1.75 carries into the exponent
+    """E8M0 byte of the smallest power of two s with amax / s <= 448 = 1.75 * 2**8; amax counts as at least 1e-4.
+
+    255, which stands for NaN, where amax is NaN or infinite."""
+    bits = larger(amax, 1e-4).to(tl.int32, bitcast=True)
+    # 0x1FFFFF: a mantissa above 1.75 carries into the exponent
+    return tl.where(bits < 0x7F800000, ((bits + 0x1FFFFF) >> 23) - 8, 255)
 
 
 @triton.jit
 def e2m1_byte(amax):
-    """E8M0 byte of the smallest power of two s with amax / s <= 6 = 1.5 * 2**2; amax counts as at least 6 * 2**-126."""
-    bits = tl.maximum(amax, 7.0529661049337254e-38).to(tl.int32, bitcast=True)
-    return ((bits + 0x3FFFFF) >> 23) - 2  # 0x3FFFFF: a mantissa above 1.5 carries into the exponent
+    """E8M0 byte of the smallest power of two s with amax / s <= 6 = 1.5 * 2**2; amax counts as at least 6 * 2**-126.
+
+    255, which stands for NaN, where amax is NaN or infinite."""
+    bits = larger(amax, 7.0529661049337254e-38).to(tl.int32, bitcast=True)
+    # 0x3FFFFF: a mantissa above 1.5 carries into the exponent
+    return tl.where(bits < 0x7F800000, ((bits + 0x3FFFFF) >> 23) - 2, 255)
 
 
 @triton.jit
 def power(byte):
-    """float32 2**(byte - 127)."""
-    return (byte << 23).to(tl.float32, bitcast=True)
+    """float32 2**(byte - 127), NaN for 255."""
+    return tl.where(byte == 255, 0x7FC00000, byte << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def inverse_power(byte):
-    """float32 2**(127 - byte)."""
-    return ((254 - byte) << 23).to(tl.float32, bitcast=True)
+    """float32 2**(127 - byte), NaN for 255."""
+    return tl.where(byte == 255, 0x7FC00000, (254 - byte) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -95,7 +113,7 @@ def store_quantised(data, scale, group_row, x, live, GROUP: tl.constexpr):
     """x [N, K * GROUP] as E4M3 at `data` rows, and its K scales for each row; `group_row` numbers the first group."""
     K: tl.constexpr = x.shape[1] // GROUP
     groups = tl.reshape(x, [x.shape[0], K, GROUP])
-    byte = e4m3_byte(tl.max(tl.abs(groups), 2))
+    byte = e4m3_byte(largest(groups, 2))
     small = groups * inverse_power(byte)[:, :, None]
     k = tl.arange(0, K)
     tl.store(scale + group_row[:, None] + k[None, :], power(byte), mask=live[:, None])
@@ -132,8 +150,8 @@ def swiglu(
     at = gate_up + (row // (INNER // GROUP) * STRIDE + row % (INNER // GROUP) * GROUP)[:, None] + c[None, :]
     gate = tl.load(at, mask=live[:, None], other=0.0)
     up = tl.load(at + INNER, mask=live[:, None], other=0.0)
-    gate = tl.minimum(gate.to(tl.float32), LIMIT)
-    up = tl.minimum(tl.maximum(up.to(tl.float32), -LIMIT), LIMIT)
+    gate = tl.minimum(gate.to(tl.float32), LIMIT, tl.PropagateNan.ALL)
+    up = tl.minimum(larger(up.to(tl.float32), -LIMIT), LIMIT, tl.PropagateNan.ALL)
     y = gate / (1.0 + fast_exp(-gate)) * up
     if QUANTISE:
         store_quantised(out, scale, row, rounded(y), live, GROUP)
@@ -174,7 +192,7 @@ def _rms_norm(
     else:
         K: tl.constexpr = W // GROUP
         groups = tl.reshape(y, [y.shape[0], K, GROUP])
-        byte = e4m3_byte(tl.max(tl.abs(groups), 2))
+        byte = e4m3_byte(largest(groups, 2))
         small = tl.reshape(groups * inverse_power(byte)[:, :, None], [y.shape[0], W])
         to = tl.max_contiguous(c, 8)  # as many as a thread loads
         tl.store(out + row[:, None] * D + to[None, :], small.to(tl.float8e4nv), mask=mask)
@@ -233,7 +251,7 @@ def pack_plain(
     page = pool + slot // ENTRIES * (ENTRIES * (DATA + 8))
     at = page + slot % ENTRIES * DATA
     groups = tl.reshape(v, [v.shape[0], K, GROUP])
-    byte = e4m3_byte(tl.max(tl.abs(groups), 2))
+    byte = e4m3_byte(largest(groups, 2))
     small = tl.reshape(groups * inverse_power(byte)[:, :, None], [v.shape[0], C]).to(tl.float8e4nv)
     c = tl.max_contiguous(tl.arange(0, C), 8)  # as many as a thread loads
     tl.store(at[:, None] + c[None, :], small.to(tl.uint8, bitcast=True), mask=live[:, None] & (c < PLAIN)[None, :])
@@ -292,7 +310,7 @@ def pack_index(pool, slot, live, v, C: tl.constexpr, FP4: tl.constexpr, ENTRIES:
         GROUP: tl.constexpr = 32 if C > 32 else C
         K: tl.constexpr = C // GROUP
         groups = tl.reshape(v, [N, K, GROUP])
-        byte = e2m1_byte(tl.max(tl.abs(groups), 2))
+        byte = e2m1_byte(largest(groups, 2))
         code = e2m1_code(tl.reshape(groups * inverse_power(byte)[:, :, None], [N, C]))
         low, high = tl.split(tl.reshape(code, [N, DATA, 2]))
         tl.store(at[:, None] + c[None, :], (low | (high << 4)).to(tl.uint8), mask=live[:, None])
@@ -302,7 +320,7 @@ def pack_index(pool, slot, live, v, C: tl.constexpr, FP4: tl.constexpr, ENTRIES:
             k = tl.arange(0, 4)
             tl.store(scales[:, None] + k[None, :], tl.zeros([N, 4], tl.uint8), mask=live[:, None] & (k >= K)[None, :])
     else:
-        byte = e4m3_byte(tl.max(tl.abs(v), 1))
+        byte = e4m3_byte(largest(v, 1))
         small = (v * inverse_power(byte)[:, None]).to(tl.float8e4nv)
         tl.store(at[:, None] + c[None, :], small.to(tl.uint8, bitcast=True), mask=live[:, None])
         tl.store(scales.to(tl.pointer_type(tl.float32), bitcast=True), power(byte), mask=live)
