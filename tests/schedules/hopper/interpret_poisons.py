@@ -1,0 +1,114 @@
+"""NaN and infinity through kernels in Triton's interpreter beside the references: `interpret_poisons.py FAMILY [OP] [LABEL]`.
+
+`FAMILY` is one of Hopper's, or `blackwell.` and one of Blackwell's. A line for each bad value of each op's smallest
+workload, `ok` or `FAIL`. In a process of its own, as interpret.py.
+"""
+
+from __future__ import annotations
+
+# isort: off
+from tests.schedules.hopper import interpret  # first: sets TRITON_INTERPRET and repairs the interpreter
+
+# isort: on
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsv4c.ops import OPS
+from dsv4c.runtime import layouts
+from dsv4c.schedules._launch import TritonLaunch
+from dsv4c.schedules._schedule import Config, Schedule
+from dsv4c.schedules._workload import Workload
+from tests.schedules.poisons import Args, decoded, judge, poisons
+
+MOST = 200  # tokens of a call: the interpreter is slow
+
+
+def results_of(workload: Workload, schedule: Schedule, config: Config, args: Args) -> list[Tensor]:
+    """What the kernels give on copies of these inputs."""
+    op, own = OPS[workload.op], [a if a is None else a.clone() for a in args]
+    for i in workload.node.mutates:
+        value = args[i]
+        assert value is not None
+    kept = [
+        value if value is None or i in workload.node.mutates else given
+        for i, (value, given) in enumerate(zip(own, args, strict=True))
+    ]
+    by_index = schedule.layouts(workload.node)
+    laid = [a if a is None or i not in by_index else layouts.apply(a, by_index[i]) for i, a in enumerate(kept)]
+    buffers = []
+    space = schedule.workspace(workload.node, config)
+    for value in (*space, *workload.node.outputs):
+        tensor = torch.empty(value.sizes(workload.symbols), dtype=getattr(torch, value.dtype))
+        tensor.view(torch.uint8).fill_(0xFF)
+        buffers.append(tensor)
+    for launch in schedule.build(workload.node, config).launches:
+        assert isinstance(launch, TritonLaunch)
+        interpret.run(launch, [*laid, *buffers])
+    fresh = iter(buffers[len(space) :])
+    found = [laid[op.parameters.index(op.in_place[i])] if i in op.in_place else next(fresh) for i in range(op.outputs)]
+    return [one for one in found if one is not None]
+
+
+def expected_of(workload: Workload, args: Args) -> list[Tensor]:
+    reference = workload.reference or OPS[workload.op].reference
+    given = reference(*[a if a is None else a.clone() for a in args], **workload.node.attrs)
+    return list(given) if isinstance(given, tuple) else [given]
+
+
+def run_one(workload: Workload, schedule: Schedule, seed: int) -> int:
+    """How many bad values were kept badly."""
+    config = schedule.space(workload.node, workload.symbols)[0]
+    build = schedule.build(workload.node, config)
+    if not all(isinstance(one, TritonLaunch) and one.cluster == 1 for one in build.launches):
+        return 0
+    op, attrs, failed = OPS[workload.op], workload.node.attrs, 0
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    args = workload.make(generator)
+
+    def both(given: Args) -> tuple[list[Tensor], list[Tensor]]:
+        out, ref = results_of(workload, schedule, config, given), expected_of(workload, given)
+        return decoded(op, attrs, given, out), decoded(op, attrs, given, ref)
+
+    clean, clean_expected = both(args)
+    for poison in poisons(op, attrs, args, generator):
+        verdict = judge(clean, clean_expected, *both(poison.args))
+        failed += not verdict.good
+        print(f"{'ok  ' if verdict.good else 'FAIL'} {schedule.name} {workload.label} | {poison.name}: {verdict}", flush=True)
+    return failed
+
+
+def tokens_of(workload: Workload) -> int:
+    """Rows of a call; one alone shows less than a few, and comes last."""
+    count = workload.symbols.get("T", workload.symbols.get("S", 1))
+    return count if count > 1 else MOST + 1 - count
+
+
+def main(family: str, part: str, label: str, seed: int) -> int:
+    cards, _, family = family.rpartition(".")
+    module = importlib.import_module(f"dsv4c.schedules.{cards or 'hopper'}.{family}")
+    schedules: Sequence[Schedule] = module.schedules("sm_103a") if cards == "blackwell" else module.SCHEDULES
+    workloads = importlib.import_module(f"dsv4c.schedules.workloads.{family}").workloads()
+    failed, done = 0, set()
+    for workload in sorted(workloads, key=tokens_of):
+        if label not in workload.label or part not in workload.op or not 0 < tokens_of(workload) <= MOST:
+            continue
+        for schedule in schedules:
+            key = (schedule.name, tuple(sorted(workload.node.attrs.items())))
+            if key in done or schedule.op != workload.op or schedule.accepts(workload.node) is not None:
+                continue
+            done.add(key)
+            failed += run_one(workload, schedule, seed)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    given = sys.argv[2:]
+    sys.exit(main(sys.argv[1], *(given + ["", "nano", "17"][len(given) :])[:2], int((given + ["", "", "17"][len(given) :])[2])))

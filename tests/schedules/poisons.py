@@ -1,0 +1,224 @@
+"""One NaN or infinity in an op's inputs, and what then must hold of its results.
+
+Where the reference's result is no number the schedule's must be none either: a finite number there is a fault
+(`laundered`). Rows that the reference leaves as they were must be the schedule's own of a clean run, bit for bit
+(`spread`). In the other rows what is finite in both must agree (`apart`).
+
+Packed pools, quantised bytes and their scales are compared as the numbers they stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4c.ops import Op
+from dsv4c.ops.formats import index_sizes, kv_sizes, read_entries, unpack_index, unpack_kv
+
+Args = list[Tensor | None]
+VALUES = (float("nan"), float("inf"), -float("inf"))
+BYTES = {"data", "data_TK", "data_TGK", "data_TIC"}
+"""Parameters that hold E4M3 values, as such or as bytes: 0x7F is NaN, and no byte is infinity."""
+PARAMETERS = {"fn", "base", "scale", "bias", "bias_E", "ape", "sink", "sink_H", "tid2eid", "tid2eid_VK"}
+"""Weights that are not called so. A checkpoint that holds a NaN or an infinity is refused, so they get none here."""
+
+
+@dataclass(frozen=True)
+class Poison:
+    """The inputs of a call with one bad value."""
+
+    name: str
+    args: Args
+
+
+def is_weight(parameter: str) -> bool:
+    """Whether a parameter comes from a checkpoint."""
+    if parameter in ("weight_TI", "weight_TK"):  # of heads, of chosen experts
+        return False
+    known = ("weight", "w1", "w2", "w3", "s1", "s2", "s3", "g1", "g2", "g3", "x_global", "hidden_global", "table_VD")
+    return parameter in PARAMETERS or parameter.split("_")[0] in known or parameter.endswith("weight")
+
+
+def poisons(op: Op, attrs: Mapping[str, Any], args: Args, generator: torch.Generator) -> Iterator[Poison]:
+    """Copies of the inputs with one bad value each: every value in every activation, and NaN in pools that are read."""
+    written = set(op.in_place.values())
+    for i, (name, value) in enumerate(zip(op.parameters, args, strict=True)):
+        if value is None or not value.numel() or is_weight(name):
+            continue
+        if value.dtype == torch.float8_e4m3fn or name in BYTES:
+            yield Poison(f"{name} NaN", _with(args, i, _byte(value, generator)))
+        elif value.is_floating_point():
+            for bad in VALUES:
+                yield Poison(f"{name} {bad:g}", _with(args, i, _element(value, bad, generator)))
+        elif "pool" in name and name not in written:
+            yield from _in_pool(op, attrs, args, i, generator)
+
+
+def _with(args: Args, i: int, value: Tensor) -> Args:
+    return [*args[:i], value, *args[i + 1 :]]
+
+
+def _copy(value: Tensor) -> Tensor:
+    """With the same strides: what is given may be columns of something wider."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _place(value: Tensor, generator: torch.Generator) -> tuple[int, ...]:
+    return tuple(
+        int(torch.randint(n, (), generator=generator, device=generator.device)) for n in value.shape
+    )  # fmt: skip
+
+
+def _element(value: Tensor, bad: float, generator: torch.Generator) -> Tensor:
+    out = _copy(value)
+    out[_place(value, generator)] = bad
+    return out
+
+
+def _byte(value: Tensor, generator: torch.Generator) -> Tensor:
+    out = value.clone()
+    out.view(torch.uint8)[_place(value, generator)] = 0x7F
+    return out
+
+
+def _in_pool(
+    op: Op, attrs: Mapping[str, Any], args: Args, i: int, generator: torch.Generator
+) -> Iterator[Poison]:  # fmt: skip
+    """A NaN as the packing ops leave it, in an entry that the token which sees most reads."""
+    given = {name: value for name, value in zip(op.parameters, args, strict=True) if value is not None}
+    pool, positions = args[i], given["positions"]
+    assert pool is not None
+    if not len(positions):
+        return
+    token = int(positions.argmax())
+    request, position = int(given["request_rows"][token]), int(positions[token])
+    if "format" in attrs:  # index keys
+        per_page, entry = attrs["entries_per_page"], ((position + 1) // attrs["ratio"]) // 2
+        if position + 1 < attrs["ratio"]:
+            return
+        row = int(given["pages_SP"][request, entry // per_page]) * per_page + entry % per_page
+        data, scales = index_sizes(given["data_TIC"].shape[2], attrs["format"])
+        if attrs["format"] == "fp8":
+            changes = {"scale": (None, slice(0, 4), torch.tensor([0, 0, 0xC0, 0x7F])), "data": (3, None, 0x7F)}
+        else:
+            changes = {"scale": (None, slice(0, 1), 255)}
+    else:
+        window = op.parameters[i] == "pool_NB"
+        per_page = attrs["page"] if window else attrs["entries_per_page"]
+        if window:
+            entry, pages = position, given["pages_RP"]
+        elif "picks_TK" in given:
+            picked = given["picks_TK"][token]
+            if not bool((picked >= 0).any()):
+                return
+            entry, pages = int(picked[picked >= 0][0]), given["entry_pages_RP"]
+        else:
+            entry, pages = ((position + 1) // attrs["ratio"]) // 2, given["entry_pages_RP"]
+            if position + 1 < attrs["ratio"]:
+                return
+        row = int(pages[request, entry // per_page]) * per_page + entry % per_page
+        head, turned = given["q_THC"].shape[2], attrs["rope_dim"]
+        data, scales = kv_sizes(head, turned)
+        plain = head - turned
+        size = 64 if plain % 64 == 0 else plain
+        changes = {
+            "group": (slice(0, size), slice(0, 1), 0x7F),
+            "turned": (slice(plain + 2, plain + 4), None, torch.tensor([0xC0, 0x7F])),
+        }
+    for what, (at_data, at_scale, byte) in changes.items():
+        out = pool.clone()
+        page = out.view(-1, per_page * (data + scales))[row // per_page]
+        entries, marks = page[: per_page * data].view(per_page, data), page[per_page * data :].view(per_page, scales)
+        value = byte.to(out) if isinstance(byte, Tensor) else byte
+        if at_data is not None:
+            entries[row % per_page, at_data] = value
+        if at_scale is not None:
+            marks[row % per_page, at_scale] = 255 if what == "group" else value
+        yield Poison(f"{op.parameters[i]} {what}", _with(args, i, out))
+
+
+def decoded(op: Op, attrs: Mapping[str, Any], args: Args, results: Sequence[Tensor]) -> list[Tensor]:
+    """The results as tensors whose first dimension are rows; float where they stand for numbers."""
+    given = {name: value for name, value in zip(op.parameters, args, strict=True) if value is not None}
+    out: list[Tensor] = []
+    for i, result in enumerate(results):
+        name = op.in_place.get(i, "")
+        if name == "pool_NB":
+            out.append(_entries(op, attrs, given, result))
+        elif result.dtype == torch.float8_e4m3fn or (op.name == "index_query" and result.dtype == torch.uint8):
+            out.append(result.view(torch.float8_e4m3fn).float())
+        elif name == "state_Z3C":
+            out.append(result[1:, 1:])  # its maxima only keep the sums in range; slot 0 is nobody's
+        elif name.startswith("ring"):
+            out.append(result[1:])
+        else:
+            out.append(result)
+    return out
+
+
+def _entries(op: Op, attrs: Mapping[str, Any], given: Mapping[str, Tensor], pool: Tensor) -> Tensor:
+    """The entries that the call has written, of the null page none."""
+    per_page, fmt = attrs["entries_per_page"], attrs.get("format", "kv")
+    slots = given["slots"]
+    live = slots >= per_page
+    if "ends" in given:
+        live = live & (given["ends"] >= 0)
+    dim = given["kv_weight" if "kv_weight" in given else "norm_weight" if "norm_weight" in given else "weight"].shape[0]
+    if fmt == "kv":
+        turned = given["entry_table_ER" if "entry_table_ER" in given else "table_TR"].shape[1]
+        data, scales = read_entries(pool, slots[live], kv_sizes(dim, turned)[0], entries_per_page=per_page)
+        return unpack_kv(data, scales, turned)
+    data, scales = read_entries(pool, slots[live], index_sizes(dim, fmt)[0], entries_per_page=per_page)
+    return unpack_index(data, scales, fmt)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Elements by what went wrong with them, and how many of the reference's are no number."""
+
+    none: int
+    laundered: int
+    spread: int
+    apart: int
+
+    @property
+    def good(self) -> bool:
+        return not (self.laundered or self.spread or self.apart)
+
+    def __str__(self) -> str:
+        return f"{self.none} no number, {self.laundered} laundered, {self.spread} spread, {self.apart} apart"
+
+
+def judge(
+    clean: Sequence[Tensor], clean_expected: Sequence[Tensor], got: Sequence[Tensor], expected: Sequence[Tensor]
+) -> Verdict:
+    """Of decoded results."""
+    none = laundered = spread = apart = 0
+    for before, ref_before, out, ref in zip(clean, clean_expected, got, expected, strict=True):
+        assert out.shape == ref.shape == before.shape == ref_before.shape
+        if not out.numel():
+            continue
+        same = _rows_equal(ref, ref_before)
+        spread += int((~_rows_equal(out, before) & same).sum())
+        out, ref = out[~same], ref[~same]
+        if not ref.is_floating_point():
+            apart += int((out != ref).sum())
+            continue
+        out, ref = out.double(), ref.double()
+        bad = ~ref.isfinite()
+        none += int(bad.sum())
+        laundered += int((bad & out.isfinite()).sum())
+        both = ~bad & out.isfinite()
+        size = torch.where(both, ref.abs(), 0.0).flatten(1).amax(1).view(-1, *[1] * (ref.dim() - 1))
+        apart += int((both & ((out - ref).abs() > 0.25 * ref.abs() + 0.05 * size)).sum())
+    return Verdict(none, laundered, spread, apart)
+
+
+def _rows_equal(a: Tensor, b: Tensor) -> Tensor:
+    """Which rows are the same bytes."""
+    bytes_a, bytes_b = (t.contiguous().view(torch.uint8).reshape(len(t), -1) for t in (a, b))
+    return (bytes_a == bytes_b).all(1)
