@@ -36,7 +36,7 @@ DSV4C_KERNEL {
     rank.resize(E);
     for (int64_t e = 0; e < E; ++e) {
       const float s = score(x[e]) + bias.data()[e];
-      rank[e] = s != s ? -INFINITY : s;
+      rank[e] = s != s ? INFINITY : s;  // chosen, and so seen in the weights
     }
     for (int64_t k = 0; k < K; ++k) {
       int64_t best = -1;

@@ -1,7 +1,7 @@
 """The MoE gates: scores of all experts, the choice by bias or by a token's hash, and the weights of the chosen.
 
 A row is one warp's work: its logits stay in registers, the K best are taken one after another. A NaN score ranks
-below every number, so the chosen experts are always K distinct ones; it stays NaN as a weight.
+as infinity, so it is chosen and makes the row's weights NaN; the chosen experts are always K distinct ones.
 
 Legend: T tokens, E experts, K chosen experts.
 """
@@ -32,7 +32,7 @@ def gate_bias(
     gdc_launch_dependents()
     scores = _score(tl.load(logits + t[:, None] * E + e[None, :], live, 0.0))
     rank = scores + biases[None, :]
-    rank = tl.where(rank == rank, rank, -3.0e38)
+    rank = tl.where(rank == rank, rank, float("inf"))
     rank = tl.where(live, rank, float("-inf"))
     chosen = tl.zeros((BT, BK), tl.int32)
     gains = tl.zeros((BT, BK), tl.float32)

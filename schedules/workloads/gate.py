@@ -116,7 +116,7 @@ def choice_error(op: str, scaling: float, outputs: Sequence[Tensor], expected: S
     if op.endswith("hash"):
         loss = 0.0 if torch.equal(ids, by.long()) else math.inf
     else:
-        ranks = by.masked_fill(by.isnan(), -math.inf)
+        ranks = by.masked_fill(by.isnan(), math.inf)
         best, mine = ranks.topk(ids.shape[1]).values, ranks.gather(1, ids).sort(-1, descending=True).values
         apart = torch.where(best == mine, 0.0, best - mine)
         loss = apart.abs().max().item()

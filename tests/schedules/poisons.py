@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.ops import Op
-from dsv4c.ops.formats import index_sizes, kv_sizes, read_entries, unpack_index, unpack_kv
+from dsv4c.ops.formats import index_sizes, kv_group, kv_sizes, read_entries, unpack_index, unpack_kv
 
 Args = list[Tensor | None]
 VALUES = (float("nan"), float("inf"), -float("inf"))
@@ -51,11 +51,13 @@ def poisons(op: Op, attrs: Mapping[str, Any], args: Args, generator: torch.Gener
             continue
         if value.dtype == torch.float8_e4m3fn or name in BYTES:
             yield Poison(f"{name} NaN", _with(args, i, _byte(value, generator)))
+        elif value.is_floating_point() and "pool" in name and name not in written:
+            yield from _in_plain_pool(op, attrs, args, i)
         elif value.is_floating_point():
             for bad in VALUES:
                 yield Poison(f"{name} {bad:g}", _with(args, i, _element(value, bad, generator)))
         elif "pool" in name and name not in written:
-            yield from _in_pool(op, attrs, args, i, generator)
+            yield from _in_packed_pool(op, attrs, args, i)
 
 
 def _with(args: Args, i: int, value: Tensor) -> Args:
@@ -85,59 +87,72 @@ def _byte(value: Tensor, generator: torch.Generator) -> Tensor:
     return out
 
 
-def _in_pool(
-    op: Op, attrs: Mapping[str, Any], args: Args, i: int, generator: torch.Generator
-) -> Iterator[Poison]:  # fmt: skip
-    """A NaN as the packing ops leave it, in an entry that the token which sees most reads."""
-    given = {name: value for name, value in zip(op.parameters, args, strict=True) if value is not None}
-    pool, positions = args[i], given["positions"]
-    assert pool is not None
+def _seen_row(op: Op, attrs: Mapping[str, Any], given: Mapping[str, Tensor], parameter: str) -> tuple[int, int] | None:
+    """A pool's row that the token which sees most reads, and the entries of a page; None if it reads nothing there.
+
+    What nobody reads may hold anything, and a reference may multiply it by 0.
+    """
+    positions = given["positions"]
     if not len(positions):
-        return
+        return None
     token = int(positions.argmax())
     request, position = int(given["request_rows"][token]), int(positions[token])
-    if "format" in attrs:  # index keys
-        per_page, entry = attrs["entries_per_page"], ((position + 1) // attrs["ratio"]) // 2
-        if position + 1 < attrs["ratio"]:
-            return
-        row = int(given["pages_SP"][request, entry // per_page]) * per_page + entry % per_page
-        data, scales = index_sizes(given["data_TIC"].shape[2], attrs["format"])
-        if attrs["format"] == "fp8":
-            changes = {"scale": (None, slice(0, 4), torch.tensor([0, 0, 0xC0, 0x7F])), "data": (3, None, 0x7F)}
-        else:
-            changes = {"scale": (None, slice(0, 1), 255)}
-    else:
-        window = op.parameters[i] == "pool_NB"
-        per_page = attrs["page"] if window else attrs["entries_per_page"]
-        if window:
-            entry, pages = position, given["pages_RP"]
-        elif "picks_TK" in given:
+    if "block" in attrs:  # its window ends before its first row
+        position = int(positions[given["block_rows"][request]]) - 1
+    if parameter.startswith("entry") or op.name.startswith("index"):
+        per_page, entry = attrs["entries_per_page"], ((position + 1) // attrs.get("ratio", 1)) // 2
+        pages = given["entry_pages_RP"] if parameter.startswith("entry") else given["pages_SP" if "pages_SP" in given else "pages_RP"]
+        if "picks_TK" in given:
             picked = given["picks_TK"][token]
-            if not bool((picked >= 0).any()):
-                return
-            entry, pages = int(picked[picked >= 0][0]), given["entry_pages_RP"]
-        else:
-            entry, pages = ((position + 1) // attrs["ratio"]) // 2, given["entry_pages_RP"]
-            if position + 1 < attrs["ratio"]:
-                return
-        row = int(pages[request, entry // per_page]) * per_page + entry % per_page
+            entry = int(picked.max())
+        elif position + 1 < attrs["ratio"]:
+            entry = -1
+    else:
+        per_page, entry, pages = attrs["page"], position, given["pages_RP"]
+    if entry < 0:
+        return None
+    return int(pages[request, entry // per_page]) * per_page + entry % per_page, per_page
+
+
+def _in_plain_pool(op: Op, attrs: Mapping[str, Any], args: Args, i: int) -> Iterator[Poison]:
+    given = {name: value for name, value in zip(op.parameters, args, strict=True) if value is not None}
+    found, value = _seen_row(op, attrs, given, op.parameters[i]), args[i]
+    if found is not None and value is not None:
+        for bad in VALUES:
+            out = value.clone()
+            out[found[0], value.shape[1] // 3] = bad
+            yield Poison(f"{op.parameters[i]} {bad:g}", _with(args, i, out))
+
+
+def _in_packed_pool(op: Op, attrs: Mapping[str, Any], args: Args, i: int) -> Iterator[Poison]:
+    """A NaN as the packing ops leave it, and in the parts of an entry that may each hold one."""
+    given = {name: value for name, value in zip(op.parameters, args, strict=True) if value is not None}
+    found, pool = _seen_row(op, attrs, given, op.parameters[i]), args[i]
+    if found is None or pool is None:
+        return
+    row, per_page = found
+    nan = torch.tensor([0, 0, 0xC0, 0x7F], dtype=torch.uint8, device=pool.device)  # float32; its end is bfloat16's
+    changes: dict[str, tuple[tuple[slice, Tensor | int] | None, tuple[slice, Tensor | int] | None]]
+    if "format" in attrs:
+        data, scales = index_sizes(given["data_TIC"].shape[2], attrs["format"])
+        changes = {"scale": (None, (slice(0, 1), 255))}
+        if attrs["format"] == "fp8":
+            changes = {"scale": (None, (slice(0, 4), nan)), "data": ((slice(3, 4), 0x7F), None)}
+    else:
         head, turned = given["q_THC"].shape[2], attrs["rope_dim"]
         data, scales = kv_sizes(head, turned)
-        plain = head - turned
-        size = 64 if plain % 64 == 0 else plain
+        group = kv_group(head, turned)
         changes = {
-            "group": (slice(0, size), slice(0, 1), 0x7F),
-            "turned": (slice(plain + 2, plain + 4), None, torch.tensor([0xC0, 0x7F])),
+            "group": ((slice(0, group), 0x7F), (slice(0, 1), 255)),
+            "turned": ((slice(head - turned + 2, head - turned + 4), nan[2:]), None),
         }
-    for what, (at_data, at_scale, byte) in changes.items():
+    for what, (in_data, in_scale) in changes.items():
         out = pool.clone()
         page = out.view(-1, per_page * (data + scales))[row // per_page]
-        entries, marks = page[: per_page * data].view(per_page, data), page[per_page * data :].view(per_page, scales)
-        value = byte.to(out) if isinstance(byte, Tensor) else byte
-        if at_data is not None:
-            entries[row % per_page, at_data] = value
-        if at_scale is not None:
-            marks[row % per_page, at_scale] = 255 if what == "group" else value
+        parts = page[: per_page * data].view(per_page, data), page[per_page * data :].view(per_page, scales)
+        for part, change in zip(parts, (in_data, in_scale), strict=True):
+            if change is not None:
+                part[row % per_page, change[0]] = change[1]
         yield Poison(f"{op.parameters[i]} {what}", _with(args, i, out))
 
 
@@ -155,6 +170,9 @@ def decoded(op: Op, attrs: Mapping[str, Any], args: Args, results: Sequence[Tens
             out.append(result[1:, 1:])  # its maxima only keep the sums in range; slot 0 is nobody's
         elif name.startswith("ring"):
             out.append(result[1:])
+        elif op.name == "index_topk":  # picks have no order, and are all entries if they fit
+            some = (given["positions"] + 1) // attrs["ratio"] > attrs["topk"]
+            out.append(result[some].sort(-1).values)
         else:
             out.append(result)
     return out
