@@ -26,6 +26,9 @@ BYTES = {"data", "data_TK", "data_TGK", "data_TIC"}
 PARAMETERS = {"fn", "base", "scale", "bias", "bias_E", "ape", "sink", "sink_H", "tid2eid", "tid2eid_VK"}
 """Weights that are not called so. A checkpoint that holds a NaN or an infinity is refused, so they get none here."""
 
+WISHES = {"temperature_S", "top_p_S", "min_p_S", "repetition_S", "frequency_S", "presence_S", "values_M"}
+"""What a request asks for: checked when it comes."""
+
 
 @dataclass(frozen=True)
 class Poison:
@@ -47,7 +50,7 @@ def poisons(op: Op, attrs: Mapping[str, Any], args: Args, generator: torch.Gener
     """Copies of the inputs with one bad value each: every value in every activation, and NaN in pools that are read."""
     written = set(op.in_place.values())
     for i, (name, value) in enumerate(zip(op.parameters, args, strict=True)):
-        if value is None or not value.numel() or is_weight(name):
+        if value is None or not value.numel() or is_weight(name) or name in WISHES:
             continue
         if value.dtype == torch.float8_e4m3fn or name in BYTES:
             yield Poison(f"{name} NaN", _with(args, i, _byte(value, generator)))
