@@ -144,10 +144,9 @@ def _check(entry: dict[str, Any], kernels: dict[str, artifact.Kernel], native: G
         return
     yield {"bad": "", "good": True, "says": f"error {error:.1e} of {choice.tolerance:.0e}"}
     bind = trial._binder(choice, kernel, native)
-    reference = trial.workload.reference or op.reference
 
     def both(args: Args) -> tuple[Any, Any]:
-        given = reference(*[a if a is None else a.clone() for a in args], **attrs)
+        given = op.reference(*[a if a is None else a.clone() for a in args], **attrs)
         ref = list(given) if isinstance(given, tuple) else [given]
         out = trial._results(choice, bind, trial._laid(args, choice.layouts))
         return decoded(op, attrs, args, out), decoded(op, attrs, args, ref)
