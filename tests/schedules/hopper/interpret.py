@@ -42,6 +42,10 @@ def _nearest(values: np.ndarray, source: tl.dtype, target: tl.dtype, mode: objec
         if target == tl.bfloat16:
             return wide.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         return wide.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    if source == tl.float8e4nv and target in (tl.float16, tl.float32):  # the interpreter's own takes NaN for 480
+        byte = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).copy())
+        wide = byte.view(torch.float8_e4m3fn).to(torch.float16 if target == tl.float16 else torch.float32)
+        return wide.numpy().view(np.uint16 if target == tl.float16 else np.uint32)
     if source == tl.bfloat16 and target == tl.float32:  # the interpreter's own gets subnormal numbers wrong
         return np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16
     return _convert(values, source, target, mode)

@@ -26,7 +26,7 @@ from dsv4c.runtime import layouts
 from dsv4c.schedules._launch import TritonLaunch
 from dsv4c.schedules._schedule import Config, Schedule
 from dsv4c.schedules._workload import Workload
-from dsv4c.schedules.triton import gate, noise, sampling
+from dsv4c.schedules.triton import attend_wide, gate, noise, sampling
 from tests.schedules.poisons import Args, decoded, judge, poisons
 
 @triton.jit
@@ -46,6 +46,16 @@ def above(p, cut):
     return tl.sum(over.to(tl.int32), 0), tl.sum(tl.where(over, p, 0.0), 0)
 
 
+@triton.jit
+def widen(x, factor):
+    """What attend_wide.WIDEN does: to it the bytes of NaN are 480 like those of any other number."""
+    byte = x.to(tl.int32)
+    value = (byte & 0x80 | tl.minimum(byte & 0x7F, 0x7E)).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    value = tl.where((byte & 0x7F) == 0x7F, tl.where(byte > 127, -480.0, 480.0), value)
+    return (value * 2.0**-120 * factor.to(tl.float32)).to(tl.bfloat16)
+
+
+attend_wide.widen = widen
 gate.libdevice, noise.libdevice = types.SimpleNamespace(log1p=log1p), types.SimpleNamespace(fast_log2f=fast_log2f)
 sampling._above = above
 MOST = 200  # tokens of a call: the interpreter is slow
