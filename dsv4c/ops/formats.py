@@ -12,7 +12,9 @@ uint8 [rows, entry bytes] as the pages need it, but a page of E entries holds al
               channels (one group if fewer), the rest 0                                       128: 64 + 4 = 68
 
 E8M0 byte b stands for 2 ** (b - 127), 255 for NaN. A group that holds a NaN or an infinity is NaN as a whole: its scale
-is, and its data are where they can be (E4M3; E2M1 has no NaN). Legend: N rows of a pool, C channels of an entry, E entries a page.
+is, and its data are where they can be (E4M3; E2M1 has no NaN).
+
+Legend: N rows of a pool, C channels of an entry, E entries a page.
 """
 
 from __future__ import annotations

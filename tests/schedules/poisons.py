@@ -104,7 +104,11 @@ def _seen_row(op: Op, attrs: Mapping[str, Any], given: Mapping[str, Tensor], par
         position = int(positions[given["block_rows"][request]]) - 1
     if parameter.startswith("entry") or op.name.startswith("index"):
         per_page, entry = attrs["entries_per_page"], ((position + 1) // attrs.get("ratio", 1)) // 2
-        pages = given["entry_pages_RP"] if parameter.startswith("entry") else given["pages_SP" if "pages_SP" in given else "pages_RP"]
+        pages = (
+            given["entry_pages_RP"]
+            if parameter.startswith("entry")
+            else given["pages_SP" if "pages_SP" in given else "pages_RP"]
+        )
         if "picks_TK" in given:
             picked = given["picks_TK"][token]
             entry = int(picked.max())

@@ -85,7 +85,11 @@ def _wanted() -> Iterator[tuple[str, Workload, bool]]:
         for workload in sorted(workloads_of(family), key=lambda w: w.bytes_moved):
             if not any(part in workload.label for part in parts) or min(workload.symbols.values(), default=1) == 0:
                 continue
-            if workload.op in MOVES or workload.label.startswith("pro") or workload.symbols.get("T", workload.symbols.get("S", 0)) > 3000:
+            if (
+                workload.op in MOVES
+                or workload.label.startswith("pro")
+                or workload.symbols.get("T", workload.symbols.get("S", 0)) > 3000
+            ):
                 continue
             key = (workload.op, str(workload.node.attrs.get("format")) + workload.label.split()[0])
             taken[key] = taken.get(key, 0) + 1

@@ -1,6 +1,6 @@
-"""NaN and infinity through kernels in Triton's interpreter beside the references: `interpret_poisons.py FAMILY [OP] [LABEL]`.
+"""NaN and infinity through kernels in Triton's interpreter beside the references: `interpret_poisons.py FAMILY`.
 
-`FAMILY` is one of Hopper's, or `blackwell.` and one of Blackwell's. A line for each bad value of each op's smallest
+`FAMILY` is one of Hopper's, or `blackwell.` and one of Blackwell's. A line for each bad value of each kernel's smallest
 workload, `ok` or `FAIL`. In a process of its own, as interpret.py.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 from tests.schedules.hopper import interpret  # first: sets TRITON_INTERPRET and repairs the interpreter
 
 # isort: on
+import argparse
 import importlib
+import random
 import sys
 import types
 import warnings
@@ -20,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from dsv4c.ops import OPS
 from dsv4c.runtime import layouts
@@ -28,6 +31,7 @@ from dsv4c.schedules._schedule import Config, Schedule
 from dsv4c.schedules._workload import Workload
 from dsv4c.schedules.triton import attend_wide, gate, noise, sampling
 from tests.schedules.poisons import Args, decoded, judge, poisons
+
 
 @triton.jit
 def log1p(x):
@@ -63,14 +67,8 @@ MOST = 200  # tokens of a call: the interpreter is slow
 
 def results_of(workload: Workload, schedule: Schedule, config: Config, args: Args) -> list[Tensor]:
     """What the kernels give on copies of these inputs."""
-    op, own = OPS[workload.op], [a if a is None else a.clone() for a in args]
-    for i in workload.node.mutates:
-        value = args[i]
-        assert value is not None
-    kept = [
-        value if value is None or i in workload.node.mutates else given
-        for i, (value, given) in enumerate(zip(own, args, strict=True))
-    ]
+    op, written = OPS[workload.op], workload.node.mutates
+    kept = [a.clone() if a is not None and i in written else a for i, a in enumerate(args)]
     by_index = schedule.layouts(workload.node)
     laid = [a if a is None or i not in by_index else layouts.apply(a, by_index[i]) for i, a in enumerate(kept)]
     buffers = []
@@ -92,15 +90,14 @@ def expected_of(workload: Workload, args: Args) -> list[Tensor]:
     return list(given) if isinstance(given, tuple) else [given]
 
 
-def run_one(workload: Workload, schedule: Schedule, seed: int) -> int:
-    """How many bad values were kept badly."""
+def run_one(workload: Workload, schedule: Schedule, seed: int, few: int | None) -> int:
+    """How many bad values were kept badly; of a call's, only `few` drawn ones are tried."""
     config = schedule.space(workload.node, workload.symbols)[0]
     build = schedule.build(workload.node, config)
-    if not all(isinstance(one, TritonLaunch) and one.cluster == 1 for one in build.launches):
+    if not all(isinstance(one, TritonLaunch) and one.cluster == 1 and interpreted(one) for one in build.launches):
         return 0
     op, attrs, failed = OPS[workload.op], workload.node.attrs, 0
-    generator = torch.Generator()
-    generator.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     args = workload.make(generator)
 
     def both(given: Args) -> tuple[list[Tensor], list[Tensor]]:
@@ -108,11 +105,19 @@ def run_one(workload: Workload, schedule: Schedule, seed: int) -> int:
         return decoded(op, attrs, given, out), decoded(op, attrs, given, ref)
 
     clean, clean_expected = both(args)
-    for poison in poisons(op, attrs, args, generator):
+    tried = list(poisons(op, attrs, args, generator))
+    for poison in random.Random(seed).sample(tried, min(few or len(tried), len(tried))):
         verdict = judge(clean, clean_expected, *both(poison.args))
         failed += not verdict.good
-        print(f"{'ok  ' if verdict.good else 'FAIL'} {schedule.name} {workload.label} | {poison.name}: {verdict}", flush=True)
+        word = "ok  " if verdict.good else "FAIL"
+        print(f"{word} {schedule.name} {workload.label} | {poison.name}: {verdict}", flush=True)
     return failed
+
+
+def interpreted(launch: TritonLaunch) -> bool:
+    """Gluon's kernels are not."""
+    module, _, name = launch.kernel.partition(":")
+    return isinstance(getattr(importlib.import_module(module), name), InterpretedFunction)
 
 
 def tokens_of(workload: Workload) -> int:
@@ -121,26 +126,33 @@ def tokens_of(workload: Workload) -> int:
     return count if count > 1 else MOST + 1 - count
 
 
-def main(family: str, part: str, label: str, seed: int) -> int:
-    cards, _, family = family.rpartition(".")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("family")
+    parser.add_argument("--op", default="", help="a part of names of ops")
+    parser.add_argument("--label", default="nano", help="a part of workloads' labels")
+    parser.add_argument("--few", type=int, help="so many bad values of each kernel")
+    parser.add_argument("--seed", type=int, default=17)
+    given = parser.parse_args()
+    cards, _, family = given.family.rpartition(".")
     module = importlib.import_module(f"dsv4c.schedules.{cards or 'hopper'}.{family}")
     schedules: Sequence[Schedule] = module.schedules("sm_103a") if cards == "blackwell" else module.SCHEDULES
     workloads = importlib.import_module(f"dsv4c.schedules.workloads.{family}").workloads()
     failed, done = 0, set()
     for workload in sorted(workloads, key=tokens_of):
-        if label not in workload.label or part not in workload.op or not 0 < tokens_of(workload) <= MOST:
+        wanted = given.label in workload.label and given.op in workload.op
+        if not wanted or not 0 < tokens_of(workload) <= MOST:
             continue
         for schedule in schedules:
             key = (schedule.name, tuple(sorted(workload.node.attrs.items())))
             if key in done or schedule.op != workload.op or schedule.accepts(workload.node) is not None:
                 continue
             done.add(key)
-            failed += run_one(workload, schedule, seed)
+            failed += run_one(workload, schedule, given.seed, given.few)
     return int(failed > 0)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    given = sys.argv[2:]
-    sys.exit(main(sys.argv[1], *(given + ["", "nano", "17"][len(given) :])[:2], int((given + ["", "", "17"][len(given) :])[2])))
+    sys.exit(main())
