@@ -227,9 +227,13 @@ def judge(
         assert out.shape == ref.shape == before.shape == ref_before.shape
         if not out.numel():
             continue
+        if before.is_floating_point() and bool((ref_before.isfinite() & ~before.isfinite()).any()):
+            raise AssertionError("a result without any bad value is no number")
         same = _rows_equal(ref, ref_before)
         spread += int((~_rows_equal(out, before) & same).sum())
         out, ref = out[~same], ref[~same]
+        if not out.numel():
+            continue
         if not ref.is_floating_point():
             if out.dim() == 2:  # choices of a row: sums of another order may swap two that are all but equal
                 other = int((out.unsqueeze(2) != ref.unsqueeze(1)).all(2).sum())
@@ -242,7 +246,7 @@ def judge(
         none += int(bad.sum())
         laundered += int((bad & out.isfinite()).sum())
         both = ~bad & out.isfinite()
-        size = torch.where(both, ref.abs(), 0.0).flatten(1).amax(1).view(-1, *[1] * (ref.dim() - 1))
+        size = torch.where(both, ref.abs(), 0.0).reshape(len(ref), -1).amax(1).view(-1, *[1] * (ref.dim() - 1))
         apart += int((both & ((out - ref).abs() > 0.25 * ref.abs() + 0.05 * size)).sum())
     return Verdict(none, laundered, spread, apart)
 
