@@ -159,8 +159,12 @@ def _check(entry: dict[str, Any], kernels: dict[str, artifact.Kernel], native: G
     generator = torch.Generator("cuda")
     generator.manual_seed(11)
     for poison in poisons(op, attrs, trial.args, generator):
-        verdict = judge(clean, clean_expected, *both(poison.args))
-        yield {"bad": poison.name, "good": verdict.good, "says": str(verdict)}
+        try:
+            verdict = judge(clean, clean_expected, *both(poison.args))
+        except (AssertionError, RuntimeError) as wrong:  # the others are still of interest
+            yield {"bad": poison.name, "good": False, "says": str(wrong).splitlines()[0] if str(wrong) else "shapes"}
+        else:
+            yield {"bad": poison.name, "good": verdict.good, "says": str(verdict)}
 
 
 def _graph(run: Callable[[int], None]) -> torch.cuda.CUDAGraph:
