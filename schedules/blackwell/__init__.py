@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dsv4c.schedules._schedule import Schedule
 from dsv4c.schedules.blackwell import attention, experts, index, linear, tile
-from dsv4c.schedules.hopper import compress, gate, hyper, rows, sampling, speculation
+from dsv4c.schedules.hopper import compress, gate, hyper, hyper_few, rows, sampling, speculation
 
 TARGETS = ("sm_100a", "sm_103a")
 
@@ -18,6 +18,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
     """Everything for one of `TARGETS`."""
     return (
         *hyper.schedules(arch),
+        *hyper_few.schedules(arch),
         *rows.schedules(arch),
         *compress.schedules(arch),
         *index.schedules(arch),

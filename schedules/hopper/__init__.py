@@ -9,6 +9,7 @@ from dsv4c.schedules.hopper import (
     experts,
     gate,
     hyper,
+    hyper_few,
     index,
     linear,
     rows,
@@ -19,6 +20,7 @@ from dsv4c.schedules.hopper import (
 
 SCHEDULES: tuple[Schedule, ...] = (
     *hyper.SCHEDULES,
+    *hyper_few.SCHEDULES,
     *rows.SCHEDULES,
     *compress.SCHEDULES,
     *index.SCHEDULES,

@@ -28,35 +28,35 @@ _HOPPER = frozenset({"sm_90a"})
 _MODULE = "dsv4c.schedules.triton.hyper"
 _PART = 32  # floats of partial sums a token and split
 _GROUP = 128  # channels that share a scale
-_POST = frozenset({"hc_post", "hc_post_pre_norm", "hc_post_pre_norm_quantise"})
-_HEAD = frozenset({"hc_head", "hc_head_norm"})
-_PRE = frozenset({"hc_pre", "hc_pre_norm", "hc_pre_norm_quantise"})
+POST = frozenset({"hc_post", "hc_post_pre_norm", "hc_post_pre_norm_quantise"})
+HEAD = frozenset({"hc_head", "hc_head_norm"})
+PRE = frozenset({"hc_pre", "hc_pre_norm", "hc_pre_norm_quantise"})
 
 
 def _streams(node: OpNode) -> Value:
-    value = node.inputs[1 if node.op in _POST else 0]
+    value = node.inputs[1 if node.op in POST else 0]
     assert value is not None
     return value
 
 
-def _dim(node: OpNode) -> int:
+def dim_of(node: OpNode) -> int:
     return int(_streams(node).shape[2])
 
 
-def _accepts(node: OpNode) -> str | None:
+def accepts(node: OpNode) -> str | None:
     streams = _streams(node)
     first = node.inputs[0]
     if streams.dtype != "bfloat16" or first is None or first.dtype != "bfloat16":
         return "activations that are not bfloat16"
     if streams.shape[1] != 4:
         return f"{streams.shape[1]} streams, written for 4"
-    if _dim(node) % 64:
-        return f"{_dim(node)} channels are no multiple of 64"
+    if dim_of(node) % 64:
+        return f"{dim_of(node)} channels are no multiple of 64"
     if any(value is not None and not dense_rows(value) for value in node.inputs) or any(
         value is not None and value.strides is not None for value in node.inputs
     ):
         return "a strided input"
-    floats = node.inputs[2:] if node.op in _POST else node.inputs[1:]
+    floats = node.inputs[2:] if node.op in POST else node.inputs[1:]
     if any(value is None or value.dtype != "float32" for value in floats):
         return "coefficients or weights that are not float32"
     if node.attrs.get("group", _GROUP) != _GROUP:
@@ -64,7 +64,7 @@ def _accepts(node: OpNode) -> str | None:
     return None
 
 
-def _pow2(value: int) -> int:
+def pow2(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
@@ -77,7 +77,7 @@ def _split_space(node: OpNode, symbols: Mapping[str, int], sms: int, least: int)
     """Tiles of 16 tokens while that leaves multiprocessors idle; splits that give each of them 1 to 4 programs.
 
     `least`: the fewest rows that the matrix units of this architecture take."""
-    tokens, dim = max(1, symbols["T"]), _dim(node)
+    tokens, dim = max(1, symbols["T"]), dim_of(node)
     shapes = [(16, 4, 32)] if tokens <= 128 else [(64, 4, 32)]  # wins with half the fn to read a token
     if 128 < tokens <= 512:
         shapes.append((32, 4, 32))
@@ -101,12 +101,12 @@ def _split_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     return (Value((config["splits"], "T", _PART), "float32"),)
 
 
-def _attr(node: OpNode, name: str) -> Any:
+def attr(node: OpNode, name: str) -> Any:
     return node.attrs.get(name, 0)
 
 
 def _split_build(node: OpNode, config: Config) -> Build:
-    dim, fused, head = _dim(node), node.op in _POST, node.op in _HEAD
+    dim, fused, head = dim_of(node), node.op in POST, node.op in HEAD
     splits, inputs = int(config["splits"]), len(node.inputs)
     part, out = inputs, inputs + 1  # arguments: inputs, the workspace, outputs
     weights = 4 if fused else 1
@@ -138,9 +138,9 @@ def _split_build(node: OpNode, config: Config) -> Build:
             "data_scale": ptr(x + 4 if quantise else part), "tokens": i32("a0_0"),
         },
         constants={
-            "D": dim, "BD": _pow2(dim), "S": splits, "SP": _pow2(splits), "BS": batch, "HEAD": head, "NORM": norm,
-            "QUANTISE": quantise, "ITERS": _attr(node, "iters"), "NORM_EPS": _attr(node, "norm_eps"),
-            "EPS": _attr(node, "eps"), "OUT_EPS": _attr(node, "out_eps"),
+            "D": dim, "BD": pow2(dim), "S": splits, "SP": pow2(splits), "BS": batch, "HEAD": head, "NORM": norm,
+            "QUANTISE": quantise, "ITERS": attr(node, "iters"), "NORM_EPS": attr(node, "norm_eps"),
+            "EPS": attr(node, "eps"), "OUT_EPS": attr(node, "out_eps"),
         },
         grid=("a0_0" if head else f"a0_0 + cdiv(a0_0, {batch})", 1, 1),
         num_warps=config["finish_warps"], pdl=True,
@@ -150,13 +150,13 @@ def _split_build(node: OpNode, config: Config) -> Build:
 
 def _sinkhorn_batch(splits: int) -> int:
     """Tokens of a program that runs Sinkhorn: a warp's lanes if there are few partial sums to add, else fewer."""
-    return max(1, 32 // max(1, _pow2(splits) // 4))
+    return max(1, 32 // max(1, pow2(splits) // 4))
 
 
 def _split_cost(node: OpNode, symbols: Mapping[str, int], config: Config, sms: int) -> Work:
-    dim, tokens = _dim(node), symbols["T"]
+    dim, tokens = dim_of(node), symbols["T"]
     tiles, splits = math.ceil(tokens / int(config["tile"])), int(config["splits"])
-    moved = _bytes(node, tokens) + 2 * splits * tokens * _PART * 4
+    moved = bytes_of(node, tokens) + 2 * splits * tokens * _PART * 4
     moved += 0.3 * tokens * 8 * dim  # the streams again, mostly from L2
     moved += 0.5 * tiles * 24 * 4 * dim * 4  # fn for every tile, from L2
     flops = 2.0 * 2 * _PART * 4 * dim * tiles * int(config["tile"])
@@ -164,7 +164,7 @@ def _split_cost(node: OpNode, symbols: Mapping[str, int], config: Config, sms: i
     return Work(moved / busy if busy else moved, flops, "gpu", 0.3 * busy if busy else 1.0, "bf16", launches=2)
 
 
-def _bytes(node: OpNode, tokens: int) -> float:
+def bytes_of(node: OpNode, tokens: int) -> float:
     values = [v for v in (*node.inputs, *node.outputs) if v is not None]
     return float(sum(v.bytes({"T": tokens}) for v in values))
 
@@ -174,10 +174,10 @@ _CLUSTERS = 7  # of blocks with 226 KB of shared memory that an H200 runs at onc
 
 
 def _accepts_cluster(node: OpNode) -> str | None:
-    dim = _dim(node)
-    if dim % (_CLUSTER * 8 * 32) or _pow2(dim) != dim or dim > 4096:
+    dim = dim_of(node)
+    if dim % (_CLUSTER * 8 * 32) or pow2(dim) != dim or dim > 4096:
         return f"{dim} channels, written for 4096"
-    return _accepts(node)
+    return accepts(node)
 
 
 def _cluster_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ...]:
@@ -186,7 +186,7 @@ def _cluster_space(node: OpNode, symbols: Mapping[str, int]) -> tuple[Config, ..
 
 
 def _cluster_build(node: OpNode, config: Config) -> Build:
-    fused, inputs = node.op in _POST, len(node.inputs)
+    fused, inputs = node.op in POST, len(node.inputs)
     weights, streams = (4, inputs) if fused else (1, 0)
     x = inputs + 1 if fused else inputs
     norm, quantise = "norm" in node.op, node.op.endswith("_quantise")
@@ -202,9 +202,9 @@ def _cluster_build(node: OpNode, config: Config) -> Build:
             "data_scale": ptr(x + 4) if quantise else ptr(x, "float32"), "tokens": i32("a0_0"),
         },
         constants={
-            "D": _dim(node), "C": _CLUSTER, "M": tile, "POST": fused, "NORM": norm, "QUANTISE": quantise,
-            "ITERS": _attr(node, "iters"), "NORM_EPS": _attr(node, "norm_eps"), "EPS": _attr(node, "eps"),
-            "OUT_EPS": _attr(node, "out_eps"),
+            "D": dim_of(node), "C": _CLUSTER, "M": tile, "POST": fused, "NORM": norm, "QUANTISE": quantise,
+            "ITERS": attr(node, "iters"), "NORM_EPS": attr(node, "norm_eps"), "EPS": attr(node, "eps"),
+            "OUT_EPS": attr(node, "out_eps"),
         },
         grid=(f"{_CLUSTER} * min({config['clusters']}, cdiv(a0_0, {tile}))", 1, 1),
         num_warps=8,
@@ -219,7 +219,7 @@ def _cluster_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> W
     tiles = math.ceil(tokens / tile)
     rounds = math.ceil(tiles / _CLUSTERS)
     full = tiles / (rounds * _CLUSTERS) if tiles else 1.0
-    return Work(_bytes(node, tokens) / full + 8e6, 0.0, "gpu")  # 8 MB: two microseconds to fill and drain
+    return Work(bytes_of(node, tokens) / full + 8e6, 0.0, "gpu")  # 8 MB: two microseconds to fill and drain
 
 
 _TILE = 64  # tokens of a TileLang tile: the rows of one warpgroup's product
@@ -227,12 +227,12 @@ _TILE = 64  # tokens of a TileLang tile: the rows of one warpgroup's product
 
 def _tile_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
     tiles = max(1, math.ceil(symbols["T"] / _TILE))
-    most = [max(s for s in _splits(_dim(node)) if s == 1 or s * tiles <= programs * sms) for programs in (2, 4)]
+    most = [max(s for s in _splits(dim_of(node)) if s == 1 or s * tiles <= programs * sms) for programs in (2, 4)]
     return tuple({"splits": splits} for splits in dict.fromkeys(most))
 
 
 def _tile_build(node: OpNode, config: Config) -> Build:
-    dim, splits = _dim(node), int(config["splits"])
+    dim, splits = dim_of(node), int(config["splits"])
     # arguments: y, x, post, comb, fn, base, scale, weight | part | streams, x, post, comb
     project = TileLaunch(
         "dsv4c.schedules.tilelang.hyper:project",
@@ -246,8 +246,8 @@ def _tile_build(node: OpNode, config: Config) -> Build:
         "dsv4c.schedules.tilelang.hyper:finish",
         tensors=(9, 8, 5, 6, 7, 10, 11, 12),
         constants={
-            "D": dim, "S": splits, "iters": _attr(node, "iters"), "norm_eps": _attr(node, "norm_eps"),
-            "eps": _attr(node, "eps"), "out_eps": _attr(node, "out_eps"),
+            "D": dim, "S": splits, "iters": attr(node, "iters"), "norm_eps": attr(node, "norm_eps"),
+            "eps": attr(node, "eps"), "out_eps": attr(node, "out_eps"),
         },
         grid=("a0_0", 1, 1),
         threads=128,
@@ -261,17 +261,17 @@ def _tile_cost(node: OpNode, symbols: Mapping[str, int], config: Config, sms: in
 
 
 def _post_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
-    tokens, dim = max(1, symbols["T"]), _dim(node)
+    tokens, dim = max(1, symbols["T"]), dim_of(node)
     wide = [{"tile": t, "width": w, "warps": 4} for t, w in ((1, 2048), (1, 1024), (2, 1024), (4, 512), (1, 512))]
     fits = [c for c in wide if dim % c["width"] == 0 and tokens * dim >= c["tile"] * c["width"] * sms]
     return tuple(fits) or (
-        {"tile": 1, "width": min(512, _pow2(dim)), "warps": 4},
+        {"tile": 1, "width": min(512, pow2(dim)), "warps": 4},
         {"tile": 1, "width": 256, "warps": 1},
     )
 
 
 def _post_build(node: OpNode, config: Config) -> Build:
-    dim = _dim(node)
+    dim = dim_of(node)
     launch = TritonLaunch(
         f"{_MODULE}:post",
         args={"y": ptr(0), "x": ptr(1), "post_in": ptr(2), "comb_in": ptr(3), "out": ptr(4), "tokens": i32("a0_0")},
@@ -284,12 +284,12 @@ def _post_build(node: OpNode, config: Config) -> Build:
 
 
 def _post_cost(node: OpNode, symbols: Mapping[str, int], config: Config) -> Work:
-    return Work(_bytes(node, symbols["T"]), 0.0, "gpu")
+    return Work(bytes_of(node, symbols["T"]), 0.0, "gpu")
 
 
 # Coefficients carry the products' error, 2**-17 of their terms, which Sinkhorn multiplies where a matrix is nearly
 # decomposable: 2e-4 at most over 8192 tokens. The workloads' error allows bfloat16 results one rounding more.
-_TOLERANCE = 5e-4
+TOLERANCE = 5e-4
 
 
 def schedules(arch: str) -> tuple[Schedule, ...]:
@@ -304,12 +304,12 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
                 targets,
                 _split_build,
                 partial(_split_cost, sms=sms),
-                _accepts,
+                accepts,
                 workspace=_split_workspace,
                 space=partial(_split_space, sms=sms, least=least),
-                tolerance=_TOLERANCE,
+                tolerance=TOLERANCE,
             )
-            for op in sorted(_PRE | _HEAD | (_POST - {"hc_post"}))
+            for op in sorted(PRE | HEAD | (POST - {"hc_post"}))
         ),
         *(
             Schedule(
@@ -320,9 +320,9 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
                 _cluster_cost,
                 _accepts_cluster,
                 space=_cluster_space,
-                tolerance=_TOLERANCE,
+                tolerance=TOLERANCE,
             )
-            for op in sorted(_PRE | (_POST - {"hc_post"}))
+            for op in sorted(PRE | (POST - {"hc_post"}))
         ),
         Schedule(
             "hc_post_pre_norm.tile_split",
@@ -330,10 +330,10 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
             _HOPPER,
             _tile_build,
             partial(_tile_cost, sms=sms),
-            _accepts,
+            accepts,
             workspace=_split_workspace,
             space=partial(_tile_space, sms=sms),
-            tolerance=_TOLERANCE,
+            tolerance=TOLERANCE,
         ),
         Schedule(
             "hc_post.triton_tiles",
@@ -341,9 +341,9 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
             targets,
             _post_build,
             _post_cost,
-            _accepts,
+            accepts,
             space=partial(_post_space, sms=sms),
-            tolerance=_TOLERANCE,
+            tolerance=TOLERANCE,
         ),
     )
     return tuple(schedule for schedule in every if arch in schedule.targets)
