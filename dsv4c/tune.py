@@ -202,7 +202,7 @@ def tune(
         folder = bundle or build_only or Path(scratch)
         if bundle is None:
             count = build(
-                families or FAMILIES, folder, cache, arch, extra=("tile",), most=most, top=top, progress=progress,
+                families or FAMILIES, folder, cache, arch, extra=("tile", "hyper_few"), most=most, top=top, progress=progress,
                 keep=lambda w: (op is None or w.op == op) and label in w.label,
             )  # fmt: skip
             if build_only is not None:
