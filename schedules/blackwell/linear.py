@@ -152,19 +152,19 @@ def _cost(node: OpNode, symbols: Mapping[str, int], config: Config, *, sms: int)
     return Work(moved / 0.85 / busy, flops, "gpu", share, unit, launches=1 + (parts > 1))  # type: ignore[arg-type]
 
 
-# The gates: the map's sums into a workspace, then the gate on them
+# The gates: the map's sums into a workspace, in parts if it has some, then the gate, which adds the parts
 
 
 def _gate_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
     inner = router_product(node)
-    return (Value(inner.outputs[0].shape, "float32"), *_workspace(inner, config))
+    return _workspace(inner, config) or (Value(inner.outputs[0].shape, "float32"),)
 
 
 def _gate_build(node: OpNode, config: Config, *, sms: int, native: bool) -> Build:
     inputs = len(node.inputs)
-    launches = product(router_product(node), config, inputs + 1, inputs, sms=sms, native=native)
-    out = inputs + 1 + (config["parts"] > 1)
-    return Build("gpu", launches=(*launches, gate_launch(node, 1, inputs, tuple(range(2, inputs)), out)))
+    first, *_ = product(router_product(node), config, inputs, inputs, sms=sms, native=native)
+    gate = gate_launch(node, 1, inputs, tuple(range(2, inputs)), inputs + 1, int(config["parts"]))
+    return Build("gpu", launches=(first, gate))
 
 
 def _gate_space(node: OpNode, symbols: Mapping[str, int], *, sms: int) -> tuple[Config, ...]:
@@ -173,7 +173,7 @@ def _gate_space(node: OpNode, symbols: Mapping[str, int], *, sms: int) -> tuple[
 
 def _gate_cost(node: OpNode, symbols: Mapping[str, int], config: Config, *, sms: int) -> Work:
     inner = _cost(router_product(node), symbols, config, sms=sms)
-    return Work(inner.bytes_moved, inner.flops, "gpu", inner.efficiency, "bf16", launches=inner.launches + 1)
+    return Work(inner.bytes_moved, inner.flops, "gpu", inner.efficiency, "bf16", launches=2)
 
 
 def _gate_accepts(node: OpNode) -> str | None:

@@ -27,8 +27,10 @@ def _width(node: OpNode) -> tuple[int, int]:
     return int(first.shape[0 if "linear" in node.op else 1]), int(chosen.shape[1])
 
 
-def gate_launch(node: OpNode, rows: int, first: int, extra: tuple[int, ...], out: int) -> TritonLaunch:
-    """The gate on the logits in argument `first`, with `extra` arguments and outputs from `out`."""
+def gate_launch(
+    node: OpNode, rows: int, first: int, extra: tuple[int, ...], out: int, parts: int = 1
+) -> TritonLaunch:
+    """The gate on the logits in argument `first`, the sum of `parts`, with `extra` arguments and outputs from `out`."""
     experts, topk = _width(node)
     by_hash = node.op.endswith("hash")
     args: dict[str, LaunchArg] = {
@@ -37,6 +39,7 @@ def gate_launch(node: OpNode, rows: int, first: int, extra: tuple[int, ...], out
     args |= dict(zip(("token_ids", "table") if by_hash else ("bias",), map(ptr, extra), strict=True))
     constants = {
         "E": experts, "K": topk, "SCALING": float(node.attrs["scaling"]), "BT": rows, "BK": _power(topk),
+        "PARTS": parts,
     }  # fmt: skip
     if not by_hash:
         constants["BE"] = _power(experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dsv4c.schedules._schedule import Config, OpNode
@@ -127,8 +128,10 @@ def gate_few(node: OpNode, symbols: Symbols, config: Config, step: Situation, ca
 
 
 def gate_scaled(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: Card) -> tuple[Stage, ...]:
-    """The same on Blackwell."""
-    return (*scaled(router_product(node), symbols, config, step, card), _gate(node, symbols))
+    """The same on Blackwell, where the choice adds the product's parts, from the L2 cache."""
+    product, *_ = scaled(router_product(node), symbols, config, step, card)
+    parts = 4.0 * (int(config["parts"]) - 1) * symbols["T"] * int(value(node, 1).shape[0])
+    return product, replace(_gate(node, symbols), cached=parts)
 
 
 def _experts(node: OpNode) -> tuple[int, int, int, int]:

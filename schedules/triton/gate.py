@@ -18,11 +18,21 @@ def _score(x):
 
 
 @triton.jit
+def _logits(parts, at, live, tokens, E: tl.constexpr, PARTS: tl.constexpr):
+    """Elements `at` of the sum of PARTS tensors [T, E], in order."""
+    total = tl.load(parts + at, live, 0.0)
+    for s in tl.static_range(1, PARTS):
+        total += tl.load(parts + s * tokens.to(tl.int64) * E + at, live, 0.0)
+    return total
+
+
+@triton.jit
 def gate_bias(
     logits, bias, ids, weight, tokens,
     E: tl.constexpr, K: tl.constexpr, SCALING: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """logits float32 [T, E]; ids int32 and weight float32 [T, K]. BE and BK: E and K as powers of two."""
+    """logits float32 [PARTS, T, E]; ids int32 and weight float32 [T, K]. BE and BK: E and K as powers of two."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
     k = tl.arange(0, BK)
@@ -30,7 +40,7 @@ def gate_bias(
     biases = tl.load(bias + e, e < E, 0.0)
     gdc_wait()
     gdc_launch_dependents()
-    scores = _score(tl.load(logits + t[:, None] * E + e[None, :], live, 0.0))
+    scores = _score(_logits(logits, t[:, None] * E + e[None, :], live, tokens, E, PARTS))
     rank = scores + biases[None, :]
     rank = tl.where(rank == rank, rank, float("inf"))
     rank = tl.where(live, rank, float("-inf"))
@@ -49,7 +59,7 @@ def gate_bias(
 @triton.jit
 def gate_hash(
     logits, token_ids, table, ids, weight, tokens,
-    E: tl.constexpr, K: tl.constexpr, SCALING: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, SCALING: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """As `gate_bias`, with the experts of table [V, K] (int64) for each token id."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -59,7 +69,7 @@ def gate_hash(
     gdc_launch_dependents()
     token = tl.load(token_ids + t, t < tokens, 0)
     chosen = tl.load(table + token[:, None] * K + k[None, :], live, 0)
-    gains = tl.where(live, _score(tl.load(logits + t[:, None] * E + chosen, live, 0.0)), 0.0)
+    gains = tl.where(live, _score(_logits(logits, t[:, None] * E + chosen, live, tokens, E, PARTS)), 0.0)
     _write(ids, weight, chosen.to(tl.int32), gains, t, k, tokens, K, SCALING)
 
 
