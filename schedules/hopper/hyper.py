@@ -122,7 +122,7 @@ def _split_build(node: OpNode, config: Config) -> Build:
         },
         constants={
             "D": dim, "ROWS": 4 if head else 24, "POST": fused, "BT": config["tile"], "BD": config["width"],
-            "DS": dim // splits, "STAGES": config["stages"],
+            "DS": dim // splits, "STAGES": config["stages"], "TURNED": bool(config.get("turned")),
         },
         grid=(f"cdiv(a0_0, {config['tile']})", splits, 1),
         num_warps=config["warps"],

@@ -74,11 +74,12 @@ def post(
 def project(
     y, x, post_in, comb_in, fn, streams, part, tokens,
     D: tl.constexpr, ROWS: tl.constexpr, POST: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, DS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Partial products and squares of BT tokens over DS channels of all streams; with POST the streams are made here.
 
-    Without POST `x` holds the streams, and y, post_in, comb_in and streams are not used.
+    Without POST `x` holds the streams, and y, post_in, comb_in and streams are not used. TURNED: fn's high and low
+    rows, 64, are a product's rows and the tokens its columns: for matrix units that take no fewer rows.
     """
     gdc_wait()
     gdc_launch_dependents()
@@ -87,7 +88,8 @@ def project(
     live = t < tokens
     r = tl.arange(0, PART)
     wanted = (r < ROWS)[None, :]
-    acc = tl.zeros([BT, PART], tl.float32)
+    q = tl.arange(0, 2 * PART)
+    acc = tl.zeros([2 * PART, BT] if TURNED else [BT, PART], tl.float32)
     squares = tl.zeros([BT, BD], tl.float32)
     if POST:
         p, c = coefficients(post_in, comb_in, t, live)
@@ -108,13 +110,22 @@ def project(
                 tl.store(streams + at + k * D, s, mask=live[:, None])
             else:
                 s = xs[k]
-            f = tl.load(fn + r[None, :] * (4 * D) + k * D + d[:, None], mask=wanted, other=0.0)
-            high = f.to(tl.bfloat16)
-            low = (f - high.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(s, high, acc)
-            acc = tl.dot(s, low, acc)
+            if TURNED:
+                at_fn = fn + (q % PART)[:, None] * (4 * D) + k * D + d[None, :]
+                f = tl.load(at_fn, mask=(q % PART < ROWS)[:, None], other=0.0)
+                high = f.to(tl.bfloat16)
+                low = (f - high.to(tl.float32)).to(tl.bfloat16)
+                acc = tl.dot(tl.where((q < PART)[:, None], high, low), tl.trans(s), acc)
+            else:
+                f = tl.load(fn + r[None, :] * (4 * D) + k * D + d[:, None], mask=wanted, other=0.0)
+                high = f.to(tl.bfloat16)
+                low = (f - high.to(tl.float32)).to(tl.bfloat16)
+                acc = tl.dot(s, high, acc)
+                acc = tl.dot(s, low, acc)
             sf = s.to(tl.float32)
             squares += sf * sf
+    if TURNED:
+        acc = tl.trans(tl.sum(tl.reshape(acc, [2, PART, BT]), 0))
     total = tl.where((r == SQUARES)[None, :], tl.sum(squares, 1)[:, None], acc)
     at = (split * tokens.to(tl.int64) + t)[:, None] * PART + r[None, :]
     tl.store(part + at, total, mask=live[:, None])
