@@ -76,22 +76,23 @@ def _splits(dim: int) -> list[int]:
 def _split_space(node: OpNode, symbols: Mapping[str, int], sms: int, least: int) -> tuple[Config, ...]:
     """Tiles of 16 tokens while that leaves multiprocessors idle; splits that give each of them 1 to 4 programs.
 
-    `least`: the fewest rows that the matrix units of this architecture take."""
+    `least`: the fewest rows that the matrix units of this architecture take; smaller tiles are columns of fn's rows."""
     tokens, dim = max(1, symbols["T"]), dim_of(node)
     shapes = [(16, 4, 32)] if tokens <= 128 else [(64, 4, 32)]  # wins with half the fn to read a token
     if 128 < tokens <= 512:
         shapes.append((32, 4, 32))
-    shapes = list(dict.fromkeys((max(tile, least), warps, width) for tile, warps, width in shapes))
     out: list[Config] = []
     for tile, warps, width in shapes:
         tiles = math.ceil(tokens / tile)
         for programs in (2, 4):
             fits = [s for s in _splits(dim) if s * tiles <= programs * sms * 1.1] or [1]
-            config = {
+            config: dict[str, Any] = {
                 "tile": tile, "width": width, "splits": fits[-1], "warps": warps,
                 "stages": 3,  # of copies under way; 2: 10 % slower at 1024 tokens (H200)
                 "finish_warps": 8 if tokens <= sms else 4,
             }  # fmt: skip
+            if tile < least:
+                config["turned"] = True
             if config not in out:
                 out.append(config)
     return tuple(out)

@@ -32,6 +32,7 @@ _BY_WAY: dict[str, Stages] = {
     "triton_wide": _attention.wide, "tile_pair": _attention.pair, "triton_gather": _attention.gather,
     "gluon_pages": _attention.scores, "gluon_keys": _attention.scores, "triton_tokens": _attention.scores,
     "triton_split": _rows.split, "tile_split": _rows.split, "gluon_cluster": _rows.cluster,
+    "triton_cluster": _rows.few,
     "triton_overlap": _rows.compress, "triton_window": _rows.compress, "triton_slices": _rows.slices,
     "triton_lists": _rows.sample, "triton_groups": _rows.rows, "triton_heads": _rows.rows, "triton_rows": _rows.rows,
     "gluon_fragments": _matrix.experts,

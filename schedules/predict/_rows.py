@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsv4c.schedules._schedule import Config, OpNode
+from dsv4c.schedules.hopper.hyper_few import turns
 from dsv4c.schedules.predict._stage import Card, Situation, Stage, cdiv, moved, value
 
 Symbols = Mapping[str, int]
@@ -58,13 +59,13 @@ def split(node: OpNode, symbols: Symbols, config: Config, step: Situation, card:
     parts = 2.0 * splits * tokens * 32 * 4
     far, near = card.again(8.0 * dim * tokens)
     resident = 2 if tile >= 64 else 4
-    turns = cdiv(tiles * splits, card.sms * resident)
+    rounds = cdiv(tiles * splits, card.sms * resident)
     kind = "tile" if "stages" not in config else "split_post" if post else "split_pre"
-    issued = 2.0 * 32 * 4 * dim / splits * tile * turns * card.sms * resident
+    issued = 2.0 * 32 * 4 * dim / splits * tile * rounds * card.sms * resident
     size = "" if tile >= 64 else ".few"
     return (
         Stage(f"hyper.{kind}{size}", moved(node, symbols) + far, _products(node, tokens), "bf16", issued,
-              cached=(tiles - 1) * fn + parts + near, rounds=turns),
+              cached=(tiles - 1) * fn + parts + near, rounds=rounds),
     )  # fmt: skip
 
 
@@ -72,9 +73,17 @@ def cluster(node: OpNode, symbols: Symbols, config: Config, step: Situation, car
     """A cluster of 16 blocks keeps fn. Rounds: its tiles, of 4096 channels."""
     dim, post = _streams(node)
     tile, tokens = int(config["tile"]), symbols["T"]
-    turns = cdiv(cdiv(tokens, tile), _CLUSTERS) * dim / 4096
+    rounds = cdiv(cdiv(tokens, tile), _CLUSTERS) * dim / 4096
     kernel = f"hyper.cluster{tile}_{'post' if post else 'pre'}"
-    return (Stage(kernel, moved(node, symbols), _products(node, tokens), "bf16", rounds=turns),)
+    return (Stage(kernel, moved(node, symbols), _products(node, tokens), "bf16", rounds=rounds),)
+
+
+def few(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: Card) -> tuple[Stage, ...]:
+    """Clusters without matrix units, for the next input and its coefficients. Rounds: those that one place of the card
+    runs after the first."""
+    rounds = max(0, turns(node, symbols["T"], config, card.sms) - 1)
+    kernel = f"hyper.few_{'head' if 'head' in node.op else 'both'}" + ("" if int(config["warps"]) == 4 else ".wide")
+    return (Stage(kernel, moved(node, symbols), _products(node, symbols["T"]), rounds=rounds),)
 
 
 def compress(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: Card) -> tuple[Stage, ...]:

@@ -1,7 +1,7 @@
 """Hyper-connections of few tokens in one launch: clusters whose blocks share the channels, and no matrix unit.
 
-A token's products with fn are 0.8 MFLOP: what counts is how many steps wait for each other. Two clusters work on the
-same tokens, each on all of their channels:
+A token's products with fn are 0.8 MFLOP: what counts is how many steps wait for each other. Two clusters work on a
+token, each on all of its channels:
 
     even   streams out | rows 0 to 6 of fn (pre, post but its last), squares | next input, its norm, quantised
     odd                | row 7 (the last of post), comb, squares             | Sinkhorn
@@ -10,11 +10,12 @@ so that the forty dependent steps of Sinkhorn run beside the exchange that the n
 ahead has finished and stays in registers as it is, float32; products and sums are float32.
 
 Softmax over a row of comb does not see what is added to all of the row: its products are with fn's rows less the first
-of their four, 12 instead of 16. So a token has at most 16 sums a cluster, which cross it together.
+of their four, 12 instead of 16. So a cluster has 8 or 16 sums, which cross it together.
 
-The text is plain Triton: a tensor of all channels spans the cluster, and a sum over it is the exchange.
+The text is plain Triton: a tensor of all channels spans the cluster, and a sum over it is the exchange. One token a
+cluster: of 2 and 4, which read fn once, a cluster of 16 blocks took 10 and 12 us instead of 5 (H200).
 
-Legend: T tokens, BT of them a cluster, N = 4 streams, D channels, P the power of two that holds them.
+Legend: T tokens, N = 4 streams, D channels, P the power of two that holds them.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ def dot(f, s, start):
 
 
 @triton.jit
-def streams_of(y, x, post_in, comb_in, t, d, live, D: tl.constexpr, POST: tl.constexpr):
+def streams_of(y, x, post_in, comb_in, t, d, D: tl.constexpr, POST: tl.constexpr):
     """The four streams [P] of token t, bfloat16; with POST they are made here."""
     at = t * (4 * D) + d
-    mask = (d < D) & live
+    mask = d < D
     xs = ()
     for j in tl.static_range(4):
         xs += (tl.load(x + at + j * D, mask=mask, other=0.0),)
@@ -74,9 +75,9 @@ def streams_of(y, x, post_in, comb_in, t, d, live, D: tl.constexpr, POST: tl.con
     yt = tl.load(y + t * D + d, mask=mask, other=0.0).to(tl.float32)
     out = ()
     for k in tl.static_range(4):
-        s = tl.load(post_in + t * 4 + k, mask=live, other=0.0) * yt
+        s = tl.load(post_in + t * 4 + k) * yt
         for j in tl.static_range(4):
-            s += tl.load(comb_in + t * 16 + 4 * j + k, mask=live, other=0.0) * xs[j].to(tl.float32)
+            s += tl.load(comb_in + t * 16 + 4 * j + k) * xs[j].to(tl.float32)
         out += (s.to(tl.bfloat16),)
     return out
 
@@ -108,12 +109,13 @@ def totals(parts, LOG: tl.constexpr):
 
 @triton.jit
 def next_input(
-    y, x, post_in, comb_in, fn, base, scale, norm_weight, streams, out, post_out, data, data_scale, first, tokens,
-    D: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, LOG: tl.constexpr, POST: tl.constexpr, HEAD: tl.constexpr,
-    NORM: tl.constexpr, QUANTISE: tl.constexpr, NORM_EPS: tl.constexpr, EPS: tl.constexpr, OUT_EPS: tl.constexpr,
+    y, x, post_in, comb_in, fn, base, scale, norm_weight, streams, out, post_out, data, data_scale, t,
+    D: tl.constexpr, P: tl.constexpr, POST: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr,
+    QUANTISE: tl.constexpr, NORM_EPS: tl.constexpr, EPS: tl.constexpr, OUT_EPS: tl.constexpr,
 ):  # fmt: skip
-    """Streams, the weighted sum of them with its norm, and but for the last all of post, of BT tokens."""
+    """Streams, their weighted sum with its norm, and all of post but the last, of token t."""
     d = tl.arange(0, P)
+    mask = d < D
     ROWS: tl.constexpr = 4 if HEAD else FIRST
     f = ()
     bases = ()
@@ -124,63 +126,46 @@ def next_input(
     if not HEAD:
         post_scale = tl.load(scale + 1)
     if NORM:
-        gain = tl.load(norm_weight + d, mask=d < D, other=0.0)
+        gain = tl.load(norm_weight + d, mask=mask, other=0.0)
     gdc_wait()
-    held = ()
+    held = streams_of(y, x, post_in, comb_in, t, d, D, POST)
+    s = widened(held)
     parts = ()
-    for i in tl.static_range(BT):
-        held += (streams_of(y, x, post_in, comb_in, (first + i).to(tl.int64), d, first + i < tokens, D, POST),)
-        s = widened(held[i])
-        for r in tl.static_range(ROWS):
-            parts += (dot(f[r], s, tl.zeros_like(s[0])),)
-        parts += (dot(s, s, tl.zeros_like(s[0])),)
-    sums = totals(parts, LOG + 3)
-    results = ()
-    squares = ()
-    for i in tl.static_range(BT):
-        rho = tl.rsqrt(sums[i * (ROWS + 1) + ROWS] / (4 * D) + NORM_EPS)
-        s = widened(held[i])
-        o = tl.zeros_like(s[0])
-        for k in tl.static_range(4):
-            o += (sigmoid(sums[i * (ROWS + 1) + k] * rho * pre_scale + bases[k]) + EPS) * s[k]
-        if NORM:
-            o = o.to(tl.bfloat16).to(tl.float32)
-            squares += (o * o,)
-        results += (o,)
+    for r in tl.static_range(ROWS):
+        parts += (dot(f[r], s, tl.zeros_like(s[0])),)
+    parts += (dot(s, s, tl.zeros_like(s[0])),)
+    sums = totals(parts, 3)
+    rho = tl.rsqrt(sums[ROWS] / (4 * D) + NORM_EPS)
+    o = tl.zeros_like(s[0])
+    for k in tl.static_range(4):
+        o += (sigmoid(sums[k] * rho * pre_scale + bases[k]) + EPS) * s[k]
     if NORM:
-        squared = totals(squares, LOG)
+        o = o.to(tl.bfloat16).to(tl.float32)
+        o = o * tl.rsqrt(tl.sum(o * o, 0) / D + OUT_EPS) * gain
     # nothing is stored before: an exchange would wait until all can see it
-    for i in tl.static_range(BT):
-        t = (first + i).to(tl.int64)
-        mask = (d < D) & (first + i < tokens)
-        if POST:
-            for k in tl.static_range(4):
-                tl.store(streams + t * (4 * D) + k * D + d, held[i][k], mask=mask)
-        rho = tl.rsqrt(sums[i * (ROWS + 1) + ROWS] / (4 * D) + NORM_EPS)
-        for k in tl.static_range(4, ROWS):
-            gate = 2.0 * sigmoid(sums[i * (ROWS + 1) + k] * rho * post_scale + bases[k])
-            tl.store(post_out + t * 4 + k - 4, gate, mask=first + i < tokens)
-        o = results[i]
-        if NORM:
-            o = o * tl.rsqrt(squared[i] / D + OUT_EPS) * gain
-        o = o.to(tl.bfloat16)
-        tl.store(out + t * D + d, o, mask=mask)
-        if QUANTISE:
-            groups = tl.reshape(o.to(tl.float32), [P // 128, 128])
-            byte = e4m3_byte(tl.max(tl.abs(groups), 1))
-            small = tl.reshape(groups * inverse_power(byte)[:, None], [P])
-            tl.store(data + t * D + d, small.to(tl.float8e4nv), mask=mask)
-            g = tl.arange(0, P // 128)
-            tl.store(data_scale + t * (D // 128) + g, power(byte), mask=(g < D // 128) & (first + i < tokens))
+    if POST:
+        for k in tl.static_range(4):
+            tl.store(streams + t * (4 * D) + k * D + d, held[k], mask=mask)
+    for k in tl.static_range(4, ROWS):
+        tl.store(post_out + t * 4 + k - 4, 2.0 * sigmoid(sums[k] * rho * post_scale + bases[k]))
+    o = o.to(tl.bfloat16)
+    tl.store(out + t * D + d, o, mask=mask)
+    if QUANTISE:
+        groups = tl.reshape(o.to(tl.float32), [P // 128, 128])
+        byte = e4m3_byte(tl.max(tl.abs(groups), 1))
+        small = tl.reshape(groups * inverse_power(byte)[:, None], [P])
+        tl.store(data + t * D + d, small.to(tl.float8e4nv), mask=mask)
+        g = tl.arange(0, P // 128)
+        tl.store(data_scale + t * (D // 128) + g, power(byte), mask=g < D // 128)
 
 
 @triton.jit
 def coefficients(
-    y, x, post_in, comb_in, fn, base, scale, post_out, comb_out, first, tokens,
-    D: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, LOG: tl.constexpr, POST: tl.constexpr, ITERS: tl.constexpr,
-    NORM_EPS: tl.constexpr, EPS: tl.constexpr,
+    y, x, post_in, comb_in, fn, base, scale, post_out, comb_out, t,
+    D: tl.constexpr, P: tl.constexpr, POST: tl.constexpr, ITERS: tl.constexpr, NORM_EPS: tl.constexpr,
+    EPS: tl.constexpr,
 ):  # fmt: skip
-    """comb and the last of post of BT tokens."""
+    """comb and the last of post of token t."""
     d = tl.arange(0, P)
     f = (row(fn, FIRST, d, D),)
     bases = (tl.load(base + FIRST),)
@@ -192,42 +177,27 @@ def coefficients(
     post_scale = tl.load(scale + 1)
     comb_scale = tl.load(scale + 2)
     gdc_wait()
+    s = widened(streams_of(y, x, post_in, comb_in, t, d, D, POST))
     parts = ()
-    for i in tl.static_range(BT):
-        t = (first + i).to(tl.int64)
-        s = widened(streams_of(y, x, post_in, comb_in, t, d, first + i < tokens, D, POST))
-        for r in tl.static_range(13):
-            parts += (dot(f[r], s, tl.zeros_like(s[0])),)
-        parts += (dot(s, s, tl.zeros_like(s[0])),)
-    sums = totals(parts, LOG + 4)
-    n = tl.arange(0, BT)  # tokens side by side, so that all go through Sinkhorn at once
-    t = (first + n).to(tl.int64)
-    live = first + n < tokens
-    rho = tl.rsqrt(beside(sums, 13, n, BT) / (4 * D) + NORM_EPS)
-    gate = 2.0 * sigmoid(beside(sums, 0, n, BT) * rho * post_scale + bases[0])
-    tl.store(post_out + t * 4 + 3, gate, mask=live)
+    for r in tl.static_range(13):
+        parts += (dot(f[r], s, tl.zeros_like(s[0])),)
+    parts += (dot(s, s, tl.zeros_like(s[0])),)
+    sums = totals(parts, 4)
+    rho = tl.rsqrt(sums[13] / (4 * D) + NORM_EPS)
+    tl.store(post_out + t * 4 + 3, 2.0 * sigmoid(sums[0] * rho * post_scale + bases[0]))
     e = ()
     for j in tl.static_range(4):
         e += (tl.zeros_like(rho),)
         for k in tl.static_range(1, 4):
-            e += (beside(sums, 3 * j + k, n, BT) * rho * comb_scale + bases[3 * j + k],)
+            e += (sums[3 * j + k] * rho * comb_scale + bases[3 * j + k],)
     e = sinkhorn(e, EPS, ITERS)
     for jk in tl.static_range(16):
-        tl.store(comb_out + t * 16 + jk, e[jk], mask=live)
-
-
-@triton.jit
-def beside(sums, r: tl.constexpr, n, BT: tl.constexpr):
-    """Sum r of each token's 14: [BT]."""
-    out = tl.zeros([BT], tl.float32)
-    for i in tl.static_range(BT):
-        out = tl.where(n == i, sums[14 * i + r], out)
-    return out
+        tl.store(comb_out + t * 16 + jk, e[jk])
 
 
 @triton.jit
 def sinkhorn(m, eps, ITERS: tl.constexpr):
-    """A tuple of 16 tensors, row-major logits, as a doubly stochastic matrix."""
+    """A tuple of 16 scalars, row-major logits, as a doubly stochastic matrix."""
     e = ()
     for j in tl.static_range(4):
         top = tl.maximum(tl.maximum(m[4 * j], m[4 * j + 1]), tl.maximum(m[4 * j + 2], m[4 * j + 3]))
@@ -261,29 +231,28 @@ def columns(e, eps):
 
 @triton.jit
 def fused(
-    y, x, post_in, comb_in, fn, base, scale, norm_weight, streams, out, post_out, comb_out, data, data_scale, tokens,
-    D: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, LOG: tl.constexpr, POST: tl.constexpr, HEAD: tl.constexpr,
-    NORM: tl.constexpr, QUANTISE: tl.constexpr, ITERS: tl.constexpr, NORM_EPS: tl.constexpr, EPS: tl.constexpr,
-    OUT_EPS: tl.constexpr,
+    y, x, post_in, comb_in, fn, base, scale, norm_weight, streams, out, post_out, comb_out, data, data_scale,
+    D: tl.constexpr, P: tl.constexpr, POST: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr,
+    QUANTISE: tl.constexpr, ITERS: tl.constexpr, NORM_EPS: tl.constexpr, EPS: tl.constexpr, OUT_EPS: tl.constexpr,
 ):  # fmt: skip
     """[hc_post,] hc_pre or hc_head [and RMSNorm [and quantisation]]. Without POST `x` holds the streams.
 
-    Two clusters for BT = 2**LOG tokens, one for HEAD.
+    Two clusters a token, one for HEAD.
     """
     gdc_launch_dependents()
     pid = tl.program_id(0)
     if HEAD:
         next_input(
-            y, x, post_in, comb_in, fn, base, scale, norm_weight, streams, out, post_out, data, data_scale, pid * BT,
-            tokens, D, P, BT, LOG, POST, HEAD, NORM, QUANTISE, NORM_EPS, EPS, OUT_EPS,
+            y, x, post_in, comb_in, fn, base, scale, norm_weight, streams, out, post_out, data, data_scale,
+            pid.to(tl.int64), D, P, POST, HEAD, NORM, QUANTISE, NORM_EPS, EPS, OUT_EPS,
         )  # fmt: skip
     elif pid % 2 == 0:
         next_input(
             y, x, post_in, comb_in, fn, base, scale, norm_weight, streams, out, post_out, data, data_scale,
-            pid // 2 * BT, tokens, D, P, BT, LOG, POST, HEAD, NORM, QUANTISE, NORM_EPS, EPS, OUT_EPS,
+            (pid // 2).to(tl.int64), D, P, POST, HEAD, NORM, QUANTISE, NORM_EPS, EPS, OUT_EPS,
         )  # fmt: skip
     else:
         coefficients(
-            y, x, post_in, comb_in, fn, base, scale, post_out, comb_out, pid // 2 * BT, tokens,
-            D, P, BT, LOG, POST, ITERS, NORM_EPS, EPS,
+            y, x, post_in, comb_in, fn, base, scale, post_out, comb_out, (pid // 2).to(tl.int64), D, P, POST, ITERS,
+            NORM_EPS, EPS,
         )  # fmt: skip
