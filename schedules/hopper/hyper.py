@@ -73,29 +73,46 @@ def _splits(dim: int) -> list[int]:
     return [s for s in range(1, dim // 64 + 1) if (dim // 64) % s == 0]
 
 
-def _split_space(node: OpNode, symbols: Mapping[str, int], sms: int, least: int) -> tuple[Config, ...]:
-    """Tiles of 16 tokens while that leaves multiprocessors idle; splits that give each of them 1 to 4 programs.
-
-    `least`: the fewest rows that the matrix units of this architecture take; smaller tiles are columns of fn's rows."""
-    tokens, dim = max(1, symbols["T"]), dim_of(node)
-    shapes = [(16, 4, 32)] if tokens <= 128 else [(64, 4, 32)]  # wins with half the fn to read a token
+def _split_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
+    """Tiles of 16 tokens while that leaves multiprocessors idle; splits that give each of them 1 to 4 programs."""
+    tokens = max(1, symbols["T"])
+    tiles = [16] if tokens <= 128 else [64]  # wins with half the fn to read a token
     if 128 < tokens <= 512:
-        shapes.append((32, 4, 32))
+        tiles.append(32)
     out: list[Config] = []
-    for tile, warps, width in shapes:
-        tiles = math.ceil(tokens / tile)
+    for tile in tiles:
         for programs in (2, 4):
-            fits = [s for s in _splits(dim) if s * tiles <= programs * sms * 1.1] or [1]
-            config: dict[str, Any] = {
-                "tile": tile, "width": width, "splits": fits[-1], "warps": warps,
-                "stages": 3,  # of copies under way; 2: 10 % slower at 1024 tokens (H200)
-                "finish_warps": 8 if tokens <= sms else 4,
-            }  # fmt: skip
-            if tile < least:
-                config["turned"] = True
+            config = _split_config(node, tokens, tile, programs, sms)
             if config not in out:
                 out.append(config)
-    return tuple(out)
+    return (*out, *(_turned_space(node, symbols, sms) if tokens <= 512 else ()))
+
+
+def _split_config(node: OpNode, tokens: int, tile: int, programs: int, sms: int) -> dict[str, Any]:
+    """As many splits as make `programs` programs a multiprocessor."""
+    tiles = math.ceil(tokens / tile)
+    fits = [s for s in _splits(dim_of(node)) if s * tiles <= programs * sms * 1.1] or [1]
+    return {
+        "tile": tile, "width": 32, "splits": fits[-1], "warps": 4,
+        "stages": 3,  # of copies under way; 2: 10 % slower at 1024 tokens (H200)
+        "finish_warps": 8 if tokens <= sms else 4,
+    }  # fmt: skip
+
+
+def _turned_space(node: OpNode, symbols: Mapping[str, int], sms: int) -> tuple[Config, ...]:
+    """Where matrix units take 64 rows, at least: up to 512 tokens are columns of tiles of 16 or 32, fn's rows the rows.
+
+    On an H200, whose matrix units take both ways, 1 to 32 tokens of flash are as fast as with the tokens' rows, 128 of
+    them 1.6 times as fast in tiles of 32; 64 in tiles of 16 with all of a split's channels at once, 12 us, not 15.
+    """
+    tokens = max(1, symbols["T"])
+    if tokens > 512:
+        return tuple(_split_config(node, tokens, 64, programs, sms) for programs in (2, 4))
+    whole = _split_config(node, tokens, 16, 2, sms)
+    if 32 < tokens <= 64 and whole["splits"] * 64 == dim_of(node):
+        return ({**whole, "width": 64, "stages": 2, "turned": True},)
+    tile, programs = (16, 1) if tokens <= 32 else (32, 1) if tokens <= 128 else (32, 3)
+    return tuple({**_split_config(node, tokens, tile, n, sms), "turned": True} for n in (programs, programs + 1))
 
 
 def _split_workspace(node: OpNode, config: Config) -> tuple[Value, ...]:
@@ -296,7 +313,7 @@ TOLERANCE = 5e-4
 def schedules(arch: str) -> tuple[Schedule, ...]:
     """The family for a GPU architecture: the cluster and TileLang's kernel are written for Hopper."""
     targets, sms = frozenset({arch}), MACHINES[arch].multiprocessors
-    least = 16 if arch == "sm_90a" else 64  # tcgen05 takes 64 rows; of fewer Triton makes the old `mma.sync`
+    space = _split_space if arch == "sm_90a" else _turned_space  # of fewer rows Triton makes the old `mma.sync` there
     every: tuple[Schedule, ...] = (
         *(
             Schedule(
@@ -307,7 +324,7 @@ def schedules(arch: str) -> tuple[Schedule, ...]:
                 partial(_split_cost, sms=sms),
                 accepts,
                 workspace=_split_workspace,
-                space=partial(_split_space, sms=sms, least=least),
+                space=partial(space, sms=sms),
                 tolerance=TOLERANCE,
             )
             for op in sorted(PRE | HEAD | (POST - {"hc_post"}))

@@ -63,6 +63,8 @@ def split(node: OpNode, symbols: Symbols, config: Config, step: Situation, card:
     kind = "tile" if "stages" not in config else "split_post" if post else "split_pre"
     issued = 2.0 * 32 * 4 * dim / splits * tile * rounds * card.sms * resident
     size = "" if tile >= 64 else ".few"
+    if config.get("turned"):
+        kind, size, issued = "turned", "", 2 * issued  # high and low rows at once
     return (
         Stage(f"hyper.{kind}{size}", moved(node, symbols) + far, _products(node, tokens), "bf16", issued,
               cached=(tiles - 1) * fn + parts + near, rounds=rounds),
