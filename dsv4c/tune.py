@@ -202,8 +202,8 @@ def tune(
         folder = bundle or build_only or Path(scratch)
         if bundle is None:
             count = build(
-                families or FAMILIES, folder, cache, arch, extra=("tile", "hyper_few"), most=most, top=top, progress=progress,
-                keep=lambda w: (op is None or w.op == op) and label in w.label,
+                families or FAMILIES, folder, cache, arch, extra=("tile", "hyper_few"), most=most, top=top,
+                progress=progress, keep=lambda w: (op is None or w.op == op) and label in w.label,
             )  # fmt: skip
             if build_only is not None:
                 return count

@@ -27,9 +27,7 @@ def _width(node: OpNode) -> tuple[int, int]:
     return int(first.shape[0 if "linear" in node.op else 1]), int(chosen.shape[1])
 
 
-def gate_launch(
-    node: OpNode, rows: int, first: int, extra: tuple[int, ...], out: int, parts: int = 1
-) -> TritonLaunch:
+def gate_launch(node: OpNode, rows: int, first: int, extra: tuple[int, ...], out: int, parts: int = 1) -> TritonLaunch:
     """The gate on the logits in argument `first`, the sum of `parts`, with `extra` arguments and outputs from `out`."""
     experts, topk = _width(node)
     by_hash = node.op.endswith("hash")
