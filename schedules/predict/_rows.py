@@ -84,8 +84,8 @@ def few(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: C
     """Clusters without matrix units, for the next input and its coefficients. Rounds: those that one place of the card
     runs after the first."""
     rounds = max(0, turns(node, symbols["T"], config, card.sms) - 1)
-    kernel = f"hyper.few_{'head' if 'head' in node.op else 'both'}" + ("" if int(config["warps"]) == 4 else ".wide")
-    return (Stage(kernel, moved(node, symbols), _products(node, symbols["T"]), rounds=rounds),)
+    kernel = "head" if "head" in node.op else "both" if int(config["warps"]) == 4 else "wide"
+    return (Stage(f"hyper.few_{kernel}", moved(node, symbols), _products(node, symbols["T"]), rounds=rounds),)
 
 
 def compress(node: OpNode, symbols: Symbols, config: Config, step: Situation, card: Card) -> tuple[Stage, ...]:
