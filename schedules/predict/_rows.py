@@ -64,7 +64,7 @@ def split(node: OpNode, symbols: Symbols, config: Config, step: Situation, card:
     issued = 2.0 * 32 * 4 * dim / splits * tile * rounds * card.sms * resident
     size = "" if tile >= 64 else ".few"
     if config.get("turned"):
-        kind, size, issued = "turned", "", 2 * issued  # high and low rows at once
+        kind, size, issued = "turned", str(tile), 2 * issued  # high and low rows at once
     return (
         Stage(f"hyper.{kind}{size}", moved(node, symbols) + far, _products(node, tokens), "bf16", issued,
               cached=(tiles - 1) * fn + parts + near, rounds=rounds),
