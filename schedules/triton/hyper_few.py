@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv4c.schedules.triton.hyper import halves, sigmoid
-from dsv4c.schedules.triton.rows import e4m3_byte, inverse_power, power
+from dsv4c.schedules.triton.rows import e4m3_byte, inverse_power, largest, power
 
 FIRST = tl.constexpr(7)  # rows of fn that the even cluster multiplies with
 
@@ -152,7 +152,7 @@ def next_input(
     tl.store(out + t * D + d, o, mask=mask)
     if QUANTISE:
         groups = tl.reshape(o.to(tl.float32), [P // 128, 128])
-        byte = e4m3_byte(tl.max(tl.abs(groups), 1))
+        byte = e4m3_byte(largest(groups, 1))
         small = tl.reshape(groups * inverse_power(byte)[:, None], [P])
         tl.store(data + t * D + d, small.to(tl.float8e4nv), mask=mask)
         g = tl.arange(0, P // 128)

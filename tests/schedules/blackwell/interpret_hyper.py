@@ -194,6 +194,7 @@ def _check_mixed(op: str, attrs: dict[str, Any], args: list[Tensor], results: li
         assert torch.equal(data.view(torch.uint8)[whole], results[3].view(torch.uint8)[whole]), "data"
         assert torch.equal(scales[whole], results[4][whole]), "scales"
         assert results[3].float()[~whole].isnan().all(), "data of rows that are NaN"
+        assert results[4][~whole].isnan().all(), "scales of rows that are NaN"
 
 
 def _checked(op: str) -> Callable[[Case], None]:
