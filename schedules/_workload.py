@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dsv4c.config import ModelConfig, preset
 from dsv4c.schedules._schedule import OpNode
 
 Args = list[Tensor | None]
@@ -46,3 +47,8 @@ class Workload:
     @property
     def op(self) -> str:
         return self.node.op
+
+
+def config_of(model: str | ModelConfig) -> ModelConfig:
+    """The preset of this name, or a config as it is: tests draw shapes of their own."""
+    return preset(model) if isinstance(model, str) else model

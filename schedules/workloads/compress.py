@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dsv4c.config import ModelConfig, StateLayout, preset
+from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.model.rope import entry_rope_table, rope_frequencies
 from dsv4c.ops.formats import index_sizes, kv_sizes
 from dsv4c.schedules._schedule import OpNode, Value
-from dsv4c.schedules._workload import Args, Workload
+from dsv4c.schedules._workload import Args, Workload, config_of
 from dsv4c.schedules.workloads.rows import Draw, index_error, kv_error, pool_rows
 
 Kind = Literal["c4", "index fp8", "index fp4", "c128", "online"]
@@ -37,7 +37,7 @@ _PADDING = 5  # unused tokens, and unused entries
 class Case:
     """One call of a compressor of a preset."""
 
-    model: str
+    model: str | ModelConfig
     kind: Kind
     spans: tuple[Span, ...]
     label: str
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def config(self) -> ModelConfig:
-        return preset(self.model)
+        return config_of(self.model)
 
     @property
     def ratio(self) -> int:
@@ -232,7 +232,7 @@ def ragged(ratio: int, base: int, lengths: Sequence[int] = _LENGTHS) -> tuple[Sp
     return tuple((base + residue, length) for residue, length in itertools.product(residues, lengths))
 
 
-def _checks(model: str) -> list[Case]:
+def _checks(model: str | ModelConfig) -> list[Case]:
     cases = []
     for kind in _KINDS:
         ratio = 128 if kind in ("c128", "online") else 4
@@ -250,7 +250,7 @@ def _checks(model: str) -> list[Case]:
     return cases
 
 
-def _benches(model: str, sizes: Sequence[int]) -> list[Case]:
+def _benches(model: str | ModelConfig, sizes: Sequence[int]) -> list[Case]:
     cases = []
     for kind in _KINDS:
         for batch in (1, 64, 256):

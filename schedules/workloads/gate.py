@@ -19,17 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv4c.config import preset
+from dsv4c.config import ModelConfig
 from dsv4c.ops.linears import linear_mixed
 from dsv4c.schedules._schedule import OpNode, Value
-from dsv4c.schedules._workload import Args, Workload
+from dsv4c.schedules._workload import Args, Workload, config_of
 
 
 @dataclass(frozen=True)
 class Case:
     """One gate: by bias or by hash, on logits or with the router's product."""
 
-    model: str
+    model: str | ModelConfig
     kind: str
     product: bool
 
@@ -38,7 +38,7 @@ class Case:
         return f"gate_{'linear_' if self.product else ''}{self.kind}"
 
     def node(self) -> OpNode:
-        c = preset(self.model)
+        c = config_of(self.model)
         experts, topk = c.n_routed_experts, c.num_experts_per_tok
         attrs: dict[str, Any] = {"scaling": c.routed_scaling_factor}
         inputs = [Value(("T", experts), "float32")]
@@ -55,7 +55,7 @@ class Case:
         return OpNode(self.op, attrs, tuple(inputs), (Value(("T", topk), "int32"), Value(("T", topk), "float32")))
 
     def make(self, tokens: int, generator: torch.Generator) -> Args:
-        c, device = preset(self.model), generator.device
+        c, device = config_of(self.model), generator.device
         experts, topk, dim = c.n_routed_experts, c.num_experts_per_tok, c.hidden_size
         args: Args
         if self.product:
@@ -132,7 +132,7 @@ def choice_error(op: str, scaling: float, outputs: Sequence[Tensor], expected: S
 
 def workload(case: Case, tokens: int, *, bench: bool) -> Workload:
     """The workload of a gate at a number of tokens."""
-    c = preset(case.model)
+    c = config_of(case.model)
     experts, topk, dim = c.n_routed_experts, c.num_experts_per_tok, c.hidden_size
     read = 2.0 * (tokens + experts) * dim if case.product else 4.0 * tokens * experts
     if not case.product and case.kind == "hash":
@@ -146,7 +146,7 @@ def workload(case: Case, tokens: int, *, bench: bool) -> Workload:
         bytes_moved=read + extra + 8.0 * tokens * topk,
         flops=2.0 * tokens * experts * dim if case.product else 0.0,
         reference=lambda *tensors, **attrs: scores_and_ranks(case.op, tensors),
-        error=functools.partial(choice_error, case.op, preset(case.model).routed_scaling_factor),
+        error=functools.partial(choice_error, case.op, config_of(case.model).routed_scaling_factor),
         purpose=frozenset({"check", "bench"}) if bench else frozenset({"check"}),
     )
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4c.config import preset
+from dsv4c.config import ModelConfig
 from dsv4c.ops.formats import quantise_rows
 from dsv4c.schedules._schedule import OpNode, Value
-from dsv4c.schedules._workload import Args, Workload
+from dsv4c.schedules._workload import Args, Workload, config_of
 
 GROUP = 128  # channels that share a scale of a quantised activation
 BFLOAT16_ULPS = 32  # two units of bfloat16, 2**-6 of a value at most, are 32 times the 5e-4 asked of coefficients
@@ -32,9 +32,9 @@ def _quantises(op: str) -> bool:
     return op.endswith("_quantise")
 
 
-def node(op: str, model: str) -> OpNode:
+def node(op: str, model: str | ModelConfig) -> OpNode:
     """The op as the fused GPU program of a preset has it."""
-    config = preset(model)
+    config = config_of(model)
     n, d = config.hc_mult, config.hidden_size
     streams, row = Value(("T", n, d), "bfloat16"), Value(("T", d), "bfloat16")
     post, comb = Value(("T", n), "float32"), Value(("T", n, n), "float32")
@@ -128,7 +128,7 @@ def error(outputs: Sequence[Tensor], expected: Sequence[Tensor], *, extreme: boo
     return worst
 
 
-def workload(op: str, model: str, tokens: int, *, bench: bool = True, extreme: bool = False) -> Workload:
+def workload(op: str, model: str | ModelConfig, tokens: int, *, bench: bool = True, extreme: bool = False) -> Workload:
     """One op of a preset at a number of tokens."""
     what = node(op, model)
     phase = "decode" if tokens <= 512 else "prefill"  # the largest decode bucket

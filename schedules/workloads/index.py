@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4c.config import ModelConfig, StateLayout, preset
+from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.ops.formats import IndexFormat, index_sizes, pack_index
 from dsv4c.ops.index import index_query, index_scores, topk_rows
 from dsv4c.schedules._schedule import OpNode, Value
-from dsv4c.schedules._workload import Args, Workload
+from dsv4c.schedules._workload import Args, Workload, config_of
 
 Span = tuple[int, int]
 """First position and number of new tokens of one request."""
@@ -36,7 +36,7 @@ _FORMATS: tuple[IndexFormat, ...] = ("fp8", "fp4")
 class Case:
     """One call: spans of new tokens, one request each, in a batch."""
 
-    model: str
+    model: str | ModelConfig
     format: IndexFormat
     spans: tuple[Span, ...]
     label: str
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def config(self) -> ModelConfig:
-        return preset(self.model)
+        return config_of(self.model)
 
     @property
     def tokens(self) -> int:

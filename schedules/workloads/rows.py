@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4c.config import ModelConfig, preset
+from dsv4c.config import ModelConfig
 from dsv4c.model.rope import rope_frequencies, rope_table
 from dsv4c.ops.formats import from_e8m0, index_sizes, kv_group, kv_sizes, read_entries, unpack_e2m1
 from dsv4c.schedules._schedule import OpNode, Value
-from dsv4c.schedules._workload import Args, Workload
+from dsv4c.schedules._workload import Args, Workload, config_of
 
 GROUP = 128  # channels that share a scale of a quantised activation
 _WINDOW = 64  # entries of a window page
@@ -290,9 +290,9 @@ def _step_op(op: str, config: ModelConfig, tokens: int) -> tuple[OpNode, Make]:
 _STEP = ("embed", "embed_streams", "take_rows", "rope_table", "entry_rope_table", "token_slots", "entry_slots")
 
 
-def workload(op: str, model: str, tokens: int, *, bench: bool = True) -> Workload:
+def workload(op: str, model: str | ModelConfig, tokens: int, *, bench: bool = True) -> Workload:
     """One op of a preset at a number of tokens."""
-    config = preset(model)
+    config = config_of(model)
     error: Error | None = None
     if op in _STEP:
         node, make = _step_op(op, config, tokens)

@@ -245,22 +245,23 @@ def workload(
     )
 
 
-def _edits(model: str, rows: int) -> Workload:
-    """Edits of some rows: none, one, or up to 300 tokens a row."""
-    vocab = preset(model).vocab_size
+def edits(model: str, rows: int, counts: Sequence[int] = (0, 1, 300, 128, 5), vocab: int | None = None) -> Workload:
+    """Edits of some rows: none, one, or more tokens a row, `counts` in turn; `vocab` is the model's."""
+    vocab = preset(model).vocab_size if vocab is None else vocab
+    numbers = [min(counts[i % len(counts)], vocab) for i in range(rows)]
+    total = sum(numbers)
 
     def make_edits(generator: torch.Generator) -> Args:
         device = generator.device
-        numbers = torch.tensor([(0, 1, 300, 128, 5)[i % 5] for i in range(rows)], dtype=torch.int64)
-        stops = numbers.cumsum(0).to(device)
-        tokens = [torch.randperm(vocab, generator=generator, device=device)[:n] for n in numbers.tolist()]
-        values = torch.randn(int(numbers.sum()), generator=generator, device=device) * 10
+        size = torch.tensor(numbers, dtype=torch.int64)
+        stops = size.cumsum(0).to(device)
+        tokens = [torch.randperm(vocab, generator=generator, device=device)[:n] for n in numbers]
+        values = torch.randn(total, generator=generator, device=device) * 10
         values[::7] = -math.inf
         logits = torch.randn(rows, vocab, generator=generator, device=device)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
-        return [logits, stops - numbers.to(device), stops, torch.cat([empty, *tokens]), values]
+        return [logits, stops - size.to(device), stops, torch.cat([empty, *tokens]), values]
 
-    total = sum((0, 1, 300, 128, 5)[i % 5] for i in range(rows))
     inputs = (
         Value(("T", vocab), "float32"), Value(("T",), "int64", "input"), Value(("T",), "int64", "input"),
         Value(("M",), "int64", "input"), Value(("M",), "float32", "input"),
@@ -280,7 +281,7 @@ def _exact(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return 0.0 if all(torch.equal(out, ref) for out, ref in zip(outputs, expected, strict=True)) else math.inf
 
 
-def _seats(rows: int, feeds: bool) -> Workload:
+def seated(rows: int, feeds: bool) -> Workload:
     """Tokens to their seats and back; some ids are negative, and some seats' last token too."""
     row, seats = Value(("T",), "int64", "input"), Value((SEATS,), "int64", "pool")
 
@@ -305,8 +306,8 @@ def _seats(rows: int, feeds: bool) -> Workload:
 def workloads() -> tuple[Workload, ...]:
     plain, mixed = KINDS[1], KINDS[-1]
     out = [workload("nano", mixed, rows, op, bench=False) for rows in (0, 1, 64) for op in DRAWS]
-    out += [_edits("nano", 64), _edits("flash", 64)]
-    out += [_seats(rows, feeds) for rows in (0, 1, 200) for feeds in (True, False)]
+    out += [edits("nano", 64), edits("flash", 64)]
+    out += [seated(rows, feeds) for rows in (0, 1, 200) for feeds in (True, False)]
     out += [workload("flash", kind, rows) for kind in KINDS for rows in (1, 64)]
     out += [workload("flash", kind, 256) for kind in (plain, mixed)]
     out += [workload("flash", kind, rows, op) for op in DRAWS[1:] for kind in (plain, mixed) for rows in (1, 64)]

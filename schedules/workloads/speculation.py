@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dsv4c.config import preset
+from dsv4c.config import ModelConfig
 from dsv4c.ops.sampling import IN_PROMPT
 from dsv4c.schedules._schedule import OpNode, Value
-from dsv4c.schedules._workload import Args, Workload
+from dsv4c.schedules._workload import Args, Workload, config_of
 
 DRAFTS = 3  # K, the most of a request
 SEATS = 300  # 299 requests, and nobody's
@@ -189,9 +189,9 @@ def workload(case: Case, rows: int) -> Workload:
     return Workload(label, node, {"T": rows, **_symbols(node, args)}, made, moved, unit="fp32", error=exact)
 
 
-def _streams(model: str, rows: int) -> Workload:
+def embedded(model: str | ModelConfig, rows: int) -> Workload:
     """The MTP block's input."""
-    config = preset(model)
+    config = config_of(model)
     count, channels = config.hc_mult, config.hidden_size
 
     def make(generator: torch.Generator) -> Args:
@@ -207,4 +207,4 @@ def _streams(model: str, rows: int) -> Workload:
 
 def workloads() -> tuple[Workload, ...]:
     out = [workload(case, rows) for case in CASES for rows in (0, 1, 200)]
-    return (*out, *(_streams(model, rows) for model in ("nano", "flash") for rows in (1, 64)))
+    return (*out, *(embedded(model, rows) for model in ("nano", "flash") for rows in (1, 64)))

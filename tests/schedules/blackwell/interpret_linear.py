@@ -6,7 +6,10 @@ In a process of its own: Triton reads TRITON_INTERPRET when a kernel is decorate
 from __future__ import annotations
 
 # isort: off
-from tests.schedules.hopper import interpret  # first: sets TRITON_INTERPRET and repairs the interpreter
+from tests.schedules.hopper import (
+    interpret,
+    interpret_sampling,
+)  # first: sets TRITON_INTERPRET and repairs the interpreter
 
 # isort: on
 import sys
@@ -14,11 +17,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,19 +27,10 @@ from dsv4c.runtime import layouts
 from dsv4c.schedules._launch import TritonLaunch
 from dsv4c.schedules._schedule import Config, OpNode, Value
 from dsv4c.schedules.blackwell.linear import schedules
-from dsv4c.schedules.triton import gate
 from dsv4c.schedules.workloads.gate import choice_error, scores_and_ranks
 from tests.schedules.blackwell.checks import random_cases, run_checks
 
-
-@triton.jit
-def _log1p(x):
-    """Logarithm of 1 + x, to a few ulps where x is small."""
-    more = 1.0 + x
-    return tl.where(more == 1.0, x, tl.log(more) * (x / tl.where(more == 1.0, 1.0, more - 1.0)))
-
-
-gate.libdevice = SimpleNamespace(log1p=_log1p)  # the card's library
+assert interpret_sampling  # replaces the card's library for gates
 SCHEDULES = {schedule.op: schedule for schedule in schedules("sm_103a")}
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -136,7 +136,12 @@ _order = _Order()
 
 
 def outputs_of(
-    workload: Workload, build: Build, by_index: Mapping[int, Transforms], seed: int, workspace: Sequence[Value] = ()
+    workload: Workload,
+    build: Build,
+    by_index: Mapping[int, Transforms],
+    seed: int,
+    workspace: Sequence[Value] = (),
+    launched: Callable[[TritonLaunch, Args], None] | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(what the kernels give, what the reference gives), outputs updated in place included."""
     op = OPS[workload.op]
@@ -155,7 +160,7 @@ def outputs_of(
     call: Args = [*laid, *buffers]
     for launch in build.launches:
         assert isinstance(launch, TritonLaunch)
-        run(launch, call)
+        (launched or run)(launch, call)
     fresh = iter(buffers[len(workspace) :])
     results = [
         args[op.parameters.index(op.in_place[i])] if i in op.in_place else next(fresh) for i in range(op.outputs)
@@ -171,11 +176,16 @@ def _reinterpreted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def run(launch: TritonLaunch, call: Args) -> None:
     """One launch on the call's arguments."""
+    function, grid, values = bound(launch, call)
+    if 0 not in grid:
+        function[grid](**values)
+
+
+def bound(launch: TritonLaunch, call: Args) -> tuple[Any, tuple[int, int, int], dict[str, Any]]:
+    """The kernel of a launch, its grid and its arguments by name."""
     module, _, name = launch.kernel.partition(":")
     sizes = CallSizes(name, call)
-    grid = tuple(sizes.value(size) for size in launch.grid)
-    if 0 in grid:
-        return
+    x, y, z = (sizes.value(size) for size in launch.grid)
     values = dict(launch.constants)
     for key, arg in launch.args.items():
         if isinstance(arg, Ptr):
@@ -194,7 +204,7 @@ def run(launch: TritonLaunch, call: Args) -> None:
             values[key] = arg.value if arg.kind == "f32" else sizes.value(arg.value)  # type: ignore[arg-type]
     source: Any = importlib.import_module(module)
     source.gdc_wait = source.gdc_launch_dependents = lambda: None  # the order of launches is the card's
-    getattr(source, name)[grid](**values)
+    return getattr(source, name), (x, y, z), values
 
 
 def main(family: str, parts: Sequence[str]) -> int:

@@ -1,15 +1,17 @@
-"""Draws of small and odd vocabularies in Triton's interpreter, on a CPU, beside the reference: `interpret_draws.py`.
+"""Draws of small and odd vocabularies in Triton's interpreter, on a CPU, beside the reference: `interpret_draws`.
 
 One line a batch, `ok` or `FAIL`; exits with 1 if any failed.
 """
 
 from __future__ import annotations
 
+# isort: off
+from tests.schedules.hopper import interpret, interpret_sampling  # replaces what is the card's own
+
+# isort: on
 import sys
 import warnings
 
-import interpret
-import interpret_sampling  # replaces what is the card's own
 import torch
 
 from dsv4c.schedules.hopper.sampling import SCHEDULES

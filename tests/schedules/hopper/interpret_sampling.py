@@ -1,4 +1,5 @@
-"""Runs gate and sampling kernels in Triton's interpreter, on a CPU: `interpret_sampling.py FAMILY [LABEL ...]`.
+"""Runs gate and sampling kernels in Triton's interpreter, on a CPU:
+`interpret_sampling FAMILY [LABEL ...]`.
 
 As interpret.py, with what these kernels use of the card alone replaced: the order of launches, and two functions. And a
 third, which the interpreter is slow at.
@@ -6,11 +7,14 @@ third, which the interpreter is slow at.
 
 from __future__ import annotations
 
+# isort: off
+from tests.schedules.hopper import interpret  # first: sets TRITON_INTERPRET and repairs the interpreter
+
+# isort: on
 import sys
 import types
 import warnings
 
-import interpret  # sets TRITON_INTERPRET
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +24,9 @@ from dsv4c.schedules.triton import gate, noise, sampling
 
 @triton.jit
 def log1p(x):
-    return tl.log(1.0 + x)
+    """Logarithm of 1 + x, to a few ulps where x is small."""
+    more = 1.0 + x
+    return tl.where(more == 1.0, x, tl.log(more) * (x / tl.where(more == 1.0, 1.0, more - 1.0)))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Runs the kernels of drafts in Triton's interpreter, on a CPU: `interpret_speculation.py [LABEL ...]`.
+"""Runs the kernels of drafts in Triton's interpreter, on a CPU: `interpret_speculation [LABEL ...]`.
 
 As interpret.py; all but the widest streams, which differ from narrow ones in nothing but time.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 import warnings
 
-import interpret
 import torch
 
 from dsv4c.schedules.workloads.speculation import workloads
+from tests.schedules.hopper import interpret
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")

@@ -59,10 +59,8 @@ def test_who_accepts() -> None:
 
 def test_the_kernels_choose_as_the_reference() -> None:
     pytest.importorskip("triton", reason="Triton is not installed; see the extra `gpu`")
-    script = Path(__file__).with_name("interpret_sampling.py")
+    script = [sys.executable, "-m", "tests.schedules.hopper.interpret_sampling"]
     cases = ["gate_bias nano bias decode 65", "gate_hash nano hash decode 3"]
-    run = subprocess.run(
-        [sys.executable, str(script), "gate", *cases], capture_output=True, text=True, check=False, cwd=REPOSITORY
-    )
+    run = subprocess.run([*script, "gate", *cases], capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("ok ") == 2 and "FAIL" not in run.stdout

@@ -141,9 +141,9 @@ def test_who_accepts() -> None:
 
 def test_the_kernels_draw_as_the_reference() -> None:
     pytest.importorskip("triton", reason="Triton is not installed; see the extra `gpu`")
-    script = Path(__file__).with_name("interpret_sampling.py")
     run = subprocess.run(
-        [sys.executable, str(script), "sampling", "sample nano mixed 1", "sample_drafted nano mixed 64", "nano edits"],
+        [sys.executable, "-m", "tests.schedules.hopper.interpret_sampling", "sampling", "sample nano mixed 1",
+         "sample_drafted nano mixed 64", "nano edits"],
         capture_output=True, text=True, check=False, cwd=REPOSITORY,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
@@ -152,8 +152,8 @@ def test_the_kernels_draw_as_the_reference() -> None:
 
 def test_the_kernels_draw_from_vocabularies_of_any_size() -> None:
     pytest.importorskip("triton", reason="Triton is not installed; see the extra `gpu`")
-    script = Path(__file__).with_name("interpret_draws.py")
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    script = [sys.executable, "-m", "tests.schedules.hopper.interpret_draws"]
+    run = subprocess.run(script, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("ok ") == 15 and "FAIL" not in run.stdout
 

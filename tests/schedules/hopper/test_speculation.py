@@ -42,8 +42,8 @@ def test_histories_of_every_length_are_among_the_inputs() -> None:
 
 def test_the_kernels_give_what_the_references_give() -> None:
     pytest.importorskip("triton", reason="Triton is not installed; see the extra `gpu`")
-    script = Path(__file__).with_name("interpret_speculation.py")
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    script = [sys.executable, "-m", "tests.schedules.hopper.interpret_speculation"]
+    run = subprocess.run(script, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("ok ") == len(WORK) - 1 and "FAIL" not in run.stdout
 
