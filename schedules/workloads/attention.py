@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dsv4c.config import ModelConfig, StateLayout, preset
+from dsv4c.config import ModelConfig, StateLayout
 from dsv4c.ops.attention import attend_csa_packed, attend_hca_packed, attend_window_packed
 from dsv4c.ops.formats import kv_sizes, pack_kv
 from dsv4c.schedules._schedule import OpNode, Value
-from dsv4c.schedules._workload import Args, Workload
+from dsv4c.schedules._workload import Args, Workload, config_of
 
 Kind = Literal["window", "csa", "hca"]
 Span = tuple[int, int]
@@ -36,7 +36,7 @@ _REFERENCE_KEYS = 1 << 16  # tokens x keys of one chunk of a reference: 128 MB o
 class Case:
     """One attention call: spans of new tokens, one request each, in a batch."""
 
-    model: str
+    model: str | ModelConfig
     kind: Kind
     spans: tuple[Span, ...]
     label: str
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def config(self) -> ModelConfig:
-        return preset(self.model)
+        return config_of(self.model)
 
     @property
     def tokens(self) -> int:
@@ -170,9 +170,9 @@ def _reference(case: Case) -> Callable[..., Tensor]:
     return run
 
 
-def node(model: str, kind: Kind) -> OpNode:
+def node(model: str | ModelConfig, kind: Kind) -> OpNode:
     """The op of one attention kind of a preset."""
-    config, layout = preset(model), StateLayout()
+    config, layout = config_of(model), StateLayout()
     heads, dim, rope_dim = config.num_attention_heads, config.head_dim, config.qk_rope_head_dim
     entry = sum(kv_sizes(dim, rope_dim))
     attrs: dict[str, Any] = {"window": config.sliding_window, "page": layout.entries_per_page(0), "rope_dim": rope_dim}
@@ -250,7 +250,7 @@ def _nano() -> list[Case]:
     return cases
 
 
-def _large(model: str) -> list[Case]:
+def _large(model: str | ModelConfig) -> list[Case]:
     cases = []
     for kind in _KINDS:
         cases.append(Case(model, kind, (), "decode 0"))

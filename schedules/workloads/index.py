@@ -257,7 +257,7 @@ def query_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     (data, weight), (ref_data, ref_weight) = outputs, expected
     ref = ref_data.view(torch.float8_e4m3fn).float() * ref_weight.unsqueeze(-1)
     out = data.view(torch.float8_e4m3fn).float() * weight.unsqueeze(-1)
-    return ((out - ref).norm() / ref.norm()).item() if ref.numel() else 0.0
+    return ((out - ref).norm() / ref.norm().clamp(min=1e-30)).item() if ref.numel() else 0.0
 
 
 def query(case: Case) -> Workload:

@@ -1,8 +1,8 @@
 """Gluon kernels without clusters, tensor maps or matrix units on a CPU: Triton's interpreter knows Triton alone.
 
 The kernel's own functions run as Python with a `gl` of numpy arrays. Layouts mean nothing here. What is read or written
-outside a tensor, and shared memory that is read before it is written, or touched by both sides of a missing
-`gl.barrier`, is an error.
+outside a tensor, and shared memory that is used on both sides of a missing `gl.barrier`, is an error. Shared memory
+begins as random bits.
 """
 
 from __future__ import annotations
@@ -53,27 +53,27 @@ class Pointer:
 class Shared:
     """A buffer of shared memory, or a part of one."""
 
-    def __init__(self, kernel: Gluon, data: np.ndarray, written: np.ndarray, since: np.ndarray) -> None:
-        self.kernel, self.data, self.written = kernel, data, written
-        self.since = since
-        """What was done to an element since the last barrier: 0 nothing, 1 read, 2 written."""
+    def __init__(self, data: np.ndarray, since: np.ndarray, torn: np.ndarray) -> None:
+        self.data, self.since, self.torn = data, since, torn
+        """`since`: what was done to an element since the last barrier, 0 nothing, 1 read, 2 written. `torn`: written by
+        two between barriers, so that nobody knows by whom last."""
 
     def slice(self, start: int, size: int) -> Shared:
         part = slice(start, start + size)
-        return Shared(self.kernel, self.data[part], self.written[part], self.since[part])
+        return Shared(self.data[part], self.since[part], self.torn[part])
 
     def _read(self, at: Any) -> Block:
-        if not self.written[at].all():
-            raise AssertionError("shared memory is read that nobody wrote")
-        if (self.since[at] == 2).any():
-            raise AssertionError("shared memory is read that was written since the last barrier")
+        if (self.since[at] == 2).any() or self.torn[at].any():
+            raise AssertionError("shared memory is read that was written since the last barrier, or by two at a time")
         self.since[at] = 1
         return block(self.data[at])
 
     def _write(self, at: Any) -> None:
-        if (self.since[at] > 0).any():
-            raise AssertionError("shared memory is written that was used since the last barrier")
-        self.since[at], self.written[at] = 2, True
+        if (self.since[at] == 1).any():
+            raise AssertionError("shared memory is written that was read since the last barrier")
+        places, times = np.unique(np.arange(self.data.size)[at], return_counts=True)
+        self.torn[places] = (times > 1) | (self.since[places] == 2)
+        self.since[places] = 2
 
     def load(self, layout: Layout = None) -> Block:
         return self._read(slice(None)).copy()
@@ -168,9 +168,10 @@ class Gluon:
 
     def allocate_shared_memory(self, dtype: type, shape: list[int], layout: Layout) -> Shared:
         (size,) = shape
-        written, since = np.zeros(size, bool), np.zeros(size, np.int8)
+        since, torn = np.zeros(size, np.int8), np.zeros(size, bool)
         self._shared.append(since)
-        return Shared(self, np.full(size, -1, dtype), written, since)
+        bits = np.random.default_rng(len(self._shared)).integers(0, 256, size * np.dtype(dtype).itemsize, np.uint8)
+        return Shared(bits.view(dtype), since, torn)
 
     def barrier(self) -> None:
         for since in self._shared:

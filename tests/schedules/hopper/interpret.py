@@ -12,7 +12,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -30,7 +31,7 @@ from dsv4c.runtime.gpu import CallSizes
 from dsv4c.schedules._launch import Desc, Ptr, Scalar, TritonLaunch
 from dsv4c.schedules._schedule import Build, Schedule, Transforms, Value
 from dsv4c.schedules._workload import Args, Workload
-from dsv4c.schedules.triton import compress, compress_online, rows
+from dsv4c.schedules.triton import compress, compress_online, index, rows
 from dsv4c.trial import largest_error
 
 _convert = interpreter._convert_float
@@ -124,15 +125,38 @@ def fast_exp(x):
     return tl.exp(x)
 
 
+def counted(*bounds: Any) -> Iterator[Any]:
+    """`range` of a kernel: its numbers are tensors, to the interpreter plain ints."""
+    return (tl.full((), number, tl.int32) for number in range(*map(int, bounds)))
+
+
 interpreter._convert_float = _nearest
+vars(index)["range"] = counted
 for texts in (rows, compress, compress_online):  # inline assembly is the card's
     texts.rounded, texts.fast_exp = rounded, fast_exp
+_REPLACED = ("create_masked_load", "create_masked_store", "create_dot", "create_si_to_fp")
+_plain = {name: getattr(interpreter.InterpreterBuilder, name) for name in _REPLACED}
 _masked("create_masked_load")
 _masked("create_masked_store")
 _wide_dot()
 _whole_maximum()
 _whole_numbers()
 _order = _Order()
+
+
+@contextmanager
+def unpatched() -> Iterator[None]:
+    """The interpreter as it came, for canaries."""
+    own = {name: getattr(interpreter.InterpreterBuilder, name) for name in _REPLACED}
+    for name, function in _plain.items():
+        setattr(interpreter.InterpreterBuilder, name, function)
+    interpreter._convert_float = _convert
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(interpreter.InterpreterBuilder, name, function)
+        interpreter._convert_float = _nearest
 
 
 def outputs_of(
