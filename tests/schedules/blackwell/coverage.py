@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dsv4c.schedules import blackwell
+
 from . import on_hopper
-from .shared_cases import CASES
+from .shared_cases import shared
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,8 @@ class Covered:
         return self.card in ("experts", *on_hopper.FAMILIES)
 
 
-def _family(name: str) -> str:
-    """The part of `on_hopper` that runs a shared schedule."""
-    op = name.partition(".")[0]
+def _family(op: str) -> str:
+    """The part of `on_hopper` that runs an op."""
     return next(family for family in on_hopper.FAMILIES for one in on_hopper.workloads_of(family) if one.op == op)
 
 
@@ -47,5 +48,5 @@ COVERAGE: Mapping[str, Covered] = {
         for kind in ("window", "csa", "hca")
     },
     **{f"index_scores.triton_{way}": Covered("interpret_index", ("fp8", "fp4"), "index") for way in ("tiles", "runs")},
-    **{name: Covered("interpret_shared", (name,), _family(name)) for name in CASES},
+    **{s.name: Covered("interpret_shared", (s.name,), _family(s.op)) for s in shared(blackwell.schedules("sm_103a"))},
 }

@@ -12,8 +12,9 @@ from dsv4c.schedules import blackwell
 
 from . import on_hopper
 from .coverage import COVERAGE
-from .shared_cases import CASES
+from .shared_cases import shared
 
+SCHEDULES = blackwell.schedules("sm_103a")
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -54,7 +55,7 @@ def test_shared_schedules_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "tests.schedules.blackwell.interpret_shared", "2"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["ok   canaries", *(f"ok   {name}" for name in CASES)]
+    assert done.stdout.splitlines() == ["ok   canaries", *(f"ok   {one.name}" for one in shared(SCHEDULES))]
 
 
 @pytest.mark.parametrize("script", sorted({one.script for one in COVERAGE.values() if one.parts}))
