@@ -13,7 +13,6 @@ from tests.schedules.hopper import interpret, interpret_sampling  # first: repla
 # isort: on
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,14 +26,20 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from dsv4c.agreement import largest_error
 from dsv4c.schedules._launch import TritonLaunch
 from dsv4c.schedules._schedule import Build, Config, Schedule
+from dsv4c.schedules._tuned import node_key
 from dsv4c.schedules._workload import Args, Workload
 from dsv4c.schedules.blackwell import index, schedules
+from dsv4c.schedules.select import select
+from dsv4c.tune import workloads_of
 from tests.schedules.blackwell.checks import Check, random_cases, run_checks
+from tests.schedules.blackwell.on_hopper import FAMILIES
 from tests.schedules.blackwell.shared_cases import CASES, shared
 from tests.schedules.hopper import gluon_numpy
 
 assert interpret_sampling
-SCHEDULES = {s.name: s for s in shared(schedules("sm_103a"))}
+ARCH = "sm_103a"
+SCHEDULES = {s.name: s for s in shared(schedules(ARCH))}
+MANY = 100
 SIZES = (1, 64, 256, 1024, 8192)
 """Tokens for which a schedule lists configs: any of them must be right at any number."""
 
@@ -97,11 +102,38 @@ def check(schedule: Schedule, call: Call) -> None:
     assert error <= schedule.tolerance, f"error {error:.3e}, allowed {schedule.tolerance:.1e}"
 
 
-def checked(schedule: Schedule) -> Callable[[Call], None]:
+def picked(schedule: Schedule) -> list[tuple[str, Config]]:
+    """(node, config) of every workload for which selection takes this schedule."""
+    found = []
+    for family in FAMILIES:
+        for work in workloads_of(family):
+            if work.op == schedule.op:
+                choice = select(work.node, ARCH, work.symbols)
+                if choice.schedule == schedule.name and (one := (node_key(work.node), choice.config)) not in found:
+                    found.append(one)
+    return found
+
+
+def cases(schedule: Schedule, count: int, number: int) -> Check:
+    """Random calls; with many of them, besides, whatever config selection takes and chance did not."""
+    drawn: dict[str, list[Call]] = {}
+
     def one(call: Call) -> None:
+        drawn.setdefault(node_key(call.workload.node), []).append(call)
         check(schedule, call)
 
-    return one
+    def every() -> None:
+        random_cases(given(calls(schedule))(one), count, number)()
+        if count < MANY:
+            return
+        known = [call.config for calls_ in drawn.values() for call in calls_]
+        for key, config in picked(schedule):
+            alike = drawn.get(key)  # other vocabularies differ in nothing that a config says
+            if config not in ([call.config for call in alike] if alike else known):
+                example = (alike or next(iter(drawn.values())))[-1]
+                check(schedule, Call(example.workload, config, number))
+
+    return every
 
 
 @triton.jit
@@ -140,7 +172,7 @@ def canaries() -> None:
 def main(count: int, part: str, number: int) -> int:
     checks: dict[str, Check] = {"canaries": canaries}
     for name, schedule in SCHEDULES.items():
-        checks[name] = random_cases(given(calls(schedule))(checked(schedule)), count, number)
+        checks[name] = cases(schedule, count, number)
     chosen = {name: check for name, check in checks.items() if name.startswith(part)}
     return run_checks(chosen or checks, "" if chosen else part)
 

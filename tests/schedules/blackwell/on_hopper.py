@@ -5,13 +5,14 @@
 
 Parts are `experts` and the families of `schedules/workloads`. Every candidate is launched twice on poisoned buffers
 through the product's launcher. Experts are judged stage by stage by exact models in float64 (expert_models.py), all
-else by the op's reference on the workloads of `dsv4c tune`, with the configs that Blackwell's schedules list. A table
-with a line a kind of case; all rows go to DIR/results.jsonl. Its times would say nothing of a Blackwell card.
+else by the op's reference on the workloads of `dsv4c tune`, with the configs that Blackwell's schedules list. All rows
+go to DIR/results.jsonl, counts to DIR/short.jsonl. Its times would say nothing of a Blackwell card.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import sys
 import time
@@ -231,6 +232,8 @@ def run(folder: Path, parts: Sequence[str]) -> int:
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
             print(f"{part}: {time.monotonic() - first:.1f} s", flush=True)
+    short = shortened(rows, torch.cuda.get_device_name(), datetime.date.today().isoformat())
+    (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short), encoding="utf-8")
     for line in summary(rows):
         print(line)
     wrong = [row for row in rows if not row["good"]]
@@ -245,16 +248,33 @@ def _all_experts(native: GpuKernels) -> Iterator[Row]:
         yield from _run_experts(native, fmt, cases)
 
 
-def summary(rows: Sequence[Row]) -> Iterator[str]:
-    """A line a kernel, shape and stage: the case that used most of what is allowed."""
+def shortened(rows: Sequence[Row], hardware: str, date: str) -> Iterator[Row]:
+    """A row a schedule, model or shape, and stage: benchmarks/blackwell_on_hopper.jsonl."""
+    for (what, shape, stage), found in _grouped(rows).items():
+        used = [row["error"] / row["allowed"] for row in found if row["allowed"]]
+        yield {
+            "measures": "numerics", "schedule": what, "shape": shape, "stage": stage, "results": len(found),
+            "kinds": len({row["kind"] for row in found}), "wrong": sum(not row["good"] for row in found),
+            "worst_to_allowed": float(f"{max(used, default=0.0):.2g}"), "same": all(row["same"] for row in found),
+            "built_for": ARCH, "hardware": hardware, "date": date,
+        }  # fmt: skip
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows by schedule, shape without its number of tokens, and stage."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         shape = row["shape"]
         if "T=" in shape:
             shape = shape.partition(" T=")[0] + " N=" + shape.rpartition("N=")[2]
         groups.setdefault((row["schedule"] or row["op"], shape, row["stage"]), []).append(row)
+    return groups
+
+
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """A line a kernel, shape and stage: the case that used most of what is allowed."""
     yield f"{'schedule':44} {'shape':20} {'stage':16} {'cases':>5} {'max error':>10} {'allowed':>10}  equal"
-    for (what, shape, stage), found in groups.items():
+    for (what, shape, stage), found in _grouped(rows).items():
         worst = max(found, key=lambda row: row["error"] / row["allowed"] if row["allowed"] else row["error"])
         state = "bits" if worst["bits"] and worst["good"] else "yes" if all(row["good"] for row in found) else "NO"
         yield (
