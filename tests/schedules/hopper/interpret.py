@@ -35,6 +35,7 @@ from dsv4c.schedules.triton import compress, compress_online, index, rows
 from dsv4c.trial import largest_error
 
 _convert = interpreter._convert_float
+_FENCE = 1 << 16  # bytes
 
 
 def _nearest(values: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
@@ -167,11 +168,15 @@ def outputs_of(
     workspace: Sequence[Value] = (),
     launched: Callable[[TritonLaunch, Args], None] | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(what the kernels give, what the reference gives), outputs updated in place included."""
+    """(what the kernels give, what the reference gives), outputs updated in place included.
+
+    Every dense tensor lies between bytes of 0xFF, which must stay so.
+    """
     op = OPS[workload.op]
     generator = torch.Generator()
     generator.manual_seed(seed)
-    args = workload.make(generator)
+    fences: list[torch.Tensor] = []
+    args = [a if a is None or not a.is_contiguous() else fenced(a, fences) for a in workload.make(generator)]
     expected = (workload.reference or op.reference)(
         *[a if a is None else a.clone() for a in args], **workload.node.attrs
     )
@@ -179,17 +184,25 @@ def outputs_of(
     for value in (*workspace, *workload.node.outputs):
         tensor = torch.empty(value.sizes(workload.symbols), dtype=getattr(torch, value.dtype))
         tensor.view(torch.uint8).fill_(0xFF)
-        buffers.append(tensor)
+        buffers.append(fenced(tensor, fences))
     laid = [a if a is None or i not in by_index else layouts.apply(a, by_index[i]) for i, a in enumerate(args)]
     call: Args = [*laid, *buffers]
     for launch in build.launches:
         assert isinstance(launch, TritonLaunch)
         (launched or run)(launch, call)
+    assert all((fence == 0xFF).all() for fence in fences), "written outside of a tensor"
     fresh = iter(buffers[len(workspace) :])
     results = [
         args[op.parameters.index(op.in_place[i])] if i in op.in_place else next(fresh) for i in range(op.outputs)
     ]
     return results, list(expected) if isinstance(expected, tuple) else [expected]  # type: ignore[return-value]
+
+
+def fenced(tensor: torch.Tensor, fences: list[torch.Tensor]) -> torch.Tensor:
+    """A copy between bytes of 0xFF, which are added to `fences`."""
+    room = torch.full((tensor.nbytes + 2 * _FENCE,), 0xFF, dtype=torch.uint8)
+    fences += [room[:_FENCE], room[_FENCE + tensor.nbytes :]]
+    return room[_FENCE : _FENCE + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _reinterpreted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
