@@ -33,6 +33,7 @@ def _family(op: str) -> str:
     return next(family for family in on_hopper.FAMILIES for one in on_hopper.workloads_of(family) if one.op == op)
 
 
+_SCHEDULES = blackwell.schedules("sm_103a")
 _EXPERTS = {"experts_fp4": ("bf16",), "experts_mx": ("mxfp8", "mxfp4"), "experts_nvfp4": ("nvfp4",)}
 _LINEAR = {
     "linear_fp8.triton_scaled": "linear", "grouped_linear_fp8.triton_scaled": "linear",

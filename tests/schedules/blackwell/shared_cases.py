@@ -224,6 +224,10 @@ CASES: Mapping[str, Cases] = {
 """Op -> calls that every shared schedule of it is checked with, as far as it accepts them."""
 
 
+OWN = (".triton_wide", ".triton_cluster")
+"""Ways of such ops that have a script of their own: wide entries of attention, mHC of few tokens."""
+
+
 def shared(schedules: Sequence[Schedule]) -> list[Schedule]:
-    """Those that these calls check: all of such an op, but attention in tensor memory, which takes wide entries."""
-    return [s for s in schedules if s.op in CASES and not s.name.endswith(".triton_wide")]
+    """Those that these calls check."""
+    return [s for s in schedules if s.op in CASES and not s.name.endswith(OWN)]
