@@ -49,5 +49,6 @@ COVERAGE: Mapping[str, Covered] = {
         for kind in ("window", "csa", "hca")
     },
     **{f"index_scores.triton_{way}": Covered("interpret_index", ("fp8", "fp4"), "index") for way in ("tiles", "runs")},
-    **{s.name: Covered("interpret_shared", (s.name,), _family(s.op)) for s in shared(blackwell.schedules("sm_103a"))},
+    **{s.name: Covered("interpret_hyper", (s.op,), "hyper") for s in _SCHEDULES if s.name.endswith(".triton_cluster")},
+    **{s.name: Covered("interpret_shared", (s.name,), _family(s.op)) for s in shared(_SCHEDULES)},
 }
