@@ -15,6 +15,7 @@ from dsv4c.artifact import Manifest, load_manifest
 from dsv4c.checkpoint.reader import Checkpoint
 from dsv4c.errors import ArtifactError, ConfigError
 from dsv4c.launch import LaunchOptions, answer, launch
+from dsv4c.model.rope import rope_frequencies, rope_table
 from dsv4c.ops import OPS
 from dsv4c.ops.formats import kv_sizes, pack_kv, write_entries
 from dsv4c.reference import plain_weights
@@ -190,6 +191,33 @@ def test_packed_entries_may_fall_to_a_neighbour_and_no_further() -> None:
     null = expected.clone()
     null[:4] = 255
     assert error(null).error == 0.0
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+def test_queries_are_judged_by_their_bytes_and_their_weights(form: str) -> None:
+    """A byte that fell to its neighbour counts one, whatever the weight of its head; what is wrong is refused."""
+    torch.manual_seed(2)
+    table = rope_table(torch.arange(3), rope_frequencies(8, 1e4, None))
+    q, weight = torch.randn(3, 4 * 32).bfloat16(), torch.randn(3, 4)
+    weight[1, 2] = 500.0
+    args, attrs = [q, table, weight], {"num_heads": 4, "format": form}
+    data, scaled = OPS["index_query"].reference(*args, **attrs)
+
+    def errors(data_out: torch.Tensor, weight_out: torch.Tensor) -> list[float]:
+        found = measure(seen("index_query", args, [data_out, weight_out], [data, scaled], **attrs))
+        return [one.error for one in found]
+
+    assert errors(data, scaled) == [0.0, 0.0]
+    near = data.clone()
+    byte = int(data[1, 2].view(torch.float8_e4m3fn).float().abs().argmax())
+    near[1, 2, byte] -= 1 if form == "fp8" else 8  # the next smaller magnitude
+    assert errors(near, scaled) == [1 / data.numel(), 0.0]
+    far = data.clone()
+    far[1, 2, byte] ^= 0x80
+    assert errors(far, scaled)[0] == math.inf
+    assert errors(data, -scaled)[0] == math.inf
+    assert errors(data, scaled * 1.01)[1] == pytest.approx(0.01, rel=0.01)
+    assert errors(data[:2], scaled[:2])[0] == math.inf
 
 
 def test_picks_are_judged_by_what_they_lose() -> None:

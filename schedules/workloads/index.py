@@ -9,6 +9,7 @@ a page.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from dsv4c.ops.formats import IndexFormat, index_sizes, pack_index
 from dsv4c.ops.index import index_query, index_scores, topk_rows
 from dsv4c.schedules._schedule import OpNode, Value
 from dsv4c.schedules._workload import Args, Workload, config_of
+from dsv4c.schedules.workloads.rows import e4m3_apart
 
 Span = tuple[int, int]
 """First position and number of new tokens of one request."""
@@ -258,6 +260,25 @@ def query_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     ref = ref_data.view(torch.float8_e4m3fn).float() * ref_weight.unsqueeze(-1)
     out = data.view(torch.float8_e4m3fn).float() * weight.unsqueeze(-1)
     return ((out - ref).norm() / ref.norm().clamp(min=1e-30)).item() if ref.numel() else 0.0
+
+
+def query_share(outputs: Sequence[Tensor], expected: Sequence[Tensor], *, slack: float) -> float:
+    """Of (bytes [T, I, C], weights [T, I]): the share of bytes that differ; infinity where a product is further off.
+
+    `slack`: what it may be off besides its own step, as a share of its head's largest. A rotated channel that fell to
+    its neighbour in bfloat16 moves the whole head; an E2M1 value has steps of up to two thirds.
+    """
+    (data, weight), (ref_data, ref_weight) = outputs, expected
+    if data.shape != ref_data.shape or weight.shape != ref_weight.shape:
+        return math.inf
+    if not data.numel():
+        return 0.0
+    fp8 = torch.float8_e4m3fn
+    signed = [w.sign().unsqueeze(-1) * d.view(fp8).float() for d, w in ((data, weight), (ref_data, ref_weight))]
+    out, ref = (values.to(fp8) for values in signed)
+    size, ref_size = weight.abs().unsqueeze(-1), ref_weight.abs().unsqueeze(-1)
+    most = (ref.float() * ref_size).abs().amax(-1, keepdim=True)
+    return e4m3_apart(out, size, ref, ref_size, slack * most) / data.numel()
 
 
 def query(case: Case) -> Workload:
