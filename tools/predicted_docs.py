@@ -199,10 +199,10 @@ calibrated at contexts where little is unseen. FP4 keys in decode are bound by i
 as a share of the matrix units.
 """
 STEPS = """\
-`flash` with 4 and 20 layers through the engine, device time, medians of the runs in `benchmarks/gpu_engine.jsonl`. No
-step calibrated anything. Lanes overlap as the planner's model of the machine plays them.
-Steps of one token were measured before hyper-connections of few tokens took one launch: 8.2 us a call then, 4.9 as
-predicted here, two calls a layer.
+`flash` with 4 and 20 layers through the engine, device time, medians of the runs of the last day that measured a step
+(`benchmarks/gpu_engine.jsonl`). No step calibrated anything. Lanes overlap as the planner's model of the machine plays
+them. Steps of one token, but for 20 layers at 8,192, were measured before hyper-connections of few tokens took one
+launch: 8.2 us a call then, 4.9 as predicted here, two calls a layer.
 """
 
 
