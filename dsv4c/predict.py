@@ -251,6 +251,11 @@ def _pipeline(config: ModelConfig, arch: str, options: Options, activations: Act
             f"target `{arch}` computes experts on BF16 activations or wider",
             hint="`--activations` is for sm_100a and sm_103a",
         )
+    if len(config.nvfp4_layers) >= config.num_hidden_layers:
+        raise ConfigError(
+            f"`--activations {activations}` fits no experts: all of this model are NVFP4",
+            hint="leave it out: NVFP4 weights are multiplied with NVFP4 activations",
+        )
     chosen = QuantiseActivations(activations)
     return usual.without(chosen.name).with_(chosen)
 

@@ -89,6 +89,8 @@ def test_refusals(hopper: Predictor) -> None:
         hopper.decode(1, most + 1)
     with pytest.raises(ConfigError, match="activations"):
         Predictor(preset("nano"), "sm_90a", activations="mxfp4")
+    with pytest.raises(ConfigError, match="fits no experts"):
+        Predictor(preset("flash-nvfp4"), "sm_103a", activations="mxfp4")
 
 
 def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

@@ -244,6 +244,8 @@ def run(folder: Path, other: Path | None) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in ("build", "run"):
+        sys.exit(__doc__)
     given = [Path(one) for one in sys.argv[2:]]
     if sys.argv[1] == "build":
         build(given[0])
